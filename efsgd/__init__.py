@@ -1,0 +1,22 @@
+"""efsgd: error-feedback compressed SGD for PyTorch.
+
+`PowerSGDOptimizer` takes the place of torch.optim.SGD in data-parallel training and sends rank-r
+gradients in place of full ones. See https://arxiv.org/abs/1905.13727.
+"""
+
+from efsgd.compressors import PowerSGD
+from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
+from efsgd.optimizer import ErrorFeedbackSGD
+from efsgd.powersgd_optimizer import PowerSGDOptimizer
+
+__all__ = [
+    "CollectiveError",
+    "ErrorFeedbackSGD",
+    "NonFiniteGradientError",
+    "PowerSGD",
+    "PowerSGDOptimizer",
+    "WorkerMismatchError",
+    "__version__",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,179 @@
+"""Where every tensor lies: many parameters, few buffers.
+
+A `Layout` is a pure plan: which parameters are sent as matrices, which of those have equal
+shapes and so form a batch, and which are sent as they are ("vectors", after the paper), at
+which offset of one flat buffer. `Blocks` are tensors laid out by such a plan.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Blocks", "Entry", "Layout", "matrix_shape"]
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The matrix [n, m] as which a parameter is seen: its first dimension by all the others.
+
+    Source: PowerSGD (arXiv 1905.13727), Algorithm 1, line 1.
+
+    Example:
+        >>> from efsgd.blocks import matrix_shape
+        >>> matrix_shape((64, 3, 3, 3))
+        (64, 27)
+    """
+    return shape[0], math.prod(shape[1:])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter in a plan.
+
+    Attributes:
+        index: its position in the optimizer, over all groups.
+        shape: its shape.
+        level: how far it is compressed, in the compressor's own terms (PowerSGD: the rank);
+            None sends it uncompressed.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    level: Hashable | None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Matrices of equal shape and level, in the order of their parameters.
+
+    Attributes:
+        rows: n.
+        columns: m.
+        level: what they have in common (PowerSGD: the rank).
+        entries: the b parameters.
+    """
+
+    rows: int
+    columns: int
+    level: Hashable
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameter lies where.
+
+    Law: a plan made from the entries of a plan is equal to it.
+
+    Attributes:
+        entries: all parameters, in their order.
+        control_words: floats kept free at the head of the vectors, for the caller's own use.
+    """
+
+    entries: tuple[Entry, ...]
+    control_words: int = 0
+
+    @classmethod
+    def plan(cls, entries: Iterable[Entry], control_words: int = 0) -> Self:
+        """Makes the plan.
+
+        Args:
+            entries: the parameters to place.
+            control_words: floats to keep free at the head of the vectors.
+
+        Raises:
+            ValueError: a parameter occurs twice, or one without rows or columns has a level.
+
+        Example:
+            >>> from efsgd.blocks import Entry, Layout
+            >>> entries = [Entry(0, (8, 4), 2), Entry(1, (8,), None), Entry(2, (8, 4), 2)]
+            >>> layout = Layout.plan(entries)
+            >>> [(batch.rows, batch.columns, len(batch.entries)) for batch in layout.batches]
+            [(8, 4, 2)]
+            >>> layout.vectors[0].index, layout.vector_floats, layout.matrix_floats
+            (1, 8, 64)
+        """
+        ordered = tuple(sorted(entries, key=lambda entry: entry.index))
+        for previous, entry in zip(ordered, ordered[1:], strict=False):
+            if previous.index == entry.index:
+                raise ValueError(f"Invalid entries: parameter {entry.index} occurs twice.")
+        for entry in ordered:
+            if entry.level is not None and (len(entry.shape) < 2 or entry.numel == 0):
+                raise ValueError(
+                    f"Invalid {entry}: only a non-empty tensor of two or more dimensions has a "
+                    f"matrix form. Use level=None to send it uncompressed."
+                )
+        return cls(ordered, control_words)
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """The matrices, batched by equal shape and level, in order of first appearance."""
+        alike: dict[tuple[int, int, Hashable], list[Entry]] = {}
+        for entry in self.entries:
+            if entry.level is not None:
+                alike.setdefault((*matrix_shape(entry.shape), entry.level), []).append(entry)
+        return tuple(Batch(*key, tuple(entries)) for key, entries in alike.items())
+
+    @cached_property
+    def vectors(self) -> tuple[Entry, ...]:
+        """The parameters that are sent uncompressed."""
+        return tuple(entry for entry in self.entries if entry.level is None)
+
+    @cached_property
+    def matrix_floats(self) -> int:
+        """The number of elements in all matrices."""
+        return sum(entry.numel for entry in self.entries if entry.level is not None)
+
+    @cached_property
+    def vector_floats(self) -> int:
+        """The length of the flat buffer of vectors, control words included."""
+        return self.control_words + sum(entry.numel for entry in self.vectors)
+
+
+class Blocks:
+    """Tensors of all parameters in a layout.
+
+    Attributes:
+        layout: the plan.
+        batches: one tensor [b, n, m] for each batch of the plan.
+        views: for each parameter's index, its part of `batches` (or of the vectors), in the
+            parameter's own shape.
+
+    Args:
+        layout: the plan.
+        dtype: of the matrices.
+        device: of the matrices.
+        vectors: flat buffer [layout.vector_floats] for the vectors and, before them, the control
+            words; None where only matrices are kept, as in the error memory.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        vectors: Tensor | None = None,
+    ) -> None:
+        self.layout = layout
+        self.batches = [
+            torch.zeros(len(batch.entries), batch.rows, batch.columns, dtype=dtype, device=device)
+            for batch in layout.batches
+        ]
+        self.views: dict[int, Tensor] = {}
+        for batch, matrices in zip(layout.batches, self.batches, strict=True):
+            for entry, matrix in zip(batch.entries, matrices.unbind(0), strict=True):
+                self.views[entry.index] = matrix.view(entry.shape)
+        if vectors is not None:
+            sizes = [entry.numel for entry in layout.vectors]
+            parts = vectors[layout.control_words :].split(sizes)
+            for entry, part in zip(layout.vectors, parts, strict=True):
+                self.views[entry.index] = part.view(entry.shape)

@@ -1,0 +1,73 @@
+"""What Algorithm 2 asks of a compressor. It names none."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import Blocks, Entry, Layout
+from efsgd.collectives import Exchange
+
+__all__ = ["Aggregator", "Compressed", "Compressor"]
+
+
+class Compressed(Protocol):
+    """A compressed form of the matrices of a layout, not yet multiplied out."""
+
+    def subtract_from_(self, blocks: Blocks) -> None:
+        """Subtracts the decompressed matrices from `blocks` (modified in place)."""
+
+    def decompress_into_(self, blocks: Blocks) -> None:
+        """Writes the decompressed matrices into `blocks` (modified in place)."""
+
+
+class Aggregator(Protocol):
+    """Algorithm 2, lines 8 and 10, for the tensors of one layout.
+
+    Laws: all workers obtain the bitwise same mean; the collectives that are asked for depend on
+    the layout alone; what is kept from step to step changes in `commit_` and nowhere else.
+
+    Attributes:
+        vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
+            called and their mean once `aggregate` has returned.
+    """
+
+    vectors: Tensor
+
+    def compress(self, deltas: Blocks, step: int) -> Exchange[Compressed]:
+        """Line 8: this worker's own compressed form of `deltas`, which is not modified."""
+
+    def aggregate(self, local: Any) -> Exchange[Compressed]:
+        """Line 10: the mean over the workers of what `compress` returned."""
+
+    def commit_(self, absent: frozenset[int]) -> None:
+        """The step holds: keep what the next one starts from, except for `absent` parameters."""
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """What is kept from step to step, by parameter index and name: live views."""
+
+
+class Compressor(Protocol):
+    """A member of the family, as the optimizer sees it: settings, and a maker of aggregators."""
+
+    def settings(self) -> dict[str, Any]:
+        """Entries it adds to each parameter group, with their defaults: plain numbers."""
+
+    def validate(self, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError where the settings of a group make no sense."""
+
+    def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> Hashable | None:
+        """How far a tensor of this shape is compressed; None sends it uncompressed."""
+
+    def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What is kept for one compressed parameter before the first step."""
+
+    def aggregator(
+        self,
+        layout: Layout,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Aggregator:
+        """Makes the aggregator for one layout; its `state` is then overwritten by the caller."""

@@ -1,0 +1,99 @@
+"""PowerSGD as a compressor: which tensors, at which rank, starting from which Q."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import Entry, Layout, matrix_shape
+from efsgd.powersgd import PowerIteration, initial_query
+
+__all__ = ["PowerSGD"]
+
+
+@dataclass(frozen=True)
+class PowerSGD:
+    """Rank-r compression (arXiv 1905.13727, Algorithm 1).
+
+    A tensor of two or more dimensions is seen as the matrix [n, m], n its first dimension, and
+    compressed to rank r = min(n, m, rank) where n·m > min_compression_rate·r·(n + m). All others
+    are sent as they are.
+
+    Attributes:
+        rank: at least 1. May be set per parameter group.
+        min_compression_rate: by which factor compression must reduce a tensor's floats to be
+            done at all. 1.0 compresses wherever fewer floats are sent, as the paper's figures
+            have it; 0.0 compresses every matrix; infinity none. May be set per parameter group.
+        warm_start: whether power iteration goes on from the last step's Q; else Q is drawn
+            anew at each step.
+        seed: of Q's first values, the same on every worker.
+
+    Example:
+        >>> from efsgd import PowerSGD
+        >>> compressor = PowerSGD(rank=4)
+        >>> compressor.level((64, 3, 3, 3), compressor.settings())
+        4
+        >>> print(compressor.level((64,), compressor.settings()))
+        None
+    """
+
+    rank: int = 4
+    min_compression_rate: float = 1.0
+    warm_start: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.validate(self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The entries of a parameter group that PowerSGD reads, with their defaults."""
+        return asdict(self)
+
+    def validate(self, settings: Mapping[str, Any]) -> None:
+        """Checks the settings of one group.
+
+        Raises:
+            ValueError: a setting is of the wrong type or out of range.
+        """
+        rank, rate = settings["rank"], settings["min_compression_rate"]
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(
+                f"Invalid rank: {rank!r}. Must be an integer of at least 1. To send gradients "
+                f"uncompressed, use min_compression_rate=math.inf."
+            )
+        if not isinstance(rate, int | float) or math.isnan(rate) or rate < 0:
+            raise ValueError(
+                f"Invalid min_compression_rate: {rate!r}. Must be a number of at least 0; "
+                f"1.0 compresses wherever fewer floats are sent."
+            )
+        if not isinstance(settings["seed"], int) or settings["seed"] < 0:
+            raise ValueError(f"Invalid seed: {settings['seed']!r}. Must be an integer, at least 0.")
+
+    def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int | None:
+        """The rank at which a tensor of this shape is sent; None: uncompressed."""
+        if len(shape) < 2 or math.prod(shape) == 0:
+            return None
+        n, m = matrix_shape(shape)
+        r: int = min(n, m, settings["rank"])
+        return r if n * m > settings["min_compression_rate"] * r * (n + m) else None
+
+    def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        """{"q": the first Q, [m, r] float64}."""
+        rank = entry.level
+        assert isinstance(rank, int)
+        _, m = matrix_shape(entry.shape)
+        return {"q": initial_query(settings["seed"], entry.index, m, rank)}
+
+    def aggregator(
+        self,
+        layout: Layout,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> PowerIteration:
+        """Algorithm 1 for the tensors of one layout."""
+        seed, warm_start = settings["seed"], settings["warm_start"]
+        return PowerIteration(layout, dtype, device, seed=seed, warm_start=warm_start)

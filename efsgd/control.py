@@ -1,0 +1,159 @@
+"""What workers must tell each other besides gradients, in words that ride with the vectors.
+
+Two things decide whether and where a step is applied, and every worker must decide alike: which
+parameters had a gradient anywhere, and whether any worker's gradient was not finite. Both
+travel in the buffer of the first collective, one float for each parameter and one for each worker,
+so they cost no collective of their own and the schedule never depends on them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efsgd.collectives import Collective, Exchange, T, intercept
+
+__all__ = ["ControlWords", "Verdict", "all_finite", "describe_rejection"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the control words of all workers say together; equal on every worker.
+
+    Attributes:
+        absent: indices of parameters for which no worker had a gradient.
+        nonfinite: for each worker that met one, the index of its first parameter whose gradient is
+            not finite; None where all gradients are finite but a sum or product with them is not.
+        overflowed: the mean is not finite although each worker's part is.
+    """
+
+    absent: frozenset[int]
+    nonfinite: dict[int, int | None]
+    overflowed: bool
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the step may be applied."""
+        return not (self.nonfinite or self.overflowed)
+
+
+class ControlWords:
+    """The control words of one worker for the parameters of one section.
+
+    Args:
+        indices: the parameters' indices, in the order of their words.
+        world_size: the number of workers.
+        worker: this worker.
+    """
+
+    def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
+        self._indices, self._world_size, self._worker = tuple(indices), world_size, worker
+
+    @staticmethod
+    def count(parameters: int, world_size: int) -> int:
+        """The number of words: one for each parameter, one for each worker."""
+        return parameters + world_size
+
+    def escort(
+        self, exchange: Exchange[T], words: Tensor, gradients: Sequence[Tensor | None]
+    ) -> Exchange[tuple[T, Verdict]]:
+        """Passes on what `exchange` asks for, with the control words aboard.
+
+        A worker whose first buffer is not finite sends zeros for the whole step and says so: NaN
+        never enters another worker's arithmetic, and the schedule stays as it is.
+
+        Args:
+            exchange: the collectives of one section; its first buffer holds `words` and must be
+                finite only if all gradients are.
+            words: the words' place in that buffer.
+            gradients: this worker's gradients, in the order of the words.
+
+        Returns:
+            The result of `exchange`, and the verdict.
+        """
+        own = self._own_words(gradients)
+        is_first = is_finite = mean_is_finite = True
+
+        def outgoing(collective: Collective) -> None:
+            nonlocal is_first, is_finite
+            if is_first:
+                words.copy_(own)
+                is_finite = all_finite(collective.buffer)
+                if not is_finite:
+                    own[len(self._indices) + self._worker] = self._accuse(gradients)
+            if not is_finite:
+                collective.buffer.zero_()
+                if is_first:
+                    words.copy_(own)
+            is_first = False
+
+        def incoming(answer: Tensor) -> None:
+            nonlocal mean_is_finite
+            mean_is_finite = mean_is_finite and all_finite(answer)
+
+        result = yield from intercept(exchange, outgoing, incoming)
+        return result, self._read(words, overflowed=not mean_is_finite)
+
+    def _own_words(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        presence = [float(gradient is not None) for gradient in gradients]
+        return torch.tensor(presence + [0.0] * self._world_size)
+
+    def _accuse(self, gradients: Sequence[Tensor | None]) -> int:
+        """1 + the position of the first gradient that is not finite; past the last if none."""
+        for position, gradient in enumerate(gradients):
+            if gradient is not None and not all_finite(gradient):
+                return 1 + position
+        return 1 + len(gradients)
+
+    def _read(self, words: Tensor, *, overflowed: bool) -> Verdict:
+        means: list[float] = words.tolist()
+        presence, accused = means[: len(self._indices)], means[len(self._indices) :]
+        # One worker alone wrote each of the last words, so its mean times W is what it wrote.
+        positions = [round(mean * self._world_size) for mean in accused]
+        nonfinite = {
+            worker: self._indices[position - 1] if position <= len(self._indices) else None
+            for worker, position in enumerate(positions)
+            if position
+        }
+        pairs = zip(self._indices, presence, strict=True)
+        absent = frozenset(index for index, mean in pairs if mean == 0)
+        return Verdict(absent, nonfinite, overflowed)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite (True for integers).
+
+    Example:
+        >>> from efsgd.control import all_finite
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([0.0, float("nan")]))
+        (True, False)
+    """
+    if not tensor.is_floating_point():
+        return True
+    # A sum reads memory once and is finite in all but strange cases; a finite sum has only
+    # finite terms, but finite terms may have an infinite sum.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], step: int) -> str:
+    """Says which gradient of which worker was not finite.
+
+    Args:
+        verdicts: of all sections, at least one of them not good.
+        names: of the parameters, by index.
+        step: the number of the step.
+    """
+    found = []
+    for worker, index in (item for verdict in verdicts for item in verdict.nonfinite.items()):
+        if index is None:
+            found.append(f"on worker {worker} a sum or product with finite gradients overflows")
+        else:
+            found.append(f"on worker {worker} the gradient of {names[index]} is NaN or infinite")
+    if not found:
+        found.append("the workers' gradients are finite, but their mean overflows")
+    return (
+        f"Step {step} was abandoned: {'; '.join(found)}. Nothing has changed on any worker. "
+        f"Look for the cause (learning rate, loss, data), or pass nonfinite='skip' to leave such "
+        f"steps out."
+    )

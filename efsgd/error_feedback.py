@@ -1,0 +1,206 @@
+"""Distributed error-feedback SGD with momentum, for any compressor.
+
+Source: Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for
+Distributed Optimization", NeurIPS 2019, arXiv 1905.13727. Algorithm 2, whose lines are marked.
+
+Legend. Δ_w: `deltas`; e_w: `errors`; Δ': `updates`; m: `momenta`; x: `parameters`;
+γ: `lr`; λ: `momentum`.
+
+A step is a transaction. Lines 7 to 10 (`exchange_gradients`) write to scratch memory only; once
+every worker is known to agree, `commit_` makes the scratch the memory, and lines 11 to 13 follow,
+which ask for no communication and so cannot fail half-way.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import Blocks, Layout
+from efsgd.collectives import Exchange
+from efsgd.compressors.base import Aggregator, Compressed
+from efsgd.control import ControlWords, Verdict
+
+__all__ = ["Section", "commit_and_decompress_", "descend_", "exchange_gradients"]
+
+
+class Section:
+    """The tensors of one device and one dtype on one worker: what Algorithm 2 works on.
+
+    Attributes:
+        parameters: by index, in the order of the layout.
+        errors: the error memory e_w of the compressed tensors; None without error feedback.
+        deltas: scratch for Δ_w; after line 9 it holds the next errors.
+        updates: where Δ' is decompressed to: the memory that `commit_` has just set free.
+        leftovers: by index, errors of tensors that were compressed before and now are not. They
+            are sent along with the next gradient, and are zero from then on.
+
+    Args:
+        layout: which tensor lies where.
+        parameters: by index.
+        aggregator: compresses and aggregates; its `vectors` hold the uncompressed tensors.
+        control: the control words that travel with the vectors.
+        dtype: of errors, deltas and updates.
+        device: the same.
+        error_feedback: whether what was not sent is kept.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: Mapping[int, Tensor],
+        aggregator: Aggregator,
+        control: ControlWords,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        error_feedback: bool = True,
+    ) -> None:
+        self.layout, self.parameters = layout, dict(parameters)
+        self.aggregator, self.control = aggregator, control
+        self.deltas = Blocks(layout, dtype, device, aggregator.vectors)
+        self.errors = Blocks(layout, dtype, device, aggregator.vectors) if error_feedback else None
+        self.updates = self.errors or self.deltas
+        self.leftovers: dict[int, Tensor] = {}
+
+    def gradients(self) -> list[Tensor | None]:
+        """This worker's gradients g_w, in the order of the layout.
+
+        Raises:
+            NotImplementedError: a gradient is sparse.
+        """
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        for index, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise NotImplementedError(
+                    f"The gradient of parameter {index} is sparse. Use dense gradients: "
+                    f"torch.nn.Embedding(..., sparse=False)."
+                )
+        return gradients
+
+    def error_of(self, index: int) -> Tensor | None:
+        """The error memory of one parameter, in its shape; None where it has none."""
+        if self.errors is None or index not in self.compressed:
+            return self.leftovers.get(index)
+        return self.errors.views[index]
+
+    @property
+    def compressed(self) -> list[int]:
+        """Indices of the parameters that are compressed."""
+        return [entry.index for batch in self.layout.batches for entry in batch.entries]
+
+    def commit_(self, absent: frozenset[int]) -> None:
+        """Makes the new errors and the compressor's new state those of the next step.
+
+        Args:
+            absent: parameters that no worker had a gradient for. Nothing of them is applied, so
+                their errors stay what they are.
+        """
+        self.aggregator.commit_(absent)
+        for index, leftover in self.leftovers.items():
+            if index not in absent:
+                leftover.zero_()
+        if self.errors is not None:
+            for index in absent.intersection(self.compressed):
+                self.deltas.views[index].copy_(self.errors.views[index])
+            self.errors, self.deltas = self.deltas, self.errors
+            self.updates = self.deltas
+
+
+def exchange_gradients(section: Section, step: int) -> Exchange[tuple[Compressed, Verdict]]:
+    """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
+
+    Args:
+        section: whose `parameters` have the gradients g_w of line 6. Only scratch is modified.
+        step: the number of the step, from 0.
+
+    Returns:
+        C(Δ), and whether the step may be applied; both equal on every worker.
+    """
+    aggregator, deltas = section.aggregator, section.deltas
+
+    def lines_7_to_10() -> Exchange[Compressed]:
+        add_errors_and_gradients_(deltas, section)  # Alg. 2, line 7
+        local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
+        if section.errors is not None:
+            local.subtract_from_(deltas)  # Alg. 2, line 9
+        return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
+
+    words = aggregator.vectors[: section.layout.control_words]
+    return (yield from section.control.escort(lines_7_to_10(), words, section.gradients()))
+
+
+def commit_and_decompress_(
+    section: Section, mean: Compressed, absent: frozenset[int]
+) -> dict[int, Tensor]:
+    """Algorithm 2, line 11, and from here on the step holds: it is written to memory.
+
+    Args:
+        section: (modified in place).
+        mean: C(Δ).
+        absent: parameters that no worker had a gradient for.
+
+    Returns:
+        Δ' for each parameter that is not absent, by index, in the parameter's shape: views of
+        scratch memory, good until the next step.
+    """
+    section.commit_(absent)
+    mean.decompress_into_(section.updates)  # Alg. 2, line 11
+    views = section.updates.views
+    return {index: views[index] for index in section.parameters if index not in absent}
+
+
+def add_errors_and_gradients_(deltas: Blocks, section: Section) -> None:
+    """Δ_w = g_w + e_w for each tensor of `section`, written to `deltas` (modified in place).
+
+    A missing gradient is zero. A tensor that is sent uncompressed has no error.
+    """
+    for index, parameter in section.parameters.items():
+        delta, gradient, error = deltas.views[index], parameter.grad, section.error_of(index)
+        if gradient is None:
+            delta.zero_() if error is None else delta.copy_(error)
+        elif error is None:
+            delta.copy_(gradient)
+        else:
+            torch.add(error, gradient, out=delta)
+
+
+def descend_(
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Algorithm 2, lines 12 and 13, with weight decay on the aggregated update.
+
+    Args:
+        parameters: x (modified in place).
+        updates: Δ', each of the shape and dtype of its parameter (modified in place).
+        momenta: m (modified in place); None where λ = 0, since then m = Δ'.
+        lr: γ.
+        momentum: λ.
+        weight_decay: multiple of x that is added to Δ'; the same on every worker, so it is
+            neither compressed nor kept in the errors.
+        maximize: ascend instead.
+
+    Example:
+        >>> from efsgd.error_feedback import descend_
+        >>> x, m = torch.tensor([1.0]), torch.tensor([2.0])
+        >>> descend_([x], [torch.tensor([4.0])], [m], lr=0.5, momentum=0.5)
+        >>> m, x  # 0.5 * 2 + 4 and 1 - 0.5 * (4 + 5)
+        (tensor([5.]), tensor([-3.5000]))
+    """
+    for position, (x, update) in enumerate(zip(parameters, updates, strict=True)):
+        if maximize:
+            update.neg_()
+        if weight_decay:
+            update.add_(x, alpha=weight_decay)
+        m = update
+        if momenta is not None:
+            m = momenta[position]
+            torch.add(update, m, alpha=momentum, out=m)  # Alg. 2, line 12
+        x.add_(update, alpha=-lr).add_(m, alpha=-lr)  # Alg. 2, line 13

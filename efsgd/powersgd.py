@@ -1,0 +1,203 @@
+"""PowerSGD: rank-r compression by one warm-started step of power iteration.
+
+Source: Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for
+Distributed Optimization", NeurIPS 2019, arXiv 1905.13727. Algorithm 1, whose lines are marked.
+
+Legend. b matrices of equal shape lie in one batch; every line below serves the whole batch.
+
+    M        [b, n, m]   the worker's own corrected gradients Δ_w
+    Q        [b, r, m]   the paper's Q, transposed: M Q is `M @ Q.mT` here. Stored by rows because
+                         that is how both products read and write memory in order.
+    P        [b, n, r]   M Q, later its mean over the workers
+    P_hat    [b, n, r]   P with orthonormal columns
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import Batch, Blocks, Layout
+from efsgd.collectives import AllReduceMean, Exchange, InFlight, Start
+from efsgd.orthogonalization import normalize_columns, orthogonalize
+
+__all__ = ["LowRank", "PowerIteration", "initial_query"]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The compressed representation (P̂, Q) of matrices, not yet multiplied out.
+
+    Attributes:
+        P_hat: [b, n, r] for each batch.
+        Q: [b, r, m] for each batch (the paper's Q, transposed).
+        in_flight: where Q is one worker's own: the mean Q, on its way.
+    """
+
+    P_hat: Sequence[Tensor]
+    Q: Sequence[Tensor]
+    in_flight: InFlight | None = None
+
+    def subtract_from_(self, blocks: Blocks) -> None:
+        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place)."""
+        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
+            M.baddbmm_(P_hat, Q, alpha=-1)
+
+    def decompress_into_(self, blocks: Blocks) -> None:
+        """Writes P̂Q^T into each matrix of `blocks` (modified in place)."""
+        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
+            torch.bmm(P_hat, Q, out=M)  # Alg. 1, line 11
+
+
+class PowerIteration:
+    """Algorithm 1 for the matrices of one layout: compress and aggregate.
+
+    The vectors of the layout (biases, norms, control words) travel in the buffer of the first
+    all-reduce, so that a step makes two in all.
+
+    Attributes:
+        vectors: flat buffer [layout.vector_floats]; holds this worker's values when `compress`
+            is called and their mean from Algorithm 1, line 4, on.
+        queries: the warm-started Q of each batch, [b, r, m]; changed by `commit_` alone.
+
+    Args:
+        layout: the plan; the level of an entry is its rank.
+        dtype: of factors and buffers.
+        device: of factors and buffers.
+        seed: with `warm_start=False`, the seed from which Q is drawn at every step.
+        warm_start: whether a step starts from the Q of the step before it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        warm_start: bool = True,
+    ) -> None:
+        self.layout, self.seed, self.warm_start = layout, seed, warm_start
+        P_shapes, Q_shapes = [], []
+        for batch in layout.batches:
+            b, r = len(batch.entries), _rank(batch)
+            P_shapes.append((b, batch.rows, r))
+            Q_shapes.append((b, r, batch.columns))
+
+        def buffer(shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
+            return torch.zeros(head + sum(map(math.prod, shapes)), dtype=dtype, device=device)
+
+        # What is handed to the two collectives: [control words, vectors, P] and [Q].
+        self.P_buffer = buffer(P_shapes, head=layout.vector_floats)
+        self.Q_buffer = buffer(Q_shapes)
+        self.vectors = self.P_buffer[: layout.vector_floats]
+        self._P = _views(self.P_buffer[layout.vector_floats :], P_shapes)
+        self._Q = _views(self.Q_buffer, Q_shapes)
+        # This worker's own Q, which line 9 of Algorithm 2 needs while the mean is on its way.
+        self._local_buffer = buffer(Q_shapes)
+        self._local_Q = _views(self._local_buffer, Q_shapes)
+        self.queries = _views(buffer(Q_shapes), Q_shapes)
+
+    def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
+        """Lines 3 to 6, and line 7 as far as sending.
+
+        Args:
+            deltas: M, the worker's own matrices. Not modified.
+            step: the step's number, from which Q is drawn with `warm_start=False`.
+
+        Returns:
+            (P̂, Q_w): P̂ the same on every worker, Q_w this worker's own, the mean in flight.
+        """
+        queries = self.queries if self.warm_start else self._draw(step)
+        for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
+            # The scale of Q's columns does not matter to P̂: bring it to where P cannot overflow.
+            torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
+        yield AllReduceMean(self.P_buffer, "vectors and P (Alg. 1, line 4)")  # Alg. 1, line 4
+        P_hats = [orthogonalize(P) for P in self._P]  # Alg. 1, line 5
+        for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
+            torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
+        self._local_buffer.copy_(self.Q_buffer)
+        if not self._Q:
+            return LowRank(P_hats, self._local_Q)
+        mean = yield Start(AllReduceMean(self.Q_buffer, "Q (Alg. 1, line 7)"))  # Alg. 1, line 7
+        return LowRank(P_hats, self._local_Q, in_flight=mean)
+
+    def aggregate(self, local: LowRank) -> Exchange[LowRank]:
+        """Line 7's answer and line 8: (P̂, Q), the same on every worker."""
+        if local.in_flight is not None:
+            yield local.in_flight
+        return LowRank(local.P_hat, self._Q)  # Alg. 1, line 8
+
+    def commit_(self, absent: frozenset[int] = frozenset()) -> None:
+        """Makes the averaged Q of the last exchange the next step's Q.
+
+        A column of Q that is exactly zero (a layer without gradient, a matrix of lower rank)
+        keeps its last value instead: from a zero column nothing could ever be learned again.
+
+        Args:
+            absent: parameters that take no part in the step and keep their Q.
+        """
+        for batch, query, Q in zip(self.layout.batches, self.queries, self._Q, strict=True):
+            keep = (Q == 0).all(dim=-1, keepdim=True)  # [b, r, 1]
+            for position, entry in enumerate(batch.entries):
+                if entry.index in absent:
+                    keep[position] = True
+            torch.where(keep, query, Q, out=query)
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """For each compressed parameter, {"q": its warm-started Q [m, r]}, a live view."""
+        return {
+            entry.index: {"q": query[position].mT}
+            for batch, query in zip(self.layout.batches, self.queries, strict=True)
+            for position, entry in enumerate(batch.entries)
+        }
+
+    def _draw(self, step: int) -> list[Tensor]:
+        drawn = [torch.empty_like(query) for query in self.queries]
+        for batch, query in zip(self.layout.batches, drawn, strict=True):
+            for position, entry in enumerate(batch.entries):
+                shape = (batch.columns, _rank(batch))
+                query[position] = initial_query(self.seed, entry.index, *shape, step=step).mT
+        return drawn
+
+
+def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
+    """Q for one parameter before anything is known of it: i.i.d. standard normal.
+
+    The same on every worker and in every run, whatever else draws random numbers; the global
+    generator is not touched. Source: Algorithm 1, line 1.
+
+    Args:
+        seed: of the optimizer.
+        index: the parameter's position in the optimizer.
+        m: rows of Q, the columns of the gradient's matrix.
+        r: columns of Q, the rank.
+        step: number of the step it is drawn for; 0 for a warm start.
+
+    Returns:
+        [m, r], float64, on the CPU.
+
+    Example:
+        >>> from efsgd.powersgd import initial_query
+        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 5, 3, 2))
+        True
+        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 6, 3, 2))
+        False
+    """
+    # A hash spreads neighboring seeds, parameters and steps over unrelated generator states.
+    digest = hashlib.blake2b(f"{seed}/{index}/{step}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(m, r, dtype=torch.float64, generator=generator)
+
+
+def _rank(batch: Batch) -> int:
+    return cast(int, batch.level)
+
+
+def _views(buffer: Tensor, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    parts = buffer.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

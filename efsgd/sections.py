@@ -1,0 +1,110 @@
+"""From parameter groups to sections: one for each device and dtype, made anew when they change."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from efsgd.arguments import compute_dtype
+from efsgd.blocks import Entry, Layout
+from efsgd.compressors import Compressor
+from efsgd.control import ControlWords
+from efsgd.error_feedback import Section
+from efsgd.state import Member, State, attach_
+
+__all__ = ["describe", "make_sections", "signature"]
+
+
+def signature(
+    groups: Iterable[Mapping[str, Any]], compressor: Compressor, *context: Hashable
+) -> Hashable:
+    """All that sections depend on; while it stays equal they can be used again.
+
+    Args:
+        groups: of the optimizer.
+        compressor: whose settings are read from the groups.
+        context: anything else that matters.
+    """
+    settings = tuple(compressor.settings())
+    return context, tuple(
+        (
+            tuple(group[name] for name in settings),
+            group["error_feedback"],
+            group["momentum"] != 0,
+            group["step"] >= group["start_compressing_at"],
+            tuple((id(p), p.requires_grad, p.dtype, p.device, p.shape) for p in group["params"]),
+        )
+        for group in groups
+    )
+
+
+def make_sections(
+    members: Iterable[Member],
+    states: Mapping[int, State],
+    compressor: Compressor,
+    world_size: int,
+    worker: int,
+) -> list[Section]:
+    """Plans and fills the sections of all parameters that require a gradient.
+
+    Args:
+        members: the parameters, in order.
+        states: of each, complete; errors and factors become views (modified in place).
+        compressor: decides what is compressed and how far.
+        world_size: the number of workers.
+        worker: this worker.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
+    for member in members:
+        if member.parameter.requires_grad:
+            kind = member.parameter.device, compute_dtype(member.parameter)
+            kinds.setdefault(kind, []).append(member)
+    sections = []
+    for (device, dtype), alike in kinds.items():
+        words = ControlWords.count(len(alike), world_size)
+        layout = Layout.plan((_entry(member, compressor) for member in alike), words)
+        options = alike[0].group
+        section = Section(
+            layout,
+            {member.index: member.parameter for member in alike},
+            compressor.aggregator(layout, options, dtype, device),
+            ControlWords([member.index for member in alike], world_size, worker),
+            dtype,
+            device,
+            error_feedback=options["error_feedback"],
+        )
+        attach_(section, states)
+        sections.append(section)
+    return sections
+
+
+def describe(members: Iterable[Member], compressor: Compressor) -> list[str]:
+    """What workers must agree on, a line for each parameter and each group."""
+    lines = []
+    group: dict[str, Any] | None = None
+    for member in members:
+        if member.group is not group:
+            group = member.group
+            values = (f"{k}={_plain(v)}" for k, v in sorted(group.items()) if k not in _UNCOMPARED)
+            lines.append("a group with " + ", ".join(values))
+        entry, parameter = _entry(member, compressor), member.parameter
+        how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
+        if not parameter.requires_grad:
+            how = "frozen"
+        kind = str(parameter.dtype).removeprefix("torch.")
+        lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
+    return lines
+
+
+_UNCOMPARED = ("params", "param_names")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _entry(member: Member, compressor: Compressor) -> Entry:
+    group, shape = member.group, tuple(member.parameter.shape)
+    is_compressing = group["step"] >= group["start_compressing_at"]
+    level = compressor.level(shape, group) if is_compressing else None
+    return Entry(member.index, shape, level)

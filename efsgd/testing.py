@@ -1,0 +1,213 @@
+"""Many workers in one thread: deterministic tests without processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from efsgd.collectives import (
+    AllGather,
+    AllReduceMean,
+    Broadcast,
+    Collective,
+    Exchange,
+    InFlight,
+    Request,
+    Start,
+)
+from efsgd.errors import CollectiveError
+
+__all__ = ["Lockstep", "LockstepError", "Traced", "lockstep", "step_together"]
+
+T = TypeVar("T")
+
+
+class LockstepError(AssertionError):
+    """Workers asked for different things, or touched a buffer in flight: a hang or a race."""
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One collective that all workers took part in.
+
+    Attributes:
+        kind: "AllReduceMean", "AllGather" or "Broadcast".
+        purpose: what was sent.
+        shape: of each worker's buffer.
+        dtype: of each worker's buffer.
+    """
+
+    kind: str
+    purpose: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The size of one worker's buffer."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Lockstep(Generic[T]):
+    """What came of driving some exchanges together.
+
+    Attributes:
+        results: of each worker.
+        trace: the collectives, in order.
+    """
+
+    results: list[T]
+    trace: list[Traced]
+
+
+def lockstep(exchanges: Sequence[Exchange[T]], *, fail_at: int | None = None) -> Lockstep[T]:
+    """Drives one exchange per worker, all in this thread.
+
+    Means are sums in worker order, divided by the number of workers. It is checked that all
+    workers ask for the same collectives (kind, shape, dtype) in the same order, and that no
+    buffer changes while it is in flight.
+
+    Args:
+        exchanges: one for each worker, in worker order.
+        fail_at: the number of a collective, from 0, that fails on every worker: its answer is a
+            `CollectiveError`, raised at the line that waits for it.
+
+    Returns:
+        All results, and the trace.
+
+    Raises:
+        LockstepError: the workers disagree, or one raised while others wait for it.
+        Exception: what the exchanges raise, if all of them raise it; worker 0's.
+
+    Example:
+        >>> from efsgd.collectives import AllReduceMean
+        >>> from efsgd.testing import lockstep
+        >>> def mean_of(value):
+        ...     return (yield AllReduceMean(torch.tensor([value]), "an example")).item()
+        >>> lockstep([mean_of(1.0), mean_of(2.0)]).results
+        [1.5, 1.5]
+    """
+    return _Conductor(exchanges, fail_at).run()
+
+
+def step_together(optimizers: Sequence[Any], *, fail_at: int | None = None) -> list[Traced]:
+    """One `step()` of several optimizers, each a worker of one group, without processes.
+
+    Args:
+        optimizers: `ErrorFeedbackSGD`s, one for each worker, in worker order, whose parameters
+            have their gradients.
+        fail_at: see `lockstep`.
+
+    Returns:
+        The trace.
+
+    Example:
+        >>> from efsgd import PowerSGDOptimizer
+        >>> from efsgd.testing import step_together
+        >>> workers = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+        >>> optimizers = [PowerSGDOptimizer([x], lr=0.5, momentum_form="sgd") for x in workers]
+        >>> workers[0].grad, workers[1].grad = torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])
+        >>> trace = step_together(optimizers)
+        >>> workers[0].tolist(), workers[1].tolist()
+        ([-1.0, -1.0], [-1.0, -1.0])
+    """
+    exchanges = [
+        optimizer.exchange(len(optimizers), worker) for worker, optimizer in enumerate(optimizers)
+    ]
+    return lockstep(exchanges, fail_at=fail_at).trace
+
+
+class _Conductor(Generic[T]):
+    """Keeps the state of one call of `lockstep`."""
+
+    def __init__(self, exchanges: Sequence[Exchange[T]], fail_at: int | None) -> None:
+        self._exchanges = list(exchanges)
+        self._fail_at = fail_at
+        self._trace: list[Traced] = []
+        # What is in flight: by the number of the collective, what each worker has handed over.
+        self._started: dict[int, list[tuple[Collective, Tensor]]] = {}
+
+    def run(self) -> Lockstep[T]:
+        answers: list[Any] = [None] * len(self._exchanges)
+        while True:
+            outcomes = [self._resume(*pair) for pair in zip(self._exchanges, answers, strict=True)]
+            kinds = {kind for kind, _ in outcomes}
+            values = [value for _, value in outcomes]
+            if kinds == {"returned"}:
+                return Lockstep(values, self._trace)
+            if kinds == {"raised"}:
+                for worker, error in enumerate(values[1:], start=1):
+                    values[0].add_note(f"worker {worker}: {type(error).__name__}: {error}")
+                raise values[0]
+            if kinds != {"asked"}:
+                state = "; ".join(f"worker {w} {k} {v!r}" for w, (k, v) in enumerate(outcomes))
+                error = next((v for k, v in outcomes if k == "raised"), None)
+                raise LockstepError(f"Some workers wait for others for ever: {state}") from error
+            answers = self._serve(values)
+
+    def _resume(self, exchange: Exchange[T], answer: Any) -> tuple[str, Any]:
+        try:
+            if isinstance(answer, CollectiveError):
+                return "asked", exchange.throw(answer)
+            return "asked", exchange.send(answer)
+        except StopIteration as end:
+            return "returned", end.value
+        except Exception as error:
+            return "raised", error
+
+    def _serve(self, requests: list[Request]) -> list[Any]:
+        starts = [request for request in requests if isinstance(request, Start)]
+        waits = [request for request in requests if isinstance(request, InFlight)]
+        collectives = [r for r in requests if not isinstance(r, Start | InFlight)]
+        if len(starts) == len(requests):
+            number = self._begin([start.collective for start in starts])
+            return [InFlight(start.collective, lambda: torch.tensor(number)) for start in starts]
+        if len(waits) == len(requests):
+            numbers = {int(in_flight.wait()) for in_flight in waits}
+            if len(numbers) > 1:
+                raise LockstepError(f"Workers wait for different collectives: {sorted(numbers)}")
+            return self._finish(numbers.pop())
+        if len(collectives) != len(requests):
+            raise LockstepError(f"Workers ask for different things: {requests}")
+        return self._finish(self._begin(collectives))
+
+    def _begin(self, collectives: Sequence[Collective]) -> int:
+        traced = [
+            Traced(type(c).__name__, c.purpose, tuple(c.buffer.shape), c.buffer.dtype)
+            for c in collectives
+        ]
+        sources = {c.source for c in collectives if isinstance(c, Broadcast)}
+        if any(t != traced[0] for t in traced) or len(sources) > 1:
+            raise LockstepError(f"Workers ask for different collectives: {traced}")
+        number = len(self._trace)
+        self._trace.append(traced[0])
+        self._started[number] = [(c, c.buffer.clone()) for c in collectives]
+        return number
+
+    def _finish(self, number: int) -> list[Any]:
+        started = self._started.pop(number)
+        for worker, (collective, handed_over) in enumerate(started):
+            before, after = handed_over, collective.buffer
+            if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
+                raise LockstepError(
+                    f"Worker {worker} wrote to its buffer while {self._trace[number]} was in flight"
+                )
+        if number == self._fail_at:
+            purpose = self._trace[number].purpose
+            return [CollectiveError(f"injected failure of {purpose}") for _ in started]
+        buffers = [handed_over for _, handed_over in started]
+        first = started[0][0]
+        if isinstance(first, AllGather):
+            return [torch.stack(buffers) for _ in started]
+        if isinstance(first, Broadcast):
+            answer = buffers[first.source]
+        else:
+            assert isinstance(first, AllReduceMean)
+            answer = buffers[0].clone()
+            for buffer in buffers[1:]:
+                answer += buffer
+            answer /= len(buffers)
+        return [collective.buffer.copy_(answer) for collective, _ in started]
