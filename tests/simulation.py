@@ -1,0 +1,103 @@
+"""Runs a `strategies.Scenario` on real optimizers, all workers in one thread."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
+from efsgd.powersgd import initial_query
+from efsgd.testing import Traced, step_together
+from tests.reference import Reference
+from tests.strategies import Scenario, matrix_dimensions
+
+SEED = 11
+
+
+def make_workers(
+    parameters: Sequence[Tensor], world_size: int, **options: Any
+) -> list[PowerSGDOptimizer]:
+    """One optimizer per worker, each with its own copy of the parameters."""
+    options = {"seed": SEED, **options}
+    return [
+        PowerSGDOptimizer([p.detach().clone().requires_grad_() for p in parameters], **options)
+        for _ in range(world_size)
+    ]
+
+
+def parameters_of(optimizer: ErrorFeedbackSGD) -> list[Tensor]:
+    """All parameters, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def errors_of(optimizer: ErrorFeedbackSGD) -> list[Tensor]:
+    """The error memory of each parameter; zeros where it has none."""
+    return [
+        optimizer.state[p].get("error", torch.zeros_like(p)).detach()
+        for p in parameters_of(optimizer)
+    ]
+
+
+def set_gradients(
+    optimizers: Sequence[ErrorFeedbackSGD], gradients: Sequence[Sequence[Tensor | None]]
+) -> None:
+    """Gives each worker its gradients, in the dtype of its parameters."""
+    for optimizer, own in zip(optimizers, gradients, strict=True):
+        for parameter, gradient in zip(parameters_of(optimizer), own, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+
+
+def step_with(
+    optimizers: Sequence[ErrorFeedbackSGD],
+    gradients: Sequence[Sequence[Tensor | None]],
+    **options: Any,
+) -> list[Traced]:
+    """Sets the gradients and steps all workers together."""
+    set_gradients(optimizers, gradients)
+    with warnings.catch_warnings():
+        # Made-up gradients may well be equal on all workers, which has a test of its own.
+        warnings.filterwarnings("ignore", "All workers have bitwise equal gradients")
+        return step_together(optimizers, **options)
+
+
+def snapshot(optimizers: Sequence[ErrorFeedbackSGD]) -> list[Any]:
+    """All that a step may change: parameters, state and groups of every worker, copied."""
+    return copy.deepcopy([(parameters_of(o), o.state_dict()) for o in optimizers])
+
+
+def bits(value: Any) -> Any:
+    """A value in which tensors are replaced by their bytes, so that == compares bit by bit."""
+    if isinstance(value, Tensor):
+        raw = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        return str(value.dtype), tuple(value.shape), bytes(raw.tolist())
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(item) for item in value]
+    return value
+
+
+def reference_for(scenario: Scenario) -> Reference:
+    """The naive reference, starting from the same parameters and the same Q as the workers."""
+
+    def query(index: int, step: int) -> Tensor:
+        n, m = matrix_dimensions(scenario.shapes[index])
+        r = min(n, m, scenario.hyperparameters["rank"])
+        return initial_query(SEED, index, m, r, step=step)
+
+    parameters = scenario.parameters()
+    return Reference(
+        scenario.shapes, parameters, scenario.world_size, scenario.hyperparameters, query
+    )
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest element."""
+    if a.numel() == 0:
+        return 0.0
+    a, b = a.detach().double(), b.detach().double()
+    scale = max(float(a.abs().max()), float(b.abs().max()), 1e-300)
+    return float((a - b).abs().max()) / scale

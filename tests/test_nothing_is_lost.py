@@ -1,0 +1,135 @@
+"""Promise 2, conservation: Σ_t Δ'_t + mean_w e_w(T) = Σ_t mean_w g_w(t)."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from efsgd import PowerSGDOptimizer
+from efsgd.checkpoint import consolidation
+from efsgd.testing import lockstep
+from tests.simulation import errors_of, make_workers, parameters_of, step_with
+from tests.strategies import Gradients, Scenario, scenarios
+
+LR = 0.5
+# What is lost to rounding in float64: 2e-16 for each of some dozen sums.
+TOLERANCE = 1e-10
+
+PLAIN = {"lr": LR, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
+
+
+class Balance:
+    """Books what goes into a group of workers and what comes out."""
+
+    def __init__(self, workers: Sequence[PowerSGDOptimizer]) -> None:
+        self.start = [p.detach().clone() for p in parameters_of(workers[0])]
+        self.received = [torch.zeros_like(p) for p in self.start]
+        self.scale = [torch.ones(()) for _ in self.start]
+
+    def receive(self, gradients: Gradients) -> None:
+        """Gradients that every worker was given in one step."""
+        for index, total in enumerate(self.received):
+            for own in gradients:
+                gradient = own[index]
+                if gradient is not None:
+                    total += gradient / len(gradients)
+                    self.scale[index] = self.scale[index] + gradient.abs().sum()
+
+    def check(self, workers: Sequence[PowerSGDOptimizer]) -> None:
+        """With `momentum_form="sgd"` and no momentum, x(0) - x(T) = lr Σ Δ'."""
+        errors = [torch.stack(each).mean(0) for each in zip(*map(errors_of, workers), strict=True)]
+        for index, parameter in enumerate(parameters_of(workers[0])):
+            applied = (self.start[index] - parameter.detach()) / LR
+            lost = applied + errors[index] - self.received[index]
+            assert lost.numel() == 0 or lost.abs().max() <= TOLERANCE * self.scale[index]
+
+
+@settings(max_examples=200)
+@given(scenarios(**PLAIN, momentum_form="sgd", maximize=False, error_feedback=True))
+def test_conservation(scenario: Scenario) -> None:
+    workers = make_workers(
+        scenario.parameters(), scenario.world_size, **scenario.hyperparameters
+    )
+    balance = Balance(workers)
+    for step in range(scenario.steps):
+        gradients = scenario.gradients(step)
+        step_with(workers, gradients)
+        balance.receive(gradients)
+        balance.check(workers)
+
+
+def a_run(world_size: int = 4, **options: object) -> tuple[list[PowerSGDOptimizer], Scenario]:
+    shapes = [(12, 10), (10,), (12, 10), (3, 4, 2, 2)]
+    own = {"lr": LR, "momentum_form": "sgd", "rank": 2, **options}
+    scenario = Scenario(shapes, world_size, own, 9, 7, ["gaussian"] * 4, ["contiguous"] * 4)
+    return make_workers(scenario.parameters(), world_size, **own), scenario
+
+
+def set_rank(rank: int) -> Callable[[dict[str, object]], None]:
+    return lambda group: group.update(rank=rank)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [set_rank(1), set_rank(5), lambda group: group.update(min_compression_rate=float("inf"))],
+    ids=["lower rank", "higher rank", "no compression any more"],
+)
+def test_conservation_through_changes_of_rank(
+    change: Callable[[dict[str, object]], None],
+) -> None:
+    workers, scenario = a_run()
+    balance = Balance(workers)
+    for step in range(scenario.steps):
+        if step == 4:
+            for optimizer in workers:
+                change(optimizer.param_groups[0])
+        gradients = scenario.gradients(step)
+        step_with(workers, gradients)
+        balance.receive(gradients)
+        balance.check(workers)
+
+
+@pytest.mark.parametrize("new_world_size", [1, 2, 4, 8])
+def test_conservation_through_a_checkpoint_and_other_numbers_of_workers(
+    new_world_size: int,
+) -> None:
+    workers, scenario = a_run()
+    balance = Balance(workers)
+    for step in range(4):
+        gradients = scenario.gradients(step)
+        step_with(workers, gradients)
+        balance.receive(gradients)
+    saved = lockstep([consolidation(optimizer) for optimizer in workers]).results
+    values: list[Tensor] = parameters_of(workers[0])
+    workers = make_workers(values, new_world_size, lr=LR)
+    for optimizer in workers:
+        optimizer.load_state_dict(copy.deepcopy(saved[0]))
+    balance.check(workers)
+    other = Scenario(scenario.shapes, new_world_size, {}, 4, 8, scenario.kinds, scenario.layouts)
+    for step in range(4):
+        gradients = other.gradients(step)
+        step_with(workers, gradients)
+        balance.receive(gradients)
+        balance.check(workers)
+
+
+def test_a_gradient_that_comes_back_finds_its_error_again() -> None:
+    workers, scenario = a_run()
+    balance = Balance(workers)
+    for step in range(6):
+        gradients = scenario.gradients(step)
+        if step in (2, 3):  # nobody has a gradient for the first matrix, one worker for the third
+            gradients = [
+                [None, own[1], own[2] if worker == 1 else None, own[3]]
+                for worker, own in enumerate(gradients)
+            ]
+            before = [error[0].clone() for error in map(errors_of, workers)]
+        step_with(workers, gradients)
+        if step in (2, 3):
+            after = [error[0] for error in map(errors_of, workers)]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        balance.receive(gradients)
+        balance.check(workers)

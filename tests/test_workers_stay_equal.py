@@ -1,0 +1,119 @@
+"""Promises 3, 4 and 8: workers never drift, the wire schedule is fixed, bytes are counted."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from tests.simulation import bits, make_workers, parameters_of, step_with
+from tests.strategies import KINDS, Scenario, scenarios
+
+
+def replicated(optimizer: torch.optim.Optimizer) -> object:
+    """What must be equal on all workers: everything but the errors."""
+    states = [
+        {k: v for k, v in optimizer.state[p].items() if k != "error"}
+        for p in parameters_of(optimizer)  # type: ignore[arg-type]
+    ]
+    return bits([parameters_of(optimizer), states])  # type: ignore[arg-type]
+
+
+@settings(max_examples=150)
+@given(scenarios())
+def test_workers_are_bitwise_equal_after_every_step(scenario: Scenario) -> None:
+    workers = make_workers(
+        scenario.parameters(), scenario.world_size, **scenario.hyperparameters
+    )
+    for step in range(scenario.steps):
+        step_with(workers, scenario.gradients(step))
+        first = replicated(workers[0])
+        assert all(replicated(optimizer) == first for optimizer in workers[1:])
+
+
+def test_errors_are_each_worker_s_own() -> None:
+    scenario = Scenario([(9, 8)], 3, {}, 1, 0, ["gaussian"], ["contiguous"])
+    workers = make_workers(scenario.parameters(), 3, lr=0.1, rank=1)
+    step_with(workers, scenario.gradients(0))
+    errors = [bits(optimizer.state[parameters_of(optimizer)[0]]["error"]) for optimizer in workers]
+    assert len(set(map(str, errors))) == 3
+
+
+SHAPES = [(9, 8), (8,), (9, 8), (), (4, 3, 3, 3)]
+
+
+def trace_of(kind: str, missing: frozenset[tuple[int, int, int]], seed: int) -> list[object]:
+    each = len(SHAPES)
+    scenario = Scenario(SHAPES, 3, {}, 2, seed, [kind] * each, ["contiguous"] * each, missing)
+    workers = make_workers(scenario.parameters(), 3, lr=0.1, rank=2, nonfinite="skip")
+    step_with(workers, scenario.gradients(0))  # the first step compares the workers, too
+    return list(step_with(workers, scenario.gradients(1)))
+
+
+def test_the_schedule_does_not_depend_on_data_or_missing_gradients() -> None:
+    everyone = frozenset((1, w, i) for w, i in itertools.product(range(3), range(len(SHAPES))))
+    patterns = [frozenset(), frozenset({(1, 0, 0), (1, 2, 3)}), everyone]
+    traces = [trace_of(kind, pattern, 1) for kind in KINDS for pattern in patterns]
+    assert all(trace == traces[0] for trace in traces)
+    assert len(traces[0]) == 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_schedule_does_not_depend_on_non_finite_gradients(value: float) -> None:
+    expected = trace_of("gaussian", frozenset(), 1)
+    scenario = Scenario(SHAPES, 3, {}, 2, 1, ["gaussian"] * 5, ["contiguous"] * 5)
+    for index in range(len(SHAPES)):
+        workers = make_workers(scenario.parameters(), 3, lr=0.1, rank=2, nonfinite="skip")
+        step_with(workers, scenario.gradients(0))
+        gradients = scenario.gradients(1)
+        bad = gradients[1][index]
+        assert bad is not None
+        bad.reshape(-1)[-1:] = value
+        assert step_with(workers, gradients) == expected
+
+
+def test_bytes_are_those_of_the_buffers_handed_over() -> None:
+    scenario = Scenario(SHAPES, 3, {}, 2, 1, ["gaussian"] * 5, ["contiguous"] * 5)
+    workers = make_workers(
+        [p.float() for p in scenario.parameters()], 3, lr=0.1, rank=2, min_compression_rate=1.0
+    )
+    totals = []
+    for step in range(2):
+        trace = step_with(workers, scenario.gradients(step))
+        totals.append(sum(traced.nbytes for traced in trace))
+    stats = workers[0].communication_stats()
+    assert stats["bytes_sent"] == totals[1]
+    assert stats["total_bytes_sent"] == sum(totals)
+    assert stats["check_bytes_sent"] == totals[0] - totals[1] > 0
+    assert stats["collectives"] == 2
+    assert stats["steps"] == 2
+    floats = sum(p.numel() for p in parameters_of(workers[0]))
+    assert stats["bytes_uncompressed"] == 4 * floats
+    assert stats["ratio"] == stats["bytes_uncompressed"] / stats["bytes_sent"]
+    # (9, 8) twice at rank 2, vectors of 8 and 1, (4, 27) as a matrix; 5 + 3 control words.
+    assert stats["bytes_sent"] == 4 * (2 * 2 * (9 + 8) + 8 + 1 + 2 * (4 + 27) + 5 + 3)
+
+
+def test_only_vectors_need_one_collective() -> None:
+    scenario = Scenario([(8,), ()], 2, {}, 2, 1, ["gaussian"] * 2, ["contiguous"] * 2)
+    workers = make_workers(scenario.parameters(), 2, lr=0.1)
+    step_with(workers, scenario.gradients(0))
+    assert len(step_with(workers, scenario.gradients(1))) == 1
+
+
+def test_the_global_generator_is_not_touched() -> None:
+    before = torch.get_rng_state()
+    scenario = Scenario(SHAPES, 2, {}, 2, 1, ["gaussian"] * 5, ["contiguous"] * 5)
+    workers = make_workers(scenario.parameters(), 2, lr=0.1, rank=2, warm_start=False)
+    step_with(workers, scenario.gradients(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seed_decides() -> None:
+    scenario = Scenario(SHAPES, 2, {}, 2, 1, ["gaussian"] * 5, ["contiguous"] * 5)
+    after = []
+    for seed in (1, 1, 2):
+        workers = make_workers(scenario.parameters(), 2, lr=0.1, rank=1, seed=seed)
+        step_with(workers, scenario.gradients(0))
+        after.append(str(bits(parameters_of(workers[0]))))
+    assert after[0] == after[1] != after[2]
