@@ -36,10 +36,10 @@ def normalize_columns(matrices: Tensor) -> Tensor:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Orthonormal columns that span at least the columns of each matrix.
 
-    The Q of Householder's QR decomposition, on columns brought to one scale first. It differs
-    from Gram-Schmidt's only in the signs of columns, which cancel in P̂Q^T. Zero and linearly
-    dependent columns are replaced by some unit vectors orthogonal to the others, so the
-    result is orthonormal for every finite input, and nothing is ever divided by zero.
+    What Gram-Schmidt gives in exact arithmetic, by Householder's QR decomposition of columns that
+    were brought to one scale. Zero and linearly dependent columns are replaced by some unit
+    vectors orthogonal to the others, so the result is orthonormal for every finite input, and
+    nothing is ever divided by zero.
 
     Source: PowerSGD (arXiv 1905.13727), Algorithm 1, line 5.
 
@@ -64,5 +64,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
             f"Invalid shape {tuple(matrices.shape)}: {r} orthonormal columns need at least {r} "
             f"rows. Clip the rank to min(n, m, rank)."
         )
-    orthonormal: Tensor = torch.linalg.qr(normalize_columns(matrices)).Q
+    Q, R = torch.linalg.qr(normalize_columns(matrices))
+    # Householder leaves the signs to chance; Gram-Schmidt's columns point along the given ones.
+    signs = R.diagonal(dim1=-2, dim2=-1).signbit()
+    orthonormal: Tensor = torch.where(signs.unsqueeze(-2), -Q, Q)
     return orthonormal

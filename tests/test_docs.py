@@ -1,7 +1,6 @@
-"""The documentation's training script runs as its page says.
+"""What the documentation says of files is true: its training script runs, its tests exist.
 
-Everything else on the pages is checked by "make docs": each example runs, each public name is
-described.
+The rest is checked by "make docs": every example runs, and every public name is described.
 """
 
 import os
@@ -27,3 +26,9 @@ def test_the_training_script_of_the_quickstart_learns_on_two_workers() -> None:
     losses = [float(loss) for loss in re.findall(r"loss on worker 0: ([\d.]+)", done.stdout)]
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0], done.stdout
     assert "2 collectives per step" in done.stdout
+
+
+def test_files_named_in_the_documentation_exist() -> None:
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"`((?:docs|efsgd|examples|tests)/[\w/]+\.\w+)`", page.read_text()):
+            assert (ROOT / name).is_file(), f"{page.name} names {name}"

@@ -50,9 +50,7 @@ class Balance:
 @settings(max_examples=200)
 @given(scenarios(**PLAIN, momentum_form="sgd", maximize=False, error_feedback=True))
 def test_conservation(scenario: Scenario) -> None:
-    workers = make_workers(
-        scenario.parameters(), scenario.world_size, **scenario.hyperparameters
-    )
+    workers = make_workers(scenario.parameters(), scenario.world_size, **scenario.hyperparameters)
     balance = Balance(workers)
     for step in range(scenario.steps):
         gradients = scenario.gradients(step)

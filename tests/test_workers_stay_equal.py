@@ -22,9 +22,7 @@ def replicated(optimizer: torch.optim.Optimizer) -> object:
 @settings(max_examples=150)
 @given(scenarios())
 def test_workers_are_bitwise_equal_after_every_step(scenario: Scenario) -> None:
-    workers = make_workers(
-        scenario.parameters(), scenario.world_size, **scenario.hyperparameters
-    )
+    workers = make_workers(scenario.parameters(), scenario.world_size, **scenario.hyperparameters)
     for step in range(scenario.steps):
         step_with(workers, scenario.gradients(step))
         first = replicated(workers[0])
