@@ -16,7 +16,7 @@ __all__ = [
     "validate_shared",
 ]
 
-# Names of torch.optim.SGD's settings.
+#: Names of torch.optim.SGD's settings.
 SGD_SETTINGS = (
     "lr",
     "momentum",
@@ -29,8 +29,8 @@ SGD_SETTINGS = (
     "fused",
 )
 
-# Settings of the optimizer as a whole. They live in every group, since that is what a
-# state_dict saves, and must be the same in all of them.
+#: Settings of the optimizer as a whole. They live in every group, since that is what a
+#: state_dict saves, and must be the same in all of them.
 SHARED = ("error_feedback", "start_compressing_at", "nonfinite", "step", "warm_start", "seed")
 
 

@@ -5,6 +5,7 @@ shapes and so form a batch, and which are sent as they are ("vectors", after the
 which offset of one flat buffer. `Blocks` are tensors laid out by such a plan.
 """
 
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Layout:
             (1, 8, 64)
         """
         ordered = tuple(sorted(entries, key=lambda entry: entry.index))
-        for previous, entry in zip(ordered, ordered[1:], strict=False):
+        for previous, entry in itertools.pairwise(ordered):
             if previous.index == entry.index:
                 raise ValueError(f"Invalid entries: parameter {entry.index} occurs twice.")
         for entry in ordered:

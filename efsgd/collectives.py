@@ -53,7 +53,7 @@ class AllReduceMean:
 
 @dataclass(frozen=True, eq=False)
 class AllGather:
-    """The buffers of all workers, stacked in worker order: shape [world_size, *buffer.shape].
+    """The buffers of all workers, stacked in worker order: shape `[world_size, *buffer.shape]`.
 
     Attributes:
         buffer: contiguous tensor, of equal shape and dtype on every worker.
@@ -79,6 +79,7 @@ class Broadcast:
     source: int = 0
 
 
+#: What workers do together.
 Collective: TypeAlias = AllReduceMean | AllGather | Broadcast
 
 
@@ -102,7 +103,9 @@ class InFlight:
     wait: Callable[[], Tensor]
 
 
+#: What an exchange may yield.
 Request: TypeAlias = Collective | Start | InFlight
+#: An algorithm that pauses at its collectives and returns a `T`.
 Exchange: TypeAlias = Generator[Request, Any, T]
 
 
@@ -181,7 +184,6 @@ def run(
         >>> run(mean_of(torch.tensor([3.0])), Alone())
         tensor([3.])
     """
-
     answer: Tensor | InFlight | None = None
     failure: Exception | None = None
     while True:

@@ -97,8 +97,8 @@ def step_together(optimizers: Sequence[Any], *, fail_at: int | None = None) -> l
     """One `step()` of several optimizers, each a worker of one group, without processes.
 
     Args:
-        optimizers: `ErrorFeedbackSGD`s, one for each worker, in worker order, whose parameters
-            have their gradients.
+        optimizers: each an `ErrorFeedbackSGD`, one for each worker, in worker order, whose
+            parameters have their gradients.
         fail_at: see `lockstep`.
 
     Returns:

@@ -109,7 +109,7 @@ def test_rank_and_rate_may_differ_between_groups_but_not_everything_may() -> Non
     optimizer = PowerSGDOptimizer([{"params": [first], "rank": 1}, {"params": [second], "rank": 3}])
     assert optimizer.state[first]["q"].shape == (8, 1)
     assert optimizer.state[second]["q"].shape == (8, 3)
-    with pytest.raises(ValueError, match="Invalid seed: .* the optimizer as a whole"):
+    with pytest.raises(ValueError, match=r"Invalid seed: .* the optimizer as a whole"):
         optimizer.add_param_group({"params": [a_parameter()], "seed": 5})
     with pytest.raises(ValueError, match="Invalid rank"):
         optimizer.add_param_group({"params": [a_parameter()], "rank": 0})

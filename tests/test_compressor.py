@@ -1,6 +1,7 @@
 """What rank-r compression by power iteration must do, whatever the matrix."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_one_cold_step_is_worse_than_the_best_and_repetition_never_hurts() -> No
         errors.append(float(torch.linalg.matrix_norm(matrix - out[0])))
     best = float(torch.linalg.svdvals(matrix)[3:].norm())
     assert errors[0] > 1.01 * best
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(errors))
     assert errors[-1] < 1.01 * best
 
 
@@ -179,7 +180,7 @@ def test_impossible_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="occurs twice"):
         Layout.plan([Entry(1, (3,), None), Entry(1, (3,), None)])
     for shape in [(3,), (), (0, 4)]:
-        with pytest.raises(ValueError, match="no|only a non-empty"):
+        with pytest.raises(ValueError, match="only a non-empty"):
             Layout.plan([Entry(0, shape, 1)])
 
 

@@ -1,4 +1,4 @@
-"""Promise 6: zero, rank-deficient, tiny and huge gradients give finite, scale-equivariant results."""
+"""Promise 6: zero, rank-deficient, tiny and huge gradients are finite and scale-equivariant."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from efsgd.orthogonalization import orthogonalize
 from tests.simulation import difference, make_workers, parameters_of, step_with
 from tests.strategies import KINDS, gaussian, make_gradient, seeds
 
-# float32 holds numbers from 1e-38 to 3e38; sums over a few dozen elements need some room at the end.
+# float32 holds numbers from 1e-38 to 3e38; sums over a few dozen elements need some room.
 SCALES = (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30)
 
 

@@ -1,0 +1,76 @@
+# "make help" lists the targets. Python 3.11 or newer, git and make are all that is needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Passed to every "pip install", for example
+#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+JOBS ?= 2
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs/_build/doctrees
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+.PHONY: help
+help: ## print this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them
+	$(BIN)/python examples/compare_ranks.py $(DEMO_FLAGS)
+
+.PHONY: test
+test: $(VENV)/.with-test ## run the tests
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+
+.PHONY: lint
+lint: $(VENV)/.with-test ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: $(VENV)/.with-test ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+# The first command reads everything anew, so that a warning is reported until its cause is gone;
+# the second runs the examples of what the first has read.
+.PHONY: docs
+docs: $(VENV)/.with-docs ## build the documentation in docs/_build/html and run its examples
+	$(SPHINX) --fresh-env --builder html docs docs/_build/html
+	$(SPHINX) --builder doctest docs docs/_build/doctest
+
+.PHONY: venv
+venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-docs ## make the virtual environment with everything that the other targets use
+
+.PHONY: clean
+clean: ## remove what the other targets made, except the virtual environment
+	rm -rf build dist efsgd.egg-info docs/_build
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find efsgd tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A file .with-NAME in the virtual environment says that the extra NAME of setup.cfg is installed
+# there. torch comes first and by itself: every later installation finds it in place.
+
+$(VENV)/.with-%: $(VENV)/.with-torch setup.cfg pyproject.toml
+	$(INSTALL) --editable ".[$*]"
+	@touch $@
+
+$(VENV)/.with-torch: $(VENV)/.with-python constraints.txt
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/.with-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'efsgd needs Python 3.11 or newer, and "$(PYTHON)" is not one.' >&2; \
+		echo 'Choose another interpreter: make <target> PYTHON=/path/to/python3.11' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
