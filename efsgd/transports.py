@@ -96,11 +96,12 @@ class ProcessGroup:
 
 
 def current_transport(group: dist.ProcessGroup | None = None) -> Transport:
-    """The transport in force: `ProcessGroup` where torch.distributed is initialised, else `Alone`.
+    """The transport in force: `ProcessGroup` where there are several workers, else `Alone`.
 
     Args:
         group: the process group; None is the default group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Alone()
-    return ProcessGroup(group)
+    transport = ProcessGroup(group)
+    return transport if transport.world_size > 1 else Alone()

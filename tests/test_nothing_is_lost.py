@@ -90,6 +90,17 @@ def test_conservation_through_changes_of_rank(
         balance.check(workers)
 
 
+def test_what_was_left_is_sent_when_compression_ends() -> None:
+    workers, scenario = a_run()
+    for step in range(3):
+        step_with(workers, scenario.gradients(step))
+    assert all(errors_of(optimizer)[0].abs().max() > 0 for optimizer in workers)
+    for optimizer in workers:
+        optimizer.param_groups[0]["min_compression_rate"] = float("inf")
+    step_with(workers, scenario.gradients(3))
+    assert all(error.abs().sum() == 0 for optimizer in workers for error in errors_of(optimizer))
+
+
 @pytest.mark.parametrize("new_world_size", [1, 2, 4, 8])
 def test_conservation_through_a_checkpoint_and_other_numbers_of_workers(
     new_world_size: int,

@@ -1,0 +1,1 @@
+"""Training with efsgd on real data, on any number of workers."""

@@ -1,0 +1,75 @@
+"""The group of workers a script runs in: many under torchrun, one without it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["Workers", "join_workers"]
+
+
+@dataclass(frozen=True)
+class Workers:
+    """All workers, seen from one of them.
+
+    Attributes:
+        worker: number of this worker.
+        world_size: number of workers.
+        device: where this worker computes.
+    """
+
+    worker: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes the files and shows the progress."""
+        return self.worker == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of these numbers over all workers, the same on every worker."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def average_buffers_(self, model: nn.Module) -> None:
+        """Gives all workers the average of their BatchNorm statistics, hence one model to test."""
+        if self.world_size == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world_size
+
+
+@contextmanager
+def join_workers(init_method: str = "env://") -> Iterator[Workers]:
+    """Joins the workers that torchrun started, and leaves them at the end.
+
+    Without torchrun's variables in the environment there is one worker and no process group.
+
+    Args:
+        init_method: where the workers find each other, as in torch.distributed.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    worker = int(os.environ.get("RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size == 1:
+        yield Workers(0, 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method, rank=worker, world_size=world_size)
+    try:
+        yield Workers(worker, world_size, device)
+    finally:
+        dist.destroy_process_group()
