@@ -7,7 +7,7 @@ apart without a word. Both checks raise the same error on every worker.
 import functools
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def check_schema(lines: Sequence[str], device: torch.device) -> Exchange[None]:
     """
     text = "\n".join(lines).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
-    summary = torch.tensor([digest, len(text)], device=device)
+    summary = torch.tensor([digest, len(text)], dtype=torch.int64, device=device)
     summaries = yield AllGather(summary, "digest of the parameter list")
     if bool((summaries == summaries[0]).all()):
         return
@@ -50,35 +50,37 @@ def check_schema(lines: Sequence[str], device: torch.device) -> Exchange[None]:
 
 
 def check_values(
-    parameters: Sequence[Tensor], names: Sequence[str], device: torch.device
+    named: Mapping[str, Tensor], gradients: Sequence[Tensor | None], device: torch.device
 ) -> Exchange[None]:
-    """Compares the values of all parameters, bit by bit through checksums.
+    """Compares values, bit by bit through checksums.
 
     Warns where, on the contrary, all gradients are bitwise equal: then they have probably been
     averaged before, and there would be nothing left to do.
 
     Args:
-        parameters: with their gradients.
-        names: for the error message.
+        named: what must be equal on all workers, by names for the error message.
+        gradients: what should not be.
         device: where buffers may live.
 
     Raises:
-        WorkerMismatchError: names the first parameter that differs and the workers.
+        WorkerMismatchError: names the first value that differs and the workers.
     """
-    own = [[checksum(parameter.detach()) for parameter in parameters]]
-    own += [[0 if p.grad is None else checksum(p.grad) for p in parameters]]
-    gathered = yield AllGather(torch.tensor(own, device=device), "checksums of the parameters")
-    values, gradients = gathered[:, 0].cpu(), gathered[:, 1].cpu()
-    for position, name in enumerate(names):
+    own = [checksum(value.detach()) for value in named.values()]
+    own += [0 if gradient is None else checksum(gradient) for gradient in gradients]
+    checksums = torch.tensor(own, dtype=torch.int64, device=device)
+    gathered = (yield AllGather(checksums, "checksums of parameters and state")).cpu()
+    values, of_gradients = gathered.split([len(named), len(gradients)], dim=1)
+    for position, name in enumerate(named):
         differing = (values[:, position] != values[0, position]).nonzero().flatten().tolist()
         if differing:
             raise WorkerMismatchError(
                 f"{name} differs between workers: its values on {_workers(differing)} are not "
-                f"those of worker 0. All workers must start from the same parameters: call "
+                f"those of worker 0. All workers must start from the same values: call "
                 f"optimizer.broadcast_parameters() before the first step, or load the same "
                 f"checkpoint everywhere."
             )
-    if len(gathered) > 1 and bool((gradients == gradients[0]).all()) and bool(gradients.any()):
+    is_equal = bool((of_gradients == of_gradients[0]).all())
+    if len(gathered) > 1 and is_equal and bool(of_gradients.any()):
         warnings.warn(
             "All workers have bitwise equal gradients, as if they had already been averaged. "
             "Give this optimizer local gradients: use the plain model, or under "
@@ -104,7 +106,7 @@ def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's elements and their order; 0 for all zero bits.
 
     Args:
-        tensor: of any shape, dtype and memory format.
+        tensor: of any shape, dtype and memory format; sparse ones are made dense.
 
     Example:
         >>> from efsgd.agreement import checksum
@@ -129,7 +131,8 @@ def checksum(tensor: Tensor) -> int:
 def _weights(device: torch.device) -> Tensor:
     """Random odd factors, [_CHUNK] int64: products and sums modulo 2**64 then tell values apart."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randint(1 << 62, (_CHUNK,), generator=generator) * 2 + 1).to(device)
+    drawn = torch.randint(1 << 62, (_CHUNK,), generator=generator, device="cpu")
+    return (drawn * 2 + 1).to(device)
 
 
 def _first_difference(texts: Sequence[Sequence[str]]) -> str:

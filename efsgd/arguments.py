@@ -10,7 +10,6 @@ __all__ = [
     "SGD_SETTINGS",
     "SHARED",
     "compute_dtype",
-    "fill_missing_settings",
     "validate_group",
     "validate_parameter",
     "validate_shared",
@@ -30,8 +29,8 @@ SGD_SETTINGS = (
 )
 
 #: Settings of the optimizer as a whole. They live in every group, since that is what a
-#: state_dict saves, and must be the same in all of them.
-SHARED = ("error_feedback", "start_compressing_at", "nonfinite", "step", "warm_start", "seed")
+#: state_dict saves, and must be the same in all of them. A compressor may add its own.
+SHARED = ("error_feedback", "start_compressing_at", "nonfinite", "step")
 
 
 def validate_group(group: Mapping[str, Any]) -> None:
@@ -63,10 +62,12 @@ def validate_group(group: Mapping[str, Any]) -> None:
             "communication. Use torch.optim.SGD for that."
         )
     start = group["start_compressing_at"]
-    if not isinstance(start, int) or start < 0:
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
         raise ValueError(
             f"Invalid start_compressing_at: {start!r}. Must be a number of steps, at least 0."
         )
+    if not isinstance(group["error_feedback"], bool):
+        raise ValueError(f"Invalid error_feedback: {group['error_feedback']!r}. Must be a bool.")
     if group["nonfinite"] not in ("raise", "skip"):
         raise ValueError(f"Invalid nonfinite: {group['nonfinite']!r}. Must be 'raise' or 'skip'.")
 
@@ -90,37 +91,23 @@ def _validate_sgd(group: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
-def validate_shared(groups: Sequence[Mapping[str, Any]]) -> None:
+def validate_shared(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Checks that settings of the optimizer as a whole are equal in all groups.
+
+    Args:
+        groups: all of them.
+        names: of those settings.
 
     Raises:
         ValueError: names the first setting that is not.
     """
-    for name in SHARED:
-        values = [group.get(name) for group in groups]
+    for name in names:
+        values = [group[name] for group in groups]
         if any(value != values[0] for value in values):
             raise ValueError(
                 f"Invalid {name}: {values} in the parameter groups. It belongs to the optimizer as "
                 f"a whole and must be the same in every group; pass it to the constructor."
             )
-
-
-def fill_missing_settings(
-    groups: Sequence[dict[str, Any]],
-    present: Sequence[Mapping[str, Any]],
-    defaults: Mapping[str, Any],
-) -> None:
-    """Gives loaded groups the settings they lack, as an SGD's groups lack all of ours.
-
-    Args:
-        groups: as loaded (modified in place).
-        present: the optimizer's groups until now, whose settings are kept; may be empty.
-        defaults: of the constructor, for what is in neither.
-    """
-    for position, group in enumerate(groups):
-        before = present[position] if position < len(present) else {}
-        for name, default in defaults.items():
-            group.setdefault(name, before.get(name, default))
 
 
 def validate_parameter(parameter: Tensor, name: str) -> None:

@@ -154,7 +154,7 @@ class Blocks:
         dtype: of the matrices.
         device: of the matrices.
         vectors: flat buffer [layout.vector_floats] for the vectors and, before them, the control
-            words; None where only matrices are kept, as in the error memory.
+            words; None where there are only matrices.
     """
 
     def __init__(

@@ -1,20 +1,24 @@
 """What workers must tell each other besides gradients, in words that ride with the vectors.
 
-Two things decide whether and where a step is applied, and every worker must decide alike: which
-parameters had a gradient anywhere, and whether any worker's gradient was not finite. Both
-travel in the buffer of the first collective, one float for each parameter and one for each worker,
-so they cost no collective of their own and the schedule never depends on them.
+Some things decide whether and where a step is applied, and every worker must decide alike: which
+parameters had a gradient anywhere, whether any worker's gradient was not finite, and whether any
+worker could not take part. They travel in the buffer of the first collective, one float for each
+parameter and one for each worker, so they cost no collective of their own and the schedule never
+depends on them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from efsgd.collectives import Collective, Exchange, T, intercept
+from efsgd.collectives import Collective, Exchange, intercept
 
 __all__ = ["ControlWords", "Verdict", "all_finite", "describe_rejection"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,18 @@ class Verdict:
         nonfinite: for each worker that met one, the index of its first parameter whose gradient is
             not finite; None where all gradients are finite but a sum or product with them is not.
         overflowed: the mean is not finite although each worker's part is.
+        unable: workers that met an error of their own and sent zeros.
     """
 
     absent: frozenset[int]
     nonfinite: dict[int, int | None]
     overflowed: bool
+    unable: tuple[int, ...] = ()
 
     @property
     def is_good(self) -> bool:
         """Whether the step may be applied."""
-        return not (self.nonfinite or self.overflowed)
+        return not (self.nonfinite or self.overflowed or self.unable)
 
 
 class ControlWords:
@@ -56,36 +62,46 @@ class ControlWords:
         return parameters + world_size
 
     def escort(
-        self, exchange: Exchange[T], words: Tensor, gradients: Sequence[Tensor | None]
+        self,
+        exchange: Exchange[T],
+        words: Tensor,
+        gradients: Sequence[Tensor | None],
+        *,
+        has_overflowed: bool = False,
+        is_unable: bool = False,
     ) -> Exchange[tuple[T, Verdict]]:
         """Passes on what `exchange` asks for, with the control words aboard.
 
-        A worker whose first buffer is not finite sends zeros for the whole step and says so: NaN
-        never enters another worker's arithmetic, and the schedule stays as it is.
+        A worker whose first buffer is not finite, or which cannot take part, sends zeros for the
+        whole step and says so: NaN never enters another worker's arithmetic, nobody waits for
+        this worker, and the schedule stays as it is.
 
         Args:
             exchange: the collectives of one section; its first buffer holds `words` and must be
                 finite only if all gradients are.
             words: the words' place in that buffer.
             gradients: this worker's gradients, in the order of the words.
+            has_overflowed: it is known already that a gradient of this worker is not finite.
+            is_unable: this worker has met an error and cannot take part.
 
         Returns:
             The result of `exchange`, and the verdict.
         """
         own = self._own_words(gradients)
-        is_first = is_finite = mean_is_finite = True
+        is_first, is_good, mean_is_finite = True, not is_unable, True
 
         def outgoing(collective: Collective) -> None:
-            nonlocal is_first, is_finite
+            nonlocal is_first, is_good
+            if is_first:
+                words.zero_()  # what the last step has left there is not this worker's
+                is_good = is_good and not has_overflowed and all_finite(collective.buffer)
+                if not is_good:
+                    code = self._unable if is_unable else self._first_nonfinite(gradients)
+                    own[len(self._indices) + self._worker] = code
+            if not is_good:
+                collective.buffer.zero_()
             if is_first:
                 words.copy_(own)
-                is_finite = all_finite(collective.buffer)
-                if not is_finite:
-                    own[len(self._indices) + self._worker] = self._accuse(gradients)
-            if not is_finite:
-                collective.buffer.zero_()
-                if is_first:
-                    words.copy_(own)
             is_first = False
 
         def incoming(answer: Tensor) -> None:
@@ -97,9 +113,15 @@ class ControlWords:
 
     def _own_words(self, gradients: Sequence[Tensor | None]) -> Tensor:
         presence = [float(gradient is not None) for gradient in gradients]
-        return torch.tensor(presence + [0.0] * self._world_size)
+        words = presence + [0.0] * self._world_size
+        return torch.tensor(words, dtype=torch.float64, device="cpu")
 
-    def _accuse(self, gradients: Sequence[Tensor | None]) -> int:
+    @property
+    def _unable(self) -> int:
+        """What a worker that cannot take part writes in its word."""
+        return len(self._indices) + 2
+
+    def _first_nonfinite(self, gradients: Sequence[Tensor | None]) -> int:
         """1 + the position of the first gradient that is not finite; past the last if none."""
         for position, gradient in enumerate(gradients):
             if gradient is not None and not all_finite(gradient):
@@ -114,11 +136,12 @@ class ControlWords:
         nonfinite = {
             worker: self._indices[position - 1] if position <= len(self._indices) else None
             for worker, position in enumerate(positions)
-            if position
+            if 0 < position < self._unable
         }
+        unable = tuple(w for w, position in enumerate(positions) if position == self._unable)
         pairs = zip(self._indices, presence, strict=True)
         absent = frozenset(index for index, mean in pairs if mean == 0)
-        return Verdict(absent, nonfinite, overflowed)
+        return Verdict(absent, nonfinite, overflowed, unable)
 
 
 def all_finite(tensor: Tensor) -> bool:

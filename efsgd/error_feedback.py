@@ -6,12 +6,13 @@ Distributed Optimization", NeurIPS 2019, arXiv 1905.13727. Algorithm 2, whose li
 Legend. Δ_w: `deltas`; e_w: `errors`; Δ': `updates`; m: `momenta`; x: `parameters`;
 γ: `lr`; λ: `momentum`.
 
-A step is a transaction. Lines 7 to 10 (`exchange_gradients`) write to scratch memory only; once
-every worker is known to agree, `commit_` makes the scratch the memory, and lines 11 to 13 follow,
-which ask for no communication and so cannot fail half-way.
+A step is a transaction. Lines 7 to 10 (`exchange_gradients`) write to scratch memory only. Once
+every worker is known to agree, `commit_` makes the scratch the memory, and lines 11 to 13 follow.
+They need no other worker, and all they touch has been checked before the first collective.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from efsgd.collectives import Exchange
 from efsgd.compressors.base import Aggregator, Compressed
 from efsgd.control import ControlWords, Verdict
 
-__all__ = ["Section", "commit_and_decompress_", "descend_", "exchange_gradients"]
+__all__ = ["Outcome", "Section", "commit_and_decompress_", "descend_", "exchange_gradients"]
 
 
 class Section:
@@ -32,8 +33,9 @@ class Section:
         errors: the error memory e_w of the compressed tensors; None without error feedback.
         deltas: scratch for Δ_w; after line 9 it holds the next errors.
         updates: where Δ' is decompressed to: the memory that `commit_` has just set free.
-        leftovers: by index, errors of tensors that were compressed before and now are not. They
-            are sent along with the next gradient, and are zero from then on.
+        leftovers: by index, errors of tensors that have no error memory any more (compressed
+            before, and now not). They are sent along with the next gradient.
+        shown: by index and name, the views that `optimizer.state` shows of errors and factors.
 
     Args:
         layout: which tensor lies where.
@@ -58,36 +60,22 @@ class Section:
     ) -> None:
         self.layout, self.parameters = layout, dict(parameters)
         self.aggregator, self.control = aggregator, control
+        self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
         self.deltas = Blocks(layout, dtype, device, aggregator.vectors)
         self.errors = Blocks(layout, dtype, device, aggregator.vectors) if error_feedback else None
-        self.updates = self.errors or self.deltas
+        self.updates = self.deltas if self.errors is None else self.errors
         self.leftovers: dict[int, Tensor] = {}
+        self.shown: dict[int, dict[str, Tensor]] = {}
 
     def gradients(self) -> list[Tensor | None]:
-        """This worker's gradients g_w, in the order of the layout.
-
-        Raises:
-            NotImplementedError: a gradient is sparse.
-        """
-        gradients = [parameter.grad for parameter in self.parameters.values()]
-        for index, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is not None and gradient.layout != torch.strided:
-                raise NotImplementedError(
-                    f"The gradient of parameter {index} is sparse. Use dense gradients: "
-                    f"torch.nn.Embedding(..., sparse=False)."
-                )
-        return gradients
+        """This worker's gradients g_w, in the order of the layout."""
+        return [parameter.grad for parameter in self.parameters.values()]
 
     def error_of(self, index: int) -> Tensor | None:
-        """The error memory of one parameter, in its shape; None where it has none."""
-        if self.errors is None or index not in self.compressed:
-            return self.leftovers.get(index)
-        return self.errors.views[index]
-
-    @property
-    def compressed(self) -> list[int]:
-        """Indices of the parameters that are compressed."""
-        return [entry.index for batch in self.layout.batches for entry in batch.entries]
+        """The error of one parameter, in its shape; None where it has none."""
+        if self.errors is not None and index in self.compressed:
+            return self.errors.views[index]
+        return self.leftovers.get(index)
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the new errors and the compressor's new state those of the next step.
@@ -97,37 +85,62 @@ class Section:
                 their errors stay what they are.
         """
         self.aggregator.commit_(absent)
-        for index, leftover in self.leftovers.items():
-            if index not in absent:
-                leftover.zero_()
+        for index in self.leftovers.keys() - absent:
+            self.leftovers.pop(index).zero_()
         if self.errors is not None:
-            for index in absent.intersection(self.compressed):
+            for index in absent & self.compressed:
                 self.deltas.views[index].copy_(self.errors.views[index])
             self.errors, self.deltas = self.deltas, self.errors
             self.updates = self.deltas
 
 
-def exchange_gradients(section: Section, step: int) -> Exchange[tuple[Compressed, Verdict]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of lines 7 to 10.
+
+    Attributes:
+        mean: C(Δ), the same on every worker.
+        verdict: whether the step may be applied; the same on every worker.
+        obstacle: the error because of which this worker could not take part.
+    """
+
+    mean: Compressed
+    verdict: Verdict
+    obstacle: Exception | None
+
+
+def exchange_gradients(
+    section: Section, step: int, scale: float = 1.0, *, has_overflowed: bool = False
+) -> Exchange[Outcome]:
     """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
 
     Args:
         section: whose `parameters` have the gradients g_w of line 6. Only scratch is modified.
         step: the number of the step, from 0.
-
-    Returns:
-        C(Δ), and whether the step may be applied; both equal on every worker.
+        scale: the gradients are multiplied by this (loss scaling in mixed precision).
+        has_overflowed: it is known already that a gradient of this worker is not finite.
     """
     aggregator, deltas = section.aggregator, section.deltas
+    obstacle: Exception | None = None
+    try:
+        add_errors_and_gradients_(deltas, section, scale)  # Alg. 2, line 7
+    except Exception as error:  # the other workers are waiting, so it is raised afterwards
+        obstacle = error
 
-    def lines_7_to_10() -> Exchange[Compressed]:
-        add_errors_and_gradients_(deltas, section)  # Alg. 2, line 7
+    def lines_8_to_10() -> Exchange[Compressed]:
         local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
         if section.errors is not None:
             local.subtract_from_(deltas)  # Alg. 2, line 9
         return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
 
-    words = aggregator.vectors[: section.layout.control_words]
-    return (yield from section.control.escort(lines_7_to_10(), words, section.gradients()))
+    mean, verdict = yield from section.control.escort(
+        lines_8_to_10(),
+        aggregator.vectors[: section.layout.control_words],
+        section.gradients(),
+        has_overflowed=has_overflowed,
+        is_unable=obstacle is not None,
+    )
+    return Outcome(mean, verdict, obstacle)
 
 
 def commit_and_decompress_(
@@ -150,19 +163,29 @@ def commit_and_decompress_(
     return {index: views[index] for index in section.parameters if index not in absent}
 
 
-def add_errors_and_gradients_(deltas: Blocks, section: Section) -> None:
+def add_errors_and_gradients_(deltas: Blocks, section: Section, scale: float = 1.0) -> None:
     """Δ_w = g_w + e_w for each tensor of `section`, written to `deltas` (modified in place).
 
     A missing gradient is zero. A tensor that is sent uncompressed has no error.
+
+    Raises:
+        NotImplementedError: a gradient is sparse.
     """
     for index, parameter in section.parameters.items():
         delta, gradient, error = deltas.views[index], parameter.grad, section.error_of(index)
         if gradient is None:
             delta.zero_() if error is None else delta.copy_(error)
-        elif error is None:
+        elif gradient.layout != torch.strided:
+            raise NotImplementedError(
+                f"The gradient of parameter {index} is sparse. Use dense gradients, for example "
+                f"torch.nn.Embedding(..., sparse=False)."
+            )
+        elif error is not None:
+            torch.add(error, gradient, alpha=scale, out=delta)
+        elif scale == 1.0:
             delta.copy_(gradient)
         else:
-            torch.add(error, gradient, out=delta)
+            torch.mul(gradient, scale, out=delta)
 
 
 def descend_(
@@ -179,8 +202,9 @@ def descend_(
 
     Args:
         parameters: x (modified in place).
-        updates: Δ', each of the shape and dtype of its parameter (modified in place).
-        momenta: m (modified in place); None where λ = 0, since then m = Δ'.
+        updates: Δ', each of the shape of its parameter (modified in place). They may have more
+            digits than the parameters; sums are rounded once.
+        momenta: m (modified in place); None where λ has been 0 always, since then m = Δ'.
         lr: γ.
         momentum: λ.
         weight_decay: multiple of x that is added to Δ'; the same on every worker, so it is
@@ -203,4 +227,4 @@ def descend_(
         if momenta is not None:
             m = momenta[position]
             torch.add(update, m, alpha=momentum, out=m)  # Alg. 2, line 12
-        x.add_(update, alpha=-lr).add_(m, alpha=-lr)  # Alg. 2, line 13
+        x.add_(update.add_(m), alpha=-lr)  # Alg. 2, line 13

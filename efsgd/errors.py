@@ -4,7 +4,7 @@ __all__ = ["CollectiveError", "NonFiniteGradientError", "WorkerMismatchError"]
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed or timed out, usually because another worker died.
+    """A collective failed or timed out, or another worker could not take part in a step.
 
     The step that raises it has changed nothing on this worker: parameters and optimizer
     state are bitwise what they were before it.

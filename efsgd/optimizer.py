@@ -1,5 +1,6 @@
 """Error-feedback SGD as a torch.optim.Optimizer, for any compressor."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,19 +11,18 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from efsgd.agreement import broadcast_values
-from efsgd.arguments import (
-    SGD_SETTINGS,
-    SHARED,
-    fill_missing_settings,
-    validate_group,
-    validate_parameter,
-    validate_shared,
-)
+from efsgd.arguments import SGD_SETTINGS, SHARED, validate_group, validate_parameter
 from efsgd.collectives import Exchange, run
 from efsgd.compressors import Compressor, PowerSGD
 from efsgd.errors import CollectiveError
-from efsgd.state import complete_, exact_copy, members, refuse_overwritten
-from efsgd.stepper import Stepper
+from efsgd.loading import (
+    exact_copies,
+    fill_missing_settings,
+    refuse_overwritten,
+    validate_groups,
+)
+from efsgd.state import complete_, members
+from efsgd.stepper import LossScaling, Stepper
 from efsgd.transports import current_transport
 
 __all__ = ["ErrorFeedbackSGD"]
@@ -53,12 +53,18 @@ class ErrorFeedbackSGD(Optimizer):
         error_feedback: whether what was not sent is kept, and sent later.
         start_compressing_at: the number of steps that are sent uncompressed first.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
-            a `NonFiniteGradientError`, or "skip" the step.
-        process_group: the workers; None is the default group, looked up at each step.
+            a `NonFiniteGradientError`, or "skip" the step. Under torch.amp.GradScaler steps
+            are always skipped.
+        process_group: the workers; None is the default group, looked up at each step. It is not
+            pickled.
 
     Raises:
         ValueError: an argument is out of range, or two of them contradict each other.
     """
+
+    # torch.amp.GradScaler then calls `step` on every worker, also on one whose gradients have
+    # overflowed, and the workers decide together.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -100,7 +106,7 @@ class ErrorFeedbackSGD(Optimizer):
             **self._compressor.settings(),
         }
         validate_group(defaults)
-        self._stepper = Stepper(self._compressor)
+        self._stepper = Stepper(self._compressor, defaults)
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
 
@@ -115,13 +121,11 @@ class ErrorFeedbackSGD(Optimizer):
                 belongs to the optimizer as a whole.
         """
         if self.param_groups and isinstance(param_group, dict):
-            for name in SHARED:
+            for name in (*SHARED, *self._compressor.shared_settings()):
                 param_group.setdefault(name, self.param_groups[0][name])
         super().add_param_group(param_group)
         try:
-            validate_group(param_group)
-            self._compressor.validate(param_group)
-            validate_shared(self.param_groups)
+            validate_groups(self.param_groups, self._compressor)
             for member in members(self.param_groups):
                 validate_parameter(member.parameter, member.name)
         except Exception:
@@ -154,9 +158,8 @@ class ErrorFeedbackSGD(Optimizer):
             run(self.exchange(transport.world_size, transport.worker), transport)
         except CollectiveError as error:
             raise CollectiveError(
-                f"Step {step} was abandoned: {error}. Another worker has probably died or hung. "
-                f"Parameters and optimizer state of this worker are as they were before "
-                f"this step: save them, or restart from the last checkpoint."
+                f"Step {step} was abandoned: {error} Parameters and optimizer state of this worker "
+                f"are as they were before step {step}."
             ) from error
         return loss
 
@@ -167,24 +170,33 @@ class ErrorFeedbackSGD(Optimizer):
             world_size: the number of workers.
             worker: this worker's place among them, from 0.
         """
-        return self._stepper.exchange(self.param_groups, self.state, world_size, worker)
+        return self._stepper.exchange(
+            self.param_groups, self.state, world_size, worker, LossScaling.of(self)
+        )
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The workers; None is the default group."""
+        """The workers; None is the default group. May be replaced between steps."""
         return self._process_group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._process_group = group
+        self._stepper.forget()
 
     def communication_stats(self) -> dict[str, Any]:
         """What was handed to collectives by this worker, counted from the buffers.
 
-        With one worker the figures are the same, though nothing leaves the process.
+        With one worker nothing leaves the process; the figures are then those of the buffers that
+        would have been sent.
 
         Returns:
             Of the last step: `collectives`; `bytes_sent`; `bytes_uncompressed`, the size of all
-            gradients; `ratio` of the two. Since construction: `steps` that were applied and
-            `skipped_steps` that were not; `total_bytes_sent`, of which `check_bytes_sent` went
-            into comparing workers before the first step. Bytes are those of one worker's buffers:
-            not times the number of workers, nor times what an all-reduce makes of them on the wire.
+            gradients; `ratio` of the two. Of all steps since construction: `steps` that were
+            applied and `skipped_steps` that were not; `total_bytes_sent`, of which
+            `check_bytes_sent` went into comparing workers before the first step. Bytes are those
+            of one worker's buffers: not times the number of workers, nor times what an all-reduce
+            makes of them on the wire.
         """
         return self._stepper.ledger.report()
 
@@ -253,8 +265,15 @@ class ErrorFeedbackSGD(Optimizer):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group can be neither pickled nor copied: a copy uses the default group.
+        # A process group cannot be pickled: what is unpickled uses the default group.
         return {**super().__getstate__(), "_compressor": self._compressor}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._process_group = self._process_group
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         present = self.__dict__
@@ -262,18 +281,11 @@ class ErrorFeedbackSGD(Optimizer):
         defaults = (state if "defaults" in state else present)["defaults"]
         groups = state["param_groups"]
         fill_missing_settings(groups, present.get("param_groups", []), defaults)
-        for group in groups:
-            validate_group(group)
-            compressor.validate(group)
-        validate_shared(groups)
+        validate_groups(groups, compressor)
         if (loading := present.setdefault("_loading", None)) is not None:
-            saved = [i for group in loading["param_groups"] for i in group["params"]]
-            for member, key in zip(members(groups), saved, strict=True):
-                if key in loading["state"]:
-                    own = exact_copy(loading["state"][key], member.parameter)
-                    state["state"][member.parameter] = own
+            state["state"].update(exact_copies(groups, loading))
         present.setdefault("_process_group", None)
-        present.setdefault("_stepper", Stepper(compressor))
+        present.setdefault("_stepper", Stepper(compressor, defaults))
         super().__setstate__(state)
         self._stepper.forget()
         self._complete_state()

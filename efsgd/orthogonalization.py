@@ -26,11 +26,12 @@ def normalize_columns(matrices: Tensor) -> Tensor:
         >>> normalize_columns(torch.tensor([[3.0, 1e-30], [4.0, 0.0]]))[:, 0]
         tensor([0.3750, 0.5000])
     """
-    largest = matrices.abs().amax(dim=-2, keepdim=True)
+    largest = torch.linalg.vector_norm(matrices, ord=math.inf, dim=-2, keepdim=True)
     exponent = torch.frexp(largest).exponent
     # 2**exponent must itself be a normal number, at both ends of the dtype's range.
     limit = math.frexp(torch.finfo(matrices.dtype).max)[1] - 2
-    return torch.ldexp(matrices, exponent.clamp(-limit, limit).neg())
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-limit, limit).neg())
+    return matrices * scale
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

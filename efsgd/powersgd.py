@@ -12,6 +12,8 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
     P_hat    [b, n, r]   P with orthonormal columns
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Sequence
@@ -28,29 +30,33 @@ from efsgd.orthogonalization import normalize_columns, orthogonalize
 __all__ = ["LowRank", "PowerIteration", "initial_query"]
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The compressed representation (P̂, Q) of matrices, not yet multiplied out.
+def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
+    """Q for one parameter before anything is known of it: i.i.d. standard normal.
 
-    Attributes:
-        P_hat: [b, n, r] for each batch.
-        Q: [b, r, m] for each batch (the paper's Q, transposed).
-        in_flight: where Q is one worker's own: the mean Q, on its way.
+    The same on every worker and in every run, whatever else draws random numbers; the global
+    generator is not touched. Source: Algorithm 1, line 1.
+
+    Args:
+        seed: of the optimizer.
+        index: the parameter's position in the optimizer.
+        m: rows of Q, the columns of the gradient's matrix.
+        r: columns of Q, the rank.
+        step: number of the step it is drawn for; 0 for a warm start.
+
+    Returns:
+        [m, r], float64, on the CPU.
+
+    Example:
+        >>> from efsgd.powersgd import initial_query
+        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 5, 3, 2))
+        True
+        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 6, 3, 2))
+        False
     """
-
-    P_hat: Sequence[Tensor]
-    Q: Sequence[Tensor]
-    in_flight: InFlight | None = None
-
-    def subtract_from_(self, blocks: Blocks) -> None:
-        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place)."""
-        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
-            M.baddbmm_(P_hat, Q, alpha=-1)
-
-    def decompress_into_(self, blocks: Blocks) -> None:
-        """Writes P̂Q^T into each matrix of `blocks` (modified in place)."""
-        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
-            torch.bmm(P_hat, Q, out=M)  # Alg. 1, line 11
+    # A hash spreads neighboring seeds, parameters and steps over unrelated generator states.
+    digest = hashlib.blake2b(f"{seed}/{index}/{step}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(m, r, dtype=torch.float64, generator=generator, device="cpu")
 
 
 class PowerIteration:
@@ -165,33 +171,29 @@ class PowerIteration:
         return drawn
 
 
-def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
-    """Q for one parameter before anything is known of it: i.i.d. standard normal.
+@dataclass(frozen=True)
+class LowRank:
+    """The compressed representation (P̂, Q) of matrices, not yet multiplied out.
 
-    The same on every worker and in every run, whatever else draws random numbers; the global
-    generator is not touched. Source: Algorithm 1, line 1.
-
-    Args:
-        seed: of the optimizer.
-        index: the parameter's position in the optimizer.
-        m: rows of Q, the columns of the gradient's matrix.
-        r: columns of Q, the rank.
-        step: number of the step it is drawn for; 0 for a warm start.
-
-    Returns:
-        [m, r], float64, on the CPU.
-
-    Example:
-        >>> from efsgd.powersgd import initial_query
-        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 5, 3, 2))
-        True
-        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 6, 3, 2))
-        False
+    Attributes:
+        P_hat: [b, n, r] for each batch.
+        Q: [b, r, m] for each batch (the paper's Q, transposed).
+        in_flight: where Q is one worker's own: the mean Q, on its way.
     """
-    # A hash spreads neighboring seeds, parameters and steps over unrelated generator states.
-    digest = hashlib.blake2b(f"{seed}/{index}/{step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randn(m, r, dtype=torch.float64, generator=generator)
+
+    P_hat: Sequence[Tensor]
+    Q: Sequence[Tensor]
+    in_flight: InFlight | None = None
+
+    def subtract_from_(self, blocks: Blocks) -> None:
+        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place)."""
+        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
+            M.baddbmm_(P_hat, Q, alpha=-1)
+
+    def decompress_into_(self, blocks: Blocks) -> None:
+        """Writes P̂Q^T into each matrix of `blocks` (modified in place)."""
+        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
+            torch.bmm(P_hat, Q, out=M)  # Alg. 1, line 11
 
 
 def _rank(batch: Batch) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from efsgd.arguments import compute_dtype
 from efsgd.blocks import Entry, Layout
@@ -16,23 +17,31 @@ __all__ = ["describe", "make_sections", "signature"]
 
 
 def signature(
-    groups: Iterable[Mapping[str, Any]], compressor: Compressor, *context: Hashable
+    groups: Iterable[Mapping[str, Any]],
+    state: Mapping[Tensor, State],
+    compressor: Compressor,
+    *context: Hashable,
 ) -> Hashable:
     """All that sections depend on; while it stays equal they can be used again.
 
     Args:
         groups: of the optimizer.
+        state: of its parameters.
         compressor: whose settings are read from the groups.
         context: anything else that matters.
     """
     settings = tuple(compressor.settings())
     return context, tuple(
         (
+            id(group),
             tuple(group[name] for name in settings),
             group["error_feedback"],
             group["momentum"] != 0,
             group["step"] >= group["start_compressing_at"],
-            tuple((id(p), p.requires_grad, p.dtype, p.device, p.shape) for p in group["params"]),
+            tuple(
+                (id(p), id(state.get(p)), p.requires_grad, p.dtype, p.device, p.shape)
+                for p in group["params"]
+            ),
         )
         for group in groups
     )
@@ -78,25 +87,29 @@ def make_sections(
     return sections
 
 
-def describe(members: Iterable[Member], compressor: Compressor) -> list[str]:
-    """What workers must agree on, a line for each parameter and each group."""
-    lines = []
+def describe(
+    members: Iterable[Member], compressor: Compressor, settings: Iterable[str]
+) -> list[str]:
+    """What workers must agree on, a line for each parameter and each group.
+
+    Args:
+        members: the parameters, in order.
+        compressor: decides what is compressed and how far.
+        settings: names of the group entries that must be equal.
+    """
+    lines, names = [], sorted(settings)
     group: dict[str, Any] | None = None
     for member in members:
         if member.group is not group:
             group = member.group
-            values = (f"{k}={_plain(v)}" for k, v in sorted(group.items()) if k not in _UNCOMPARED)
-            lines.append("a group with " + ", ".join(values))
+            lines.append("a group with " + ", ".join(f"{k}={_plain(group[k])}" for k in names))
         entry, parameter = _entry(member, compressor), member.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
         if not parameter.requires_grad:
             how = "frozen"
-        kind = str(parameter.dtype).removeprefix("torch.")
+        kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
         lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
     return lines
-
-
-_UNCOMPARED = ("params", "param_names")
 
 
 def _plain(value: Any) -> Any:

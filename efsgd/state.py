@@ -2,7 +2,7 @@
 
 `state[p]` holds tensors only, complete from construction, with equal keys on all workers:
 
-    momentum_buffer   m, shape and dtype of p; where the group has momentum
+    momentum_buffer   m, shape, strides and dtype of p; where the group has momentum
     momentum_started  bool []: whether m was ever updated (torch.optim.SGD's first is undampened)
     error             e_w, shape of p, float32 or float64; for compressed tensors
     q                 PowerSGD's warm-started Q, [m, r], float32 or float64; for compressed tensors
@@ -11,9 +11,9 @@ During training `error` and `q` are live views of batched buffers. Like any opti
 change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,9 +23,20 @@ from efsgd.blocks import Entry
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
 
-__all__ = ["Member", "attach_", "complete_", "exact_copy", "members", "refuse_overwritten"]
+__all__ = [
+    "Member",
+    "State",
+    "adopt_replaced_",
+    "attach_",
+    "complete_",
+    "members",
+    "require_shape",
+    "show_errors_",
+    "withdraw_",
+]
 
-State = MutableMapping[str, Tensor]
+#: What is kept for one parameter, by name.
+State: TypeAlias = MutableMapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,42 +56,55 @@ class Member:
     name: str
 
 
-def members(groups: list[dict[str, Any]]) -> Iterator[Member]:
-    """All parameters of all groups, in order."""
-    index = 0
+def members(groups: Sequence[dict[str, Any]]) -> Iterator[Member]:
+    """All parameters of all groups, in order; one that is listed twice appears once."""
+    index, seen = 0, set()
     for group in groups:
         names = group.get("param_names")
         for position, parameter in enumerate(group["params"]):
             name = f"parameter {index}"
             if names is not None:
                 name += f" ({names[position]})"
-            yield Member(index, parameter, group, name)
+            if parameter not in seen:
+                yield Member(index, parameter, group, name)
+            seen.add(parameter)
             index += 1
 
 
 def complete_(state: State, member: Member, compressor: Compressor) -> None:
-    """Adds to one parameter's state what is missing in it (modified in place)."""
+    """Adds to one parameter's state what is missing in it, and fits the rest (modified in place).
+
+    Raises:
+        ValueError: a tensor in it has not the shape that the parameter asks for.
+    """
     parameter, group = member.parameter, member.group
     if group["momentum"] != 0:
         started = state.get("momentum_buffer") is not None
-        if not started:
-            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        state.setdefault("momentum_started", torch.tensor(started))
+        state.setdefault("momentum_started", torch.tensor(started, device="cpu"))
+        present = state["momentum_buffer"] if started else torch.zeros((), dtype=parameter.dtype)
+        if started:
+            require_shape(present, parameter.shape, "momentum_buffer", member.name)
+        fits = present.dtype == parameter.dtype and present.device == parameter.device
+        if not (started and fits and present.stride() == parameter.stride()):
+            state["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False)
+            state["momentum_buffer"].copy_(present)
     level = compressor.level(parameter.shape, group)
+    dtype, device = compute_dtype(parameter), parameter.device
+    if "error" in state:
+        require_shape(state["error"], parameter.shape, "error", member.name)
+        state["error"] = state["error"].to(device=device, dtype=dtype)
+    elif group["error_feedback"] and level is not None:
+        state["error"] = torch.zeros(parameter.shape, dtype=dtype, device=device)
     if level is None:
         return
-    dtype, device = compute_dtype(parameter), parameter.device
-    if group["error_feedback"] and "error" not in state:
-        state["error"] = torch.zeros(parameter.shape, dtype=dtype, device=device)
     entry = Entry(member.index, tuple(parameter.shape), level)
     for name, initial in compressor.initial_state(entry, group).items():
-        present = state.get(name)
-        if present is None or present.shape != initial.shape:
-            fresh = initial.to(device=device, dtype=dtype)
-            if present is not None:  # the rank has changed: keep the columns that both have
-                shared = min(present.shape[-1], fresh.shape[-1])
-                fresh[..., :shared] = present[..., :shared]
-            state[name] = fresh
+        kept, fresh = state.get(name), initial.to(device=device, dtype=dtype)
+        if kept is not None:  # of another rank, perhaps: keep the columns that both have
+            require_shape(kept[..., :0], fresh[..., :0].shape, name, member.name)
+            shared = min(kept.shape[-1], fresh.shape[-1])
+            fresh[..., :shared] = kept[..., :shared]
+        state[name] = fresh
 
 
 def attach_(section: Section, states: Mapping[int, State]) -> None:
@@ -90,18 +114,16 @@ def attach_(section: Section, states: Mapping[int, State]) -> None:
         section: freshly made (modified in place).
         states: complete, by index; their tensors are replaced by views (modified in place).
     """
-    kept = section.aggregator.state()
+    section.shown = section.aggregator.state()
     for entry in section.layout.entries:
         state = states[entry.index]
-        if entry.level is None:
-            if "error" in state:
-                section.leftovers[entry.index] = state["error"]
-            continue
-        for name, view in kept[entry.index].items():
+        for name, view in section.shown.get(entry.index, {}).items():
             view.copy_(state[name])
             state[name] = view
-        if section.errors is not None:
+        if section.errors is not None and entry.level is not None:
             section.errors.views[entry.index].copy_(state["error"])
+        elif "error" in state and bool(state["error"].any()):
+            section.leftovers[entry.index] = state["error"]
     show_errors_(section, states)
 
 
@@ -109,45 +131,35 @@ def show_errors_(section: Section, states: Mapping[int, State]) -> None:
     """Makes each state's `error` a view of the buffer that is now the error memory."""
     if section.errors is not None:
         for index in section.compressed:
-            states[index]["error"] = section.errors.views[index]
+            view = section.errors.views[index]
+            section.shown[index]["error"] = states[index]["error"] = view
 
 
-def exact_copy(saved: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """Copies one parameter's saved state in this package's own dtypes.
-
-    torch's Optimizer.load_state_dict casts whatever it finds to the parameter's dtype, which for
-    a bfloat16 parameter would destroy the errors.
-    """
-    copies: dict[str, Any] = {}
-    for name, value in saved.items():
-        if isinstance(value, Tensor):
-            dtype = value.dtype
-            if value.is_floating_point():
-                is_momentum = name == "momentum_buffer"
-                dtype = parameter.dtype if is_momentum else compute_dtype(parameter)
-            device = parameter.device if name != "momentum_started" else value.device
-            value = value.detach().to(device=device, dtype=dtype, copy=True)
-        copies[name] = value
-    return copies
+def adopt_replaced_(section: Section, states: Mapping[int, State]) -> None:
+    """Takes over tensors that the user has put into a state in place of our views."""
+    for index, shown in section.shown.items():
+        state = states[index]
+        for name, view in shown.items():
+            value = state.get(name)
+            if value is not view:
+                if value is not None:
+                    require_shape(value, view.shape, name, f"parameter {index}")
+                    view.copy_(value)
+                state[name] = view
 
 
-def refuse_overwritten(saved: Mapping[Any, Any], sections: list[Section]) -> None:
-    """Refuses a state_dict that was kept without copying it while training went on.
+def withdraw_(state: State) -> None:
+    """Moves the state of a frozen parameter out of the buffers it shared with others."""
+    for name, value in state.items():
+        if value.untyped_storage().nbytes() > value.numel() * value.element_size():
+            state[name] = value.clone()
 
-    Raises:
-        ValueError: its errors lie in memory that later steps have used for other things.
-    """
-    scratch = {
-        batch.untyped_storage().data_ptr()
-        for section in sections
-        if section.errors is not None
-        for batch in section.deltas.batches
-    }
-    for state in saved.values():
-        error = state.get("error") if isinstance(state, Mapping) else None
-        if isinstance(error, Tensor) and error.untyped_storage().data_ptr() in scratch:
-            raise ValueError(
-                "Invalid state_dict: its errors are views of this optimizer's own memory, which "
-                "later steps have overwritten. Copy a state_dict when you take it: "
-                "copy.deepcopy(optimizer.state_dict()), or torch.save it."
-            )
+
+def require_shape(value: Tensor, shape: torch.Size, name: str, owner: str) -> None:
+    """Raises ValueError unless a tensor of the state of `owner` has this shape."""
+    if value.shape != shape:
+        raise ValueError(
+            f"Invalid {name} of {owner}: its shape is {list(value.shape)} and must be "
+            f"{list(shape)}. Load a state_dict of the same model, or delete the entry from "
+            f"optimizer.state to start anew."
+        )

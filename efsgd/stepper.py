@@ -5,8 +5,9 @@ train, runs Algorithm 2 on each section, and applies the step only once every se
 worker is known to be good.
 """
 
-from collections.abc import Hashable, MutableMapping
-from typing import Any
+from collections.abc import Hashable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,14 +16,42 @@ from efsgd.agreement import check_schema, check_values
 from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
-from efsgd.error_feedback import Section, commit_and_decompress_, exchange_gradients
-from efsgd.errors import NonFiniteGradientError
+from efsgd.error_feedback import (
+    Outcome,
+    Section,
+    commit_and_decompress_,
+    exchange_gradients,
+)
+from efsgd.errors import CollectiveError, NonFiniteGradientError
 from efsgd.sections import describe, make_sections, signature
-from efsgd.state import Member, State, complete_, members, show_errors_
+from efsgd.state import Member, State, adopt_replaced_, complete_, members, show_errors_, withdraw_
 from efsgd.statistics import Ledger
 from efsgd.update import apply_updates_
 
-__all__ = ["Stepper"]
+__all__ = ["LossScaling", "Stepper"]
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """What torch.amp.GradScaler tells an optimizer about the gradients of a step.
+
+    Attributes:
+        factor: the gradients are multiplied by this to be those of the loss.
+        has_overflowed: one of this worker's is not finite. A step for which this is so anywhere
+            is skipped by all workers, whatever `nonfinite` says: it is the scaler's daily business.
+    """
+
+    factor: float
+    has_overflowed: bool
+
+    @classmethod
+    def of(cls, optimizer: object) -> Self | None:
+        """What the scaler has left on `optimizer` for the step that it asks for, if it does."""
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            return None
+        scale = getattr(optimizer, "grad_scale", None)  # None: unscaled already
+        return cls(1.0 if scale is None else 1.0 / float(scale), bool(found_inf))
 
 
 class Stepper:
@@ -34,12 +63,13 @@ class Stepper:
 
     Args:
         compressor: decides what is compressed and how far.
+        settings: names of the group entries that workers must agree on.
     """
 
-    def __init__(self, compressor: Compressor) -> None:
+    def __init__(self, compressor: Compressor, settings: Iterable[str]) -> None:
         self.sections: list[Section] = []
         self.ledger = Ledger()
-        self._compressor = compressor
+        self._compressor, self._settings = compressor, tuple(settings)
         self._members: list[Member] = []
         self._states: dict[int, State] = {}
         self._signature: Hashable = None
@@ -47,8 +77,9 @@ class Stepper:
         self._compared: Hashable = None
 
     def forget(self) -> None:
-        """Has sections made anew, and workers compare their parameter lists, at the next step."""
-        self.sections, self._signature, self._agreed_on = [], None, None
+        """Has sections made anew, and workers compare all they have, at the next step."""
+        self.sections, self._signature = [], None
+        self._agreed_on = self._compared = None
 
     @torch.no_grad()
     def exchange(
@@ -57,6 +88,7 @@ class Stepper:
         state: MutableMapping[Tensor, State],
         world_size: int,
         worker: int,
+        scaling: LossScaling | None = None,
     ) -> Exchange[None]:
         """One step.
 
@@ -65,35 +97,46 @@ class Stepper:
             state: of the parameters (modified in place).
             world_size: the number of workers.
             worker: this worker's place among them, from 0.
+            scaling: of the gradients, in mixed precision.
 
         Raises:
             NonFiniteGradientError: a worker's gradient is not finite, and the policy is "raise".
             WorkerMismatchError: the workers do not train the same thing.
+            CollectiveError: another worker could not take part.
         """
         step: int = groups[0]["step"]
         self._prepare(groups, state, world_size, worker)
         self.ledger.begin_check()
         if world_size > 1:
-            yield from intercept(self._check(), outgoing=self.ledger.record)
+            yield from intercept(self._check(world_size), outgoing=self.ledger.record)
         parameters = [p for section in self.sections for p in section.parameters.values()]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
-        means, verdicts = [], []
+        factor, has_overflowed = 1.0, False
+        if scaling is not None:
+            factor, has_overflowed = scaling.factor, scaling.has_overflowed
+        outcomes: list[Outcome] = []
         for section in self.sections:
-            exchange = exchange_gradients(section, step)
-            mean, verdict = yield from intercept(exchange, outgoing=self.ledger.record)
-            means.append(mean)
-            verdicts.append(verdict)
-        if not self._may_apply(verdicts, groups):
+            exchange = exchange_gradients(section, step, factor, has_overflowed=has_overflowed)
+            outcomes.append((yield from intercept(exchange, outgoing=self.ledger.record)))
+        _raise_obstacles(outcomes)
+        verdicts = [outcome.verdict for outcome in outcomes]
+        if not all(verdict.is_good for verdict in verdicts):
+            if groups[0]["nonfinite"] == "raise" and scaling is None:
+                names = {member.index: member.name for member in self._members}
+                raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
             self.ledger.skip_step()
             return
-        updates: dict[int, Tensor] = {}
-        for section, mean, verdict in zip(self.sections, means, verdicts, strict=True):
-            updates |= commit_and_decompress_(section, mean, verdict.absent)
-            show_errors_(section, self._states)
-        apply_updates_(self._members, self._states, updates)
+        self._apply(outcomes)
         for group in groups:
             group["step"] = step + 1
         self.ledger.end_step()
+
+    def _apply(self, outcomes: Sequence[Outcome]) -> None:
+        updates: dict[int, Tensor] = {}
+        for section, outcome in zip(self.sections, outcomes, strict=True):
+            updates |= commit_and_decompress_(section, outcome.mean, outcome.verdict.absent)
+            show_errors_(section, self._states)
+        apply_updates_(self._members, self._states, updates)
 
     def _prepare(
         self,
@@ -102,36 +145,54 @@ class Stepper:
         world_size: int,
         worker: int,
     ) -> None:
-        present = signature(groups, self._compressor, world_size, worker)
+        present = signature(groups, state, self._compressor, world_size, worker)
         if present == self._signature:
+            for section in self.sections:
+                adopt_replaced_(section, self._states)
             return
+        self.sections = []  # their scratch memory is free for what follows
         self._members, self._states = list(members(groups)), {}
         for member in self._members:
             if member.parameter.requires_grad:
                 complete_(state[member.parameter], member, self._compressor)
                 self._states[member.index] = state[member.parameter]
+            elif member.parameter in state:
+                withdraw_(state[member.parameter])
         self.sections = make_sections(
             self._members, self._states, self._compressor, world_size, worker
         )
-        self._signature = present
+        self._signature = signature(groups, state, self._compressor, world_size, worker)
 
-    def _check(self) -> Exchange[None]:
+    def _check(self, world_size: int) -> Exchange[None]:
         """Compares the workers' parameter lists when they are new, and their values once."""
-        if not self.sections or self._agreed_on == self._signature:
+        if self._agreed_on == self._signature:
             return
-        device = next(iter(self.sections[0].parameters.values())).device
-        yield from check_schema(describe(self._members, self._compressor), device)
-        parameters = [member.parameter for member in self._members]
-        identities = tuple(map(id, parameters))
+        device = self._members[0].parameter.device
+        lines = describe(self._members, self._compressor, self._settings)
+        yield from check_schema(lines, device)
+        identities = world_size, tuple(id(member.parameter) for member in self._members)
         if identities != self._compared:
-            yield from check_values(parameters, [m.name for m in self._members], device)
+            named = {member.name: member.parameter for member in self._members}
+            for member in self._members:
+                for key, value in self._states.get(member.index, {}).items():
+                    if key != "error":
+                        named[f"{key} of {member.name}"] = value
+            gradients = [member.parameter.grad for member in self._members]
+            yield from check_values(named, gradients, device)
             self._compared = identities
         self._agreed_on = self._signature
 
-    def _may_apply(self, verdicts: list[Verdict], groups: list[dict[str, Any]]) -> bool:
-        if all(verdict.is_good for verdict in verdicts):
-            return True
-        if groups[0]["nonfinite"] == "raise":
-            names = {member.index: member.name for member in self._members}
-            raise NonFiniteGradientError(describe_rejection(verdicts, names, groups[0]["step"]))
-        return False
+
+def _raise_obstacles(outcomes: Iterable[Outcome]) -> None:
+    """Raises this worker's own error, or says that another worker had one."""
+    verdicts: list[Verdict] = []
+    for outcome in outcomes:
+        if outcome.obstacle is not None:
+            raise outcome.obstacle
+        verdicts.append(outcome.verdict)
+    unable = sorted({worker for verdict in verdicts for worker in verdict.unable})
+    if unable:
+        raise CollectiveError(
+            f"{'worker' if len(unable) == 1 else 'workers'} {', '.join(map(str, unable))} could "
+            f"not take part, for an error of its own that it has raised itself."
+        )

@@ -67,8 +67,9 @@ def lockstep(exchanges: Sequence[Exchange[T]], *, fail_at: int | None = None) ->
     """Drives one exchange per worker, all in this thread.
 
     Means are sums in worker order, divided by the number of workers. It is checked that all
-    workers ask for the same collectives (kind, shape, dtype) in the same order, and that no
-    buffer changes while it is in flight.
+    workers ask for the same collectives (kind, shape, dtype) in the same order, and that nobody
+    writes to a buffer in flight. Nobody should read it, either: it is full of NaN meanwhile, and
+    stays so if the collective fails.
 
     Args:
         exchanges: one for each worker, in worker order.
@@ -164,7 +165,10 @@ class _Conductor(Generic[T]):
         collectives = [r for r in requests if not isinstance(r, Start | InFlight)]
         if len(starts) == len(requests):
             number = self._begin([start.collective for start in starts])
-            return [InFlight(start.collective, lambda: torch.tensor(number)) for start in starts]
+            return [
+                InFlight(start.collective, lambda: torch.tensor(number, device="cpu"))
+                for start in starts
+            ]
         if len(waits) == len(requests):
             numbers = {int(in_flight.wait()) for in_flight in waits}
             if len(numbers) > 1:
@@ -185,13 +189,15 @@ class _Conductor(Generic[T]):
         number = len(self._trace)
         self._trace.append(traced[0])
         self._started[number] = [(c, c.buffer.clone()) for c in collectives]
+        for collective in collectives:
+            _poison_(collective.buffer)
         return number
 
     def _finish(self, number: int) -> list[Any]:
         started = self._started.pop(number)
-        for worker, (collective, handed_over) in enumerate(started):
-            before, after = handed_over, collective.buffer
-            if not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
+        for worker, (collective, _) in enumerate(started):
+            expected = _poison_(torch.empty_like(collective.buffer))
+            if not torch.equal(_bytes(collective.buffer), _bytes(expected)):
                 raise LockstepError(
                     f"Worker {worker} wrote to its buffer while {self._trace[number]} was in flight"
                 )
@@ -201,6 +207,8 @@ class _Conductor(Generic[T]):
         buffers = [handed_over for _, handed_over in started]
         first = started[0][0]
         if isinstance(first, AllGather):
+            for collective, handed_over in started:
+                collective.buffer.copy_(handed_over)
             return [torch.stack(buffers) for _ in started]
         if isinstance(first, Broadcast):
             answer = buffers[first.source]
@@ -211,3 +219,13 @@ class _Conductor(Generic[T]):
                 answer += buffer
             answer /= len(buffers)
         return [collective.buffer.copy_(answer) for collective, _ in started]
+
+
+def _poison_(buffer: Tensor) -> Tensor:
+    """Fills a buffer that is in flight with what nobody could take for a result."""
+    is_float = buffer.is_floating_point()
+    return buffer.fill_(torch.nan if is_float else torch.iinfo(buffer.dtype).max)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -91,7 +91,7 @@ class ProcessGroup:
     def _failure(self, collective: Collective, error: RuntimeError) -> CollectiveError:
         return CollectiveError(
             f"{type(collective).__name__} of {collective.purpose} failed on worker {self.worker} "
-            f"of {self.world_size}: {error}"
+            f"of {self.world_size}: {error}. Another worker has probably died or hung."
         )
 
 
@@ -100,7 +100,16 @@ def current_transport(group: dist.ProcessGroup | None = None) -> Transport:
 
     Args:
         group: the process group; None is the default group.
+
+    Raises:
+        RuntimeError: a group is given, but torch.distributed is not initialised any more.
     """
+    if group is not None and not dist.is_initialized():
+        raise RuntimeError(
+            "The optimizer has a process_group, but torch.distributed is not initialised: the "
+            "group is gone. Assign another one, or None for the default group, to "
+            "optimizer.process_group."
+        )
     if not (dist.is_available() and dist.is_initialized()):
         return Alone()
     transport = ProcessGroup(group)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
+from efsgd.control import all_finite
 from efsgd.error_feedback import descend_
 from efsgd.state import Member, State
 
@@ -30,17 +31,29 @@ def apply_updates_(
             grouped.setdefault(id(member.group), []).append(member)
     for alike in grouped.values():
         group, parameters = alike[0].group, [member.parameter for member in alike]
-        given = [updates[member.index].to(member.parameter.dtype) for member in alike]
+        given = [updates[member.index] for member in alike]
         own = [states[member.index] for member in alike]
         if group["momentum_form"] == "sgd":
+            given = [_like(*pair, group) for pair in zip(given, parameters, strict=True)]
             _torch_update_(parameters, given, own, group)
             continue
-        has_momentum = group["momentum"] != 0
+        # Where there is a momentum it is kept up to date even while λ is 0, as line 12 has it.
+        has_momentum = all("momentum_buffer" in state for state in own)
         momenta = [state["momentum_buffer"] for state in own] if has_momentum else None
         names = ("lr", "momentum", "weight_decay", "maximize")
         descend_(parameters, given, momenta, **{name: _number(group[name]) for name in names})
         if has_momentum:
             _mark_started_(own)
+
+
+def _like(update: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Δ' as torch.optim.SGD would have met it: in the parameter's dtype and, fused, its strides."""
+    cast = update.to(parameter.dtype)
+    if parameter.dtype == torch.float16 and not all_finite(cast):
+        return update  # a sum of gradients and errors may exceed what float16 can hold
+    if group["fused"] and cast.stride() != parameter.stride():
+        return torch.empty_like(parameter).copy_(cast)
+    return cast
 
 
 def _torch_update_(

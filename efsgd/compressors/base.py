@@ -54,6 +54,9 @@ class Compressor(Protocol):
     def settings(self) -> dict[str, Any]:
         """Entries it adds to each parameter group, with their defaults: plain numbers."""
 
+    def shared_settings(self) -> tuple[str, ...]:
+        """Names of those settings that must be the same in every group."""
+
     def validate(self, settings: Mapping[str, Any]) -> None:
         """Raises ValueError where the settings of a group make no sense."""
 

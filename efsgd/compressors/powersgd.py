@@ -52,6 +52,10 @@ class PowerSGD:
         """The entries of a parameter group that PowerSGD reads, with their defaults."""
         return asdict(self)
 
+    def shared_settings(self) -> tuple[str, ...]:
+        """Names of the settings that must be the same in every group."""
+        return ("warm_start", "seed")
+
     def validate(self, settings: Mapping[str, Any]) -> None:
         """Checks the settings of one group.
 
@@ -69,6 +73,8 @@ class PowerSGD:
                 f"Invalid min_compression_rate: {rate!r}. Must be a number of at least 0; "
                 f"1.0 compresses wherever fewer floats are sent."
             )
+        if not isinstance(settings["warm_start"], bool):
+            raise ValueError(f"Invalid warm_start: {settings['warm_start']!r}. Must be a bool.")
         if not isinstance(settings["seed"], int) or settings["seed"] < 0:
             raise ValueError(f"Invalid seed: {settings['seed']!r}. Must be an integer, at least 0.")
 

@@ -1,0 +1,107 @@
+"""Loading a state_dict: what is filled in, what is checked, and in which dtypes it is copied."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.arguments import SHARED, compute_dtype, validate_group, validate_shared
+from efsgd.compressors import Compressor
+from efsgd.error_feedback import Section
+from efsgd.state import Member, members, require_shape
+
+__all__ = ["exact_copies", "fill_missing_settings", "refuse_overwritten", "validate_groups"]
+
+
+def validate_groups(groups: Sequence[Mapping[str, Any]], compressor: Compressor) -> None:
+    """Checks all settings of all groups.
+
+    Raises:
+        ValueError: a setting is out of range, or two contradict each other.
+    """
+    for group in groups:
+        validate_group(group)
+        compressor.validate(group)
+    validate_shared(groups, (*SHARED, *compressor.shared_settings()))
+
+
+def fill_missing_settings(
+    groups: Sequence[dict[str, Any]],
+    present: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+) -> None:
+    """Gives loaded groups the settings they lack, as an SGD's groups lack all of ours.
+
+    Args:
+        groups: as loaded (modified in place).
+        present: the optimizer's groups until now, whose settings are kept; may be empty.
+        defaults: of the constructor, for what is in neither.
+    """
+    for position, group in enumerate(groups):
+        before = present[position] if position < len(present) else {}
+        for name, default in defaults.items():
+            group.setdefault(name, before.get(name, default))
+
+
+def exact_copies(
+    groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """The state of each parameter as `state_dict` has it, copied in this package's own dtypes.
+
+    torch's Optimizer.load_state_dict casts whatever it finds to the parameter's dtype, which for
+    a bfloat16 parameter would destroy the errors.
+
+    Args:
+        groups: of the optimizer that loads.
+        state_dict: what it loads, with as many parameters in each group.
+
+    Raises:
+        ValueError: a momentum or an error has not its parameter's shape.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    saved = state_dict["state"]
+    return {
+        member.parameter: _exact_copy(saved[keys[member.index]], member)
+        for member in members(groups)
+        if keys[member.index] in saved
+    }
+
+
+def refuse_overwritten(saved: Mapping[Any, Any], sections: Sequence[Section]) -> None:
+    """Refuses a state_dict that was kept without copying it while training went on.
+
+    Raises:
+        ValueError: its errors lie in memory that later steps have used for other things.
+    """
+    scratch = {
+        batch.untyped_storage().data_ptr()
+        for section in sections
+        if section.errors is not None
+        for batch in section.deltas.batches
+    }
+    for state in saved.values():
+        error = state.get("error") if isinstance(state, Mapping) else None
+        if isinstance(error, Tensor) and error.untyped_storage().data_ptr() in scratch:
+            raise ValueError(
+                "Invalid state_dict: its errors are views of this optimizer's own memory, which "
+                "later steps have overwritten. Copy a state_dict when you take it: "
+                "copy.deepcopy(optimizer.state_dict()), or torch.save it."
+            )
+
+
+def _exact_copy(saved: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    copies: dict[str, Any] = {}
+    parameter = member.parameter
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            if name in ("momentum_buffer", "error"):
+                require_shape(value, parameter.shape, name, member.name)
+            dtype = value.dtype
+            if value.is_floating_point():
+                is_momentum = name == "momentum_buffer"
+                dtype = parameter.dtype if is_momentum else compute_dtype(parameter)
+            device = torch.device("cpu") if name == "momentum_started" else parameter.device
+            value = value.detach().to(device=device, dtype=dtype, copy=True)
+        copies[name] = value
+    return copies
