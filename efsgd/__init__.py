@@ -6,8 +6,7 @@ gradients in place of full ones. See https://arxiv.org/abs/1905.13727.
 
 from efsgd.compressors import PowerSGD
 from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
-from efsgd.optimizer import ErrorFeedbackSGD
-from efsgd.powersgd_optimizer import PowerSGDOptimizer
+from efsgd.optimizer import ErrorFeedbackSGD, PowerSGDOptimizer
 
 __all__ = [
     "CollectiveError",

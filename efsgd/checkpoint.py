@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from efsgd.collectives import AllReduceMean, Exchange, run
-from efsgd.optimizer import ErrorFeedbackSGD
+from efsgd.optimizer_base import ErrorFeedbackSGD
 from efsgd.transports import current_transport
 
 __all__ = ["consolidated_state_dict", "consolidation"]
