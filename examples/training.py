@@ -29,7 +29,8 @@ class Settings:
         momentum: momentum.
         nesterov: Nesterov's form, where torch's form of momentum is used.
         weight_decay: for all parameters but those of BatchNorm.
-        clip: largest norm of a gradient; None for no limit.
+        clip: largest norm of a worker's own gradient; None for no limit.
+        momentum_form: of PowerSGDOptimizer: "sgd", or "paper".
     """
 
     epochs: int
@@ -41,6 +42,17 @@ class Settings:
     nesterov: bool = False
     weight_decay: float = 0.0
     clip: float | None = None
+    momentum_form: str = "sgd"
+
+    def of_sgd(self) -> dict[str, Any]:
+        """Arguments of torch.optim.SGD, other than the parameters and their weight decay."""
+        return {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov}
+
+    def of_ours(self) -> dict[str, Any]:
+        """The same for PowerSGDOptimizer; the paper's form of momentum has no Nesterov variant."""
+        is_paper = self.momentum_form == "paper"
+        nesterov = self.nesterov and not is_paper
+        return {**self.of_sgd(), "nesterov": nesterov, "momentum_form": self.momentum_form}
 
     def lr_at(self, epoch: float, world_size: int) -> float:
         """The learning rate after `epoch` epochs, which need not be whole, with these workers."""

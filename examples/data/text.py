@@ -34,7 +34,7 @@ class Corpus:
     test: Tensor
 
 
-def load_topics(vocabulary_size: int = 1000, test_fraction: float = 0.1) -> Corpus:
+def load_topics(vocabulary_size: int = 500, test_fraction: float = 0.1) -> Corpus:
     """The English text of `pydoc_data.topics`, which comes with Python and varies with its version.
 
     The topics are concatenated in alphabetical order and the tail is held out. Paragraphs that

@@ -1,0 +1,52 @@
+"""Trains an image classifier on any number of workers, with compressed gradients.
+
+    torchrun --standalone --nproc-per-node 4 examples/image_classification.py --rank 4
+
+Without further arguments: a small CNN on scikit-learn's scans of handwritten digits. With
+`--data DIR`: the ResNet18 and the schedule of the PowerSGD paper on CIFAR-10, read from the files
+of its binary version in DIR.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from efsgd import PowerSGDOptimizer
+from examples.baseline import data_parallel_sgd
+from examples.command_line import parse_arguments, prepare, save_run
+from examples.data import cifar10, digits
+from examples.distributed import join_workers
+from examples.models import CifarResNet18, DigitsCNN
+from examples.reporting import progress_bar
+from examples.tasks import CIFAR10, DIGITS, ImageClassification
+from examples.training import parameter_groups, seed_worker, train
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = parse_arguments(__doc__, "CIFAR-10's binary files")
+    settings = arguments.override(CIFAR10 if arguments.data else DIGITS)
+    with join_workers() as workers:
+        prepare(workers, arguments.seed)
+        if arguments.data:
+            model = CifarResNet18().to(workers.device)
+            data, padding, flip = cifar10.load(arguments.data), 4, True
+        else:
+            model, data, padding, flip = DigitsCNN().to(workers.device), digits.load(), 1, False
+        task = ImageClassification(data, settings.batch_size, workers, padding, flip)
+        groups = parameter_groups(model, settings.weight_decay)
+        if arguments.rank is None:
+            model, optimizer = data_parallel_sgd(model, groups, workers, **settings.of_sgd())
+        else:
+            optimizer = PowerSGDOptimizer(groups, **settings.of_ours(), rank=arguments.rank)
+        seed_worker(arguments.seed, workers.worker)
+        steps = settings.epochs * task.steps_per_epoch
+        with progress_bar("images", steps, visible=workers.is_first) as report:
+            history = train(task, model, optimizer, settings, workers, arguments.seed, report)
+        if workers.is_first:
+            save_run("image_classification", task.quality, history, settings, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The example scripts, run as the README says, for as short as they allow."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_example_data import write_cifar10
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 150  # seconds for a whole launch, of which loading torch takes most
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with these arguments from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=LIMIT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def launch(workers: int, *command: str) -> subprocess.CompletedProcess[str]:
+    """The same under torchrun."""
+    standalone = ["-m", "torch.distributed.run", "--standalone"]
+    return run(*standalone, f"--nproc-per-node={workers}", *command)
+
+
+def results_of(folder: Path, name: str) -> dict[str, Any]:
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return found
+
+
+def test_images_on_two_workers(tmp_path: Path) -> None:
+    script = "examples/image_classification.py"
+    done = launch(2, script, "--epochs", "3", "--rank", "2", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Rank 2: test accuracy" in done.stdout
+    history = results_of(tmp_path, "image_classification")["history"]
+    assert history["quality"][-1] > 70  # guessing gives 10
+    assert history["steps"] == [0, 37, 74, 111]
+    # Rank 2 of the four matrices, norms and biases; then the control words of 11 and 2.
+    matrices = [(32, 9), (64, 288), (128, 576), (10, 512)]
+    floats = sum(2 * (n + m) for n, m in matrices) + 2 * (32 + 64 + 128) + 10 + 11 + 2
+    assert history["bytes_per_epoch"] == 37 * 4 * floats
+
+
+def test_text_on_one_worker_without_torchrun(tmp_path: Path) -> None:
+    script = "examples/language_modeling.py"
+    done = run(script, "--epochs", "1", "--batch-size", "64", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    history = results_of(tmp_path, "language_modeling")["history"]
+    assert history["quality"][-1] < 0.6 * history["quality"][0]  # that of 500 words by chance
+
+
+def test_the_paper_s_models_on_files_in_the_real_formats(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    options = ["--data", str(tmp_path), "--epochs", "1", "--output", str(tmp_path)]
+    done = run("examples/image_classification.py", *options, "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    floats = 154_910 + 62 + 1  # of the paper at rank 4, and the control words of one worker
+    history = results_of(tmp_path, "image_classification")["history"]
+    assert history["bytes_per_epoch"] == 4 * floats
+    (tmp_path / "wiki.train.tokens").write_text("the cat sat on the mat \n" * 40)
+    (tmp_path / "wiki.test.tokens").write_text("the mat sat on the cat \n" * 10)
+    done = run("examples/language_modeling.py", *options, "--batch-size", "4")
+    assert done.returncode == 0, done.stderr
+    assert results_of(tmp_path, "language_modeling")["settings"]["momentum_form"] == "paper"
+
+
+def test_missing_files_are_named() -> None:
+    done = run("examples/image_classification.py", "--data", "nowhere")
+    assert done.returncode != 0
+    assert "data_batch_1.bin" in done.stderr.splitlines()[-1]
+
+
+def test_the_comparison(tmp_path: Path) -> None:
+    script = "examples/compare_ranks.py"
+    short = ["--workers", "2", "--epochs", "1", "--seeds", "2", "--output", str(tmp_path)]
+    done = run(script, *short)
+    assert done.returncode == 0, done.stderr
+    for words in ("Algorithm", "SGD", "Rank 4", "Data sent per epoch", "Time per batch", "±"):
+        assert words in done.stdout
+    runs = results_of(tmp_path, "compare_ranks")["runs"]
+    assert len(runs) == 2
+    for of_task in runs.values():
+        assert list(of_task) == ["SGD", "Rank 1", "Rank 2", "Rank 4"]
+        assert all(len(histories) == 2 for histories in of_task.values())
+        sent = [histories[0]["bytes_per_epoch"] for histories in of_task.values()]
+        assert sent[0] > sent[3] > sent[2] > sent[1]
+        steps = {tuple(history["steps"]) for each in of_task.values() for history in each}
+        assert len(steps) == 1  # equal steps for all
