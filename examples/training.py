@@ -29,7 +29,8 @@ class Settings:
         momentum: momentum.
         nesterov: Nesterov's form, where torch's form of momentum is used.
         weight_decay: for all parameters but those of BatchNorm.
-        clip: largest norm of a worker's own gradient; None for no limit.
+        clip: largest norm of the gradient, a worker's own with PowerSGDOptimizer and the average
+            under DistributedDataParallel; None for no limit.
         momentum_form: of PowerSGDOptimizer: "sgd", or "paper".
     """
 
