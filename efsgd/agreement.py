@@ -76,15 +76,16 @@ def check_values(
             raise WorkerMismatchError(
                 f"{name} differs between workers: its values on {_workers(differing)} are not "
                 f"those of worker 0. All workers must start from the same values: call "
-                f"optimizer.broadcast_parameters() before the first step, or load the same "
-                f"checkpoint everywhere."
+                f"optimizer.broadcast_parameters() before the first step, or load one "
+                f"consolidated checkpoint everywhere."
             )
     is_equal = bool((of_gradients == of_gradients[0]).all())
     if len(gathered) > 1 and is_equal and bool(of_gradients.any()):
         warnings.warn(
             "All workers have bitwise equal gradients, as if they had already been averaged. "
             "Give this optimizer local gradients: use the plain model, or under "
-            "DistributedDataParallel ddp.register_comm_hook(None, noop_hook) or ddp.no_sync().",
+            "DistributedDataParallel ddp.register_comm_hook(None, noop_hook), or forward and "
+            "backward within ddp.no_sync().",
             stacklevel=2,
         )
 

@@ -11,6 +11,7 @@ __all__ = [
     "SHARED",
     "compute_dtype",
     "validate_group",
+    "validate_own_settings",
     "validate_parameter",
     "validate_shared",
 ]
@@ -42,6 +43,16 @@ def validate_group(group: Mapping[str, Any]) -> None:
         NotImplementedError: `differentiable=True`.
     """
     _validate_sgd(group)
+    validate_own_settings(group)
+
+
+def validate_own_settings(group: Mapping[str, Any]) -> None:
+    """Checks those settings of a group that torch.optim.SGD has not, or not in this combination.
+
+    Raises:
+        ValueError: a value is out of range, or two settings contradict each other.
+        NotImplementedError: `differentiable=True`.
+    """
     form = group["momentum_form"]
     if form not in ("paper", "sgd"):
         raise ValueError(f"Invalid momentum_form: {form!r}. Must be 'paper' or 'sgd'.")

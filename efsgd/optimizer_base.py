@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from efsgd.agreement import broadcast_values
 from efsgd.arguments import SGD_SETTINGS, SHARED, validate_group, validate_parameter
 from efsgd.collectives import Exchange, run
 from efsgd.compressors import Compressor, PowerSGD
@@ -207,10 +206,12 @@ class ErrorFeedbackSGD(Optimizer):
 
         Args:
             source: the worker whose parameters are taken, counted within the group.
+
+        Raises:
+            WorkerMismatchError: the workers do not have the same parameters.
         """
-        tensors = [member.parameter for member in members(self.param_groups)]
-        with torch.no_grad():
-            run(broadcast_values(tensors, source), current_transport(self._process_group))
+        exchange = self._stepper.broadcast(self.param_groups, source)
+        run(exchange, current_transport(self._process_group))
 
     @classmethod
     def from_sgd(cls, sgd: SGD, **options: Any) -> Self:

@@ -102,7 +102,7 @@ def describe(
     for member in members:
         if member.group is not group:
             group = member.group
-            lines.append("a group with " + ", ".join(f"{k}={_plain(group[k])}" for k in names))
+            lines += [f"{k}={_plain(group[k])} in the group of {member.name}" for k in names]
         entry, parameter = _entry(member, compressor), member.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
         if not parameter.requires_grad:

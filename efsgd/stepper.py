@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from efsgd.agreement import check_schema, check_values
+from efsgd.agreement import broadcast_values, check_schema, check_values
+from efsgd.arguments import SHARED, validate_own_settings, validate_shared
 from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
@@ -104,6 +105,10 @@ class Stepper:
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
+        for group in groups:  # users and schedulers may have changed them
+            validate_own_settings(group)
+            self._compressor.validate(group)
+        validate_shared(groups, (*SHARED, *self._compressor.shared_settings()))
         step: int = groups[0]["step"]
         self._prepare(groups, state, world_size, worker)
         self.ledger.begin_check()
@@ -130,6 +135,22 @@ class Stepper:
         for group in groups:
             group["step"] = step + 1
         self.ledger.end_step()
+
+    @torch.no_grad()
+    def broadcast(self, groups: list[dict[str, Any]], source: int) -> Exchange[None]:
+        """Gives all workers the parameters of one, once it is known that they have the same list.
+
+        Args:
+            groups: parameter groups (parameters modified in place).
+            source: the worker whose parameters are taken.
+
+        Raises:
+            WorkerMismatchError: the workers do not have the same parameters.
+        """
+        listed = list(members(groups))
+        lines = describe(listed, self._compressor, self._settings)
+        yield from check_schema(lines, listed[0].parameter.device)
+        yield from broadcast_values([member.parameter for member in listed], source)
 
     def _apply(self, outcomes: Sequence[Outcome]) -> None:
         updates: dict[int, Tensor] = {}

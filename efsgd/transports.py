@@ -91,7 +91,8 @@ class ProcessGroup:
     def _failure(self, collective: Collective, error: RuntimeError) -> CollectiveError:
         return CollectiveError(
             f"{type(collective).__name__} of {collective.purpose} failed on worker {self.worker} "
-            f"of {self.world_size}: {error}. Another worker has probably died or hung."
+            f"of {self.world_size}: {error}. Another worker has probably died or "
+            f"hung, or did not call the same."
         )
 
 
