@@ -16,7 +16,7 @@ from efsgd import (
     PowerSGDOptimizer,
     WorkerMismatchError,
 )
-from efsgd.testing import step_together
+from efsgd.testing import lockstep, step_together
 from tests.simulation import (
     bits,
     difference,
@@ -101,6 +101,32 @@ def test_the_number_of_workers_may_change_in_mid_run() -> None:
 
 def scenario_of_three() -> Scenario:
     return Scenario(SHAPES, 3, {}, 9, 4, ["gaussian"] * 3, ["contiguous"] * 3)
+
+
+@pytest.mark.parametrize("parameters", [1, 3])
+def test_a_broadcast_compares_parameter_lists_first(parameters: int) -> None:
+    first = PowerSGDOptimizer([torch.zeros(4, 4).requires_grad_() for _ in range(2)])
+    other = PowerSGDOptimizer([torch.ones(4, 5).requires_grad_() for _ in range(parameters)])
+    exchanges = [o._stepper.broadcast(o.param_groups, 0) for o in (first, other)]
+    with pytest.raises(WorkerMismatchError, match=r"parameter 0, shape \[4, 5\]"):
+        lockstep(exchanges)
+    assert bool((parameters_of(other)[0] == 1).all())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": 0}, {"rank": 2.0}, {"rank": None}, {"momentum_form": "foo"}, {"nesterov": True},
+     {"dampening": 0.5}, {"nonfinite": "ignore"}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_are_changed_are_checked(change: dict[str, Any]) -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    workers[0].param_groups[0].update(change)
+    before = bits(parameters_of(workers[0]))
+    with pytest.raises(ValueError, match=r"Invalid|Pass momentum_form"):
+        step_with(workers, scenario.gradients(1))
+    assert bits(parameters_of(workers[0])) == before
 
 
 # ---- state and groups that users replace --------------------------------------------------------
