@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.launching import run_patiently
 from tests.test_example_data import write_cifar10
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -19,13 +20,11 @@ LIMIT = 150  # seconds for a whole launch, of which loading torch takes most
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with these arguments from the root of the repository."""
-    return subprocess.run(
+    return run_patiently(
         [sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=LIMIT,
-        capture_output=True,
-        text=True,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep, step_together
 from tests import process_worker as script
+from tests.launching import run_patiently
 
 # One process of pytest runs them all: they share launches, and several would crowd the cores.
 pytestmark = pytest.mark.xdist_group("processes")
@@ -38,7 +39,8 @@ def agreed(
     folder = tmp_path_factory.mktemp("agree")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={request.param}", script.__file__, "agree", str(folder)]
-    subprocess.run(command, env=environment(), timeout=LIMIT, check=True, capture_output=True)
+    done = run_patiently(command, env=environment(), timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
     found = results_of(folder)
     assert len(found) == request.param
     return [found[worker] for worker in range(request.param)]
