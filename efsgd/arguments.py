@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = [
     "SGD_SETTINGS",
     "SHARED",
-    "compute_dtype",
     "validate_group",
     "validate_own_settings",
     "validate_parameter",
@@ -136,8 +134,3 @@ def validate_parameter(parameter: Tensor, name: str) -> None:
             f"{name} is sharded (DTensor). The optimizer needs whole parameters on every worker: "
             f"use a plain model or DistributedDataParallel."
         )
-
-
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of errors and factors: float32, or float64 for a float64 parameter."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

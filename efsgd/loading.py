@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.arguments import SHARED, compute_dtype, validate_group, validate_shared
+from efsgd.arguments import SHARED, validate_group, validate_shared
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
-from efsgd.state import Member, members, require_shape
+from efsgd.state import Member, compute_dtype, members, require_shape
 
 __all__ = ["exact_copies", "fill_missing_settings", "refuse_overwritten", "validate_groups"]
 

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.arguments import compute_dtype
 from efsgd.blocks import Entry, Layout
 from efsgd.compressors import Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
-from efsgd.state import Member, State, attach_
+from efsgd.state import Member, State, attach_, compute_dtype
 
 __all__ = ["describe", "make_sections", "signature"]
 
@@ -39,12 +38,18 @@ def signature(
             group["momentum"] != 0,
             group["step"] >= group["start_compressing_at"],
             tuple(
-                (id(p), id(state.get(p)), p.requires_grad, p.dtype, p.device, p.shape)
+                (*_identity(p, state), p.requires_grad, p.dtype, p.device, p.shape)
                 for p in group["params"]
             ),
         )
         for group in groups
     )
+
+
+def _identity(parameter: Tensor, state: Mapping[Tensor, State]) -> tuple[int, int, int]:
+    """Changes when the user replaces a parameter, its state, or its momentum."""
+    own = state.get(parameter)
+    return id(parameter), id(own), id(own.get("momentum_buffer")) if own else 0
 
 
 def make_sections(

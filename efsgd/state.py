@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from efsgd.arguments import compute_dtype
 from efsgd.blocks import Entry
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
@@ -29,6 +28,7 @@ __all__ = [
     "adopt_replaced_",
     "attach_",
     "complete_",
+    "compute_dtype",
     "members",
     "require_shape",
     "show_errors_",
@@ -37,6 +37,11 @@ __all__ = [
 
 #: What is kept for one parameter, by name.
 State: TypeAlias = MutableMapping[str, Tensor]
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of errors and factors: float32, or float64 for a float64 parameter."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

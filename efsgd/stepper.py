@@ -213,7 +213,5 @@ def _raise_obstacles(outcomes: Iterable[Outcome]) -> None:
         verdicts.append(outcome.verdict)
     unable = sorted({worker for verdict in verdicts for worker in verdict.unable})
     if unable:
-        raise CollectiveError(
-            f"{'worker' if len(unable) == 1 else 'workers'} {', '.join(map(str, unable))} could "
-            f"not take part, for an error of its own that it has raised itself."
-        )
+        numbers = ", ".join(map(str, unable))
+        raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")

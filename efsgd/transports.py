@@ -9,6 +9,12 @@ from torch import Tensor
 from efsgd.collectives import AllGather, AllReduceMean, Broadcast, Collective, Transport
 from efsgd.errors import CollectiveError
 
+if dist.is_available():
+    # torch imports this by itself when the first optimizer is made. If that is after
+    # init_process_group, its functions keep the group as a default argument: it then outlives
+    # destroy_process_group, and its threads may abort the process at exit.
+    import torch.distributed.nn.functional  # noqa: F401 (imported for its effect)
+
 __all__ = ["Alone", "ProcessGroup", "current_transport"]
 
 

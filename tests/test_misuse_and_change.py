@@ -52,7 +52,7 @@ def test_an_error_of_one_worker_s_own_reaches_all_and_changes_nothing() -> None:
         try:
             step_together(workers)
         except CollectiveError as error:
-            assert "worker 1 could not take part" in str(error)
+            assert "could not take part, and say themselves why: worker 1" in str(error)
             assert any("NotImplementedError" in note for note in error.__notes__)
             raise AssertionError("as expected") from error
     assert str(caught.value) == "as expected"
