@@ -71,6 +71,5 @@ def join_workers(init_method: str = "env://") -> Iterator[Workers]:
     dist.init_process_group(backend, init_method, rank=worker, world_size=world_size)
     try:
         yield Workers(worker, world_size, device)
-        dist.barrier()  # no worker leaves while another still needs it
     finally:
         dist.destroy_process_group()

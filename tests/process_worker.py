@@ -2,10 +2,12 @@
 
     python process_worker.py agree RESULTS    trains, then disagrees in two ways, and says what came
     python process_worker.py die RESULTS      worker 1 dies in mid-step; the others say what came
+    python process_worker.py early RESULTS    makes and loads an optimizer before there is a group
 
 Each worker writes RESULTS/worker.json.
 """
 
+import copy
 import json
 import os
 import sys
@@ -25,6 +27,7 @@ from efsgd.collectives import Collective
 from efsgd.transports import ProcessGroup
 
 SHAPES = [(24, 16), (16,), (24, 16), (8, 3, 3, 3), (40, 30)]
+THREADS = Path("/proc/self/task")
 OPTIONS: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.01, "rank": 2}
 
 
@@ -76,8 +79,37 @@ def error_of(action: Any) -> dict[str, Any]:
     return {"type": None, "text": "", "seconds": time.monotonic() - began}
 
 
-def agree(worker: int, world_size: int) -> dict[str, Any]:
+def join() -> tuple[int, int]:
+    """Makes the group: this worker's number, and the number of workers."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def threads_of_gloo() -> list[str]:
+    """Names of the threads that serve process groups, as far as the system tells."""
+    found = []
+    for thread in THREADS.glob("*/comm"):
+        try:
+            found.append(thread.read_text().strip())
+        except OSError:  # it has ended meanwhile
+            continue
+    return sorted(name for name in found if "gloo" in name)
+
+
+def leave() -> dict[str, list[str]]:
+    """Destroys the group: gloo's threads before and after that."""
+    before = threads_of_gloo()
+    dist.destroy_process_group()
+    end = time.monotonic() + 5
+    while (after := threads_of_gloo()) and time.monotonic() < end:
+        time.sleep(0.01)  # the system may list a thread for a moment after it was joined
+    return {"before": before, "after": after}
+
+
+def agree() -> dict[str, Any]:
     """Trains for 50 steps, then meets other workers with other ideas."""
+    # No optimizer is made before there is a group: what torch imports with it must not hold this.
+    worker, world_size = join()
     results: dict[str, Any] = {}
     optimizer = make(start())
     for step in range(50):
@@ -124,8 +156,30 @@ def agree(worker: int, world_size: int) -> dict[str, Any]:
     return results
 
 
-def die(worker: int, world_size: int) -> dict[str, Any]:
+def early() -> dict[str, Any]:
+    """Trains an optimizer that was made and loaded before the group, beside one made after it."""
+    alone = make(start())
+    for step in range(3):
+        set_gradients(alone, step, worker=0)
+        alone.step()
+    values = [p.detach() for p in alone.param_groups[0]["params"]]
+    saved = copy.deepcopy(alone.state_dict())
+    optimizers = {"early": make(values, rank=1)}
+    optimizers["early"].load_state_dict(saved)
+    worker, _ = join()
+    optimizers["late"] = make(values, rank=1)
+    optimizers["late"].load_state_dict(saved)
+    for step in range(3, 8):
+        for optimizer in optimizers.values():
+            set_gradients(optimizer, step, worker)
+            optimizer.step()
+    results = {name: fingerprint(optimizer) for name, optimizer in optimizers.items()}
+    return {**results, "start": fingerprint(alone)}
+
+
+def die() -> dict[str, Any]:
     """Worker 1 dies while the second collective of step 3 is on its way."""
+    worker, _ = join()
     optimizer = make(start())
     for step in range(3):
         set_gradients(optimizer, step, worker)
@@ -141,7 +195,7 @@ def die(worker: int, world_size: int) -> dict[str, Any]:
                 os._exit(3)
             return begin(self, collective)
 
-        ProcessGroup.start = fatal  # type: ignore[method-assign]
+        ProcessGroup.start = fatal
     results = {"error": error_of(optimizer.step)}
     results["untouched"] = {"same": fingerprint(optimizer) == before}
     return results
@@ -151,13 +205,11 @@ def main() -> None:
     """Entry point."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
-    worker, world_size = dist.get_rank(), dist.get_world_size()
-    results = {"agree": agree, "die": die}[task](worker, world_size)
-    (folder / f"{worker}.json").write_text(json.dumps(results))
-    if task == "agree":
-        dist.destroy_process_group()
-    else:
+    results = {"agree": agree, "die": die, "early": early}[task]()
+    if task != "die":
+        results["threads"] = leave()
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+    if task == "die":
         os._exit(0)  # the group is broken: nothing is left to be said goodbye to
 
 

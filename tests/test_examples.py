@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.launching import run_patiently
 from tests.test_example_data import write_cifar10
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -20,10 +19,12 @@ LIMIT = 150  # seconds for a whole launch, of which loading torch takes most
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with these arguments from the root of the repository."""
-    return run_patiently(
+    return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         timeout=LIMIT,
     )
 

@@ -14,7 +14,6 @@ import torch
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep, step_together
 from tests import process_worker as script
-from tests.launching import run_patiently
 
 # One process of pytest runs them all: they share launches, and several would crowd the cores.
 pytestmark = pytest.mark.xdist_group("processes")
@@ -31,19 +30,23 @@ def results_of(folder: Path) -> dict[int, dict[str, Any]]:
     return {int(file.stem): json.loads(file.read_text()) for file in folder.glob("*.json")}
 
 
+def launch(task: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """What each worker of a torchrun launch reports."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world_size}", script.__file__, task, str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    found = results_of(folder)
+    assert len(found) == world_size
+    return [found[worker] for worker in range(world_size)]
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 workers", "4 workers"])
 def agreed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What each worker of a torchrun launch reports."""
-    folder = tmp_path_factory.mktemp("agree")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={request.param}", script.__file__, "agree", str(folder)]
-    done = run_patiently(command, env=environment(), timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    found = results_of(folder)
-    assert len(found) == request.param
-    return [found[worker] for worker in range(request.param)]
+    """What the workers report of the task "agree"."""
+    return launch("agree", request.param, tmp_path_factory.mktemp("agree"))
 
 
 def test_workers_are_bitwise_equal_after_50_steps(agreed: list[dict[str, Any]]) -> None:
@@ -103,11 +106,31 @@ def test_nothing_has_changed_and_a_broadcast_is_the_remedy(agreed: list[dict[str
     assert all(worker["after_broadcast"] == agreed[0]["after_broadcast"] for worker in agreed)
 
 
+@pytest.mark.parametrize("agreed", [4], ids=["4 workers"], indirect=True)
 def test_subgroups_are_workers_of_their_own(agreed: list[dict[str, Any]]) -> None:
-    if len(agreed) == 4:
-        first, second, third, fourth = (worker["subgroup"] for worker in agreed)
-        assert first == second != third == fourth
-        assert all("does not contain this process" in w["outsider"]["text"] for w in agreed)
+    first, second, third, fourth = (worker["subgroup"] for worker in agreed)
+    assert first == second != third == fourth
+    assert all("does not contain this process" in worker["outsider"]["text"] for worker in agreed)
+
+
+def test_a_group_ends_with_destroy_process_group(agreed: list[dict[str, Any]]) -> None:
+    # Threads that are left end somewhere in the destructors at exit, and may abort the process.
+    if not script.THREADS.is_dir():
+        pytest.skip("the names of threads are known on Linux only")
+    assert all(worker["threads"]["before"] for worker in agreed)
+    assert all(worker["threads"]["after"] == [] for worker in agreed)
+
+
+def test_what_is_made_and_loaded_before_the_group_trains_like_what_is_made_after_it(
+    tmp_path: Path,
+) -> None:
+    workers = launch("early", 2, tmp_path)
+    for worker in workers:
+        assert worker["early"] == worker["late"]
+        assert worker["early"]["parameters"] != worker["start"]["parameters"]
+        assert worker["early"]["parameters"] == workers[0]["early"]["parameters"]
+        assert worker["early"]["error"] != worker["start"]["error"]
+    assert workers[0]["early"]["error"] != workers[1]["early"]["error"]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
