@@ -1,6 +1,7 @@
 """Runs a `strategies.Scenario` on real optimizers, all workers in one thread."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,17 +19,21 @@ SEED = 11
 
 
 def make_workers(
-    parameters: Sequence[Tensor], world_size: int, **options: Any
+    parameters: Sequence[Tensor], world_size: int, cuts: Sequence[int] = (), **options: Any
 ) -> list[PowerSGDOptimizer]:
-    """One optimizer per worker, each with its own copy of the parameters."""
+    """One optimizer per worker, each with its own copy of the parameters; a group ends before each
+    of `cuts` that leaves none empty."""
     options = {"seed": SEED, **options}
-    return [
-        PowerSGDOptimizer([p.detach().clone().requires_grad_() for p in parameters], **options)
-        for _ in range(world_size)
-    ]
+    bounds = sorted({0, *(cut for cut in cuts if cut < len(parameters)), len(parameters)})
+    workers = []
+    for _ in range(world_size):
+        own = [p.detach().clone().requires_grad_() for p in parameters]
+        groups = [{"params": own[first:end]} for first, end in itertools.pairwise(bounds)]
+        workers.append(PowerSGDOptimizer(groups, **options))
+    return workers
 
 
-def parameters_of(optimizer: ErrorFeedbackSGD) -> list[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All parameters, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -66,6 +71,15 @@ def step_with(
 def snapshot(optimizers: Sequence[ErrorFeedbackSGD]) -> list[Any]:
     """All that a step may change: parameters, state and groups of every worker, copied."""
     return copy.deepcopy([(parameters_of(o), o.state_dict()) for o in optimizers])
+
+
+def replicated(optimizer: ErrorFeedbackSGD) -> Any:
+    """What must be equal on all workers, everything but the errors, as `bits`."""
+    states = [
+        {k: v for k, v in optimizer.state[p].items() if k != "error"}
+        for p in parameters_of(optimizer)
+    ]
+    return bits([parameters_of(optimizer), states])
 
 
 def bits(value: Any) -> Any:

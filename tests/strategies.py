@@ -258,13 +258,14 @@ def scenarios(
     kinds: Sequence[str] = KINDS,
     layouts: Sequence[str] = LAYOUTS,
     max_steps: int = 4,
+    min_steps: int = 1,
     with_missing: bool = True,
     **fixed: Any,
 ) -> Scenario:
     """A `Scenario`; `fixed` hyper-parameters replace drawn ones. With `kinds=FULL_RANK_KINDS` and
     `layouts` without "expanded" no column ever depends on others."""
     shape_list = draw(shape_lists())
-    world_size, steps = draw(world_sizes()), draw(st.integers(1, max_steps))
+    world_size, steps = draw(world_sizes()), draw(st.integers(min_steps, max_steps))
     each = len(shape_list)
     missing: frozenset[tuple[int, int, int]] = frozenset()
     if with_missing:

@@ -32,9 +32,13 @@ DETERMINED = scenarios(
 )
 
 
-def run_beside_reference(scenario: Scenario) -> tuple[list[PowerSGDOptimizer], Reference]:
-    """Runs both and compares parameters after every step."""
-    options = scenario.hyperparameters
+def run_beside_reference(
+    scenario: Scenario, **implementation: Any
+) -> tuple[list[PowerSGDOptimizer], Reference]:
+    """Runs both and compares parameters after every step.
+
+    `implementation` is for the optimizer alone: no result should depend on it."""
+    options = {**scenario.hyperparameters, **implementation}
     workers = make_workers(scenario.parameters(), scenario.world_size, **options)
     reference = reference_for(scenario)
     for step in range(scenario.steps):
@@ -70,6 +74,26 @@ def test_everything_agrees_with_the_reference(scenario: Scenario) -> None:
 def test_one_step_agrees_for_every_kind_of_gradient(scenario: Scenario) -> None:
     # Whatever completes a dependent column of P̂ cancels in the first step's mean: Q is zero there.
     run_beside_reference(scenario)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "fused"])
+@settings(max_examples=100)
+@given(
+    scenarios(
+        kinds=FULL_RANK_KINDS,
+        layouts=[kind for kind in LAYOUTS if kind != "expanded"],
+        momentum_form="sgd",
+    )
+)
+def test_torch_s_other_implementations_of_sgd_agree_with_the_reference(
+    implementation: str, scenario: Scenario
+) -> None:
+    # In float64, too; that fused multiplies and adds in one rounding is far below TOLERANCE.
+    workers, reference = run_beside_reference(scenario, **{implementation: True})
+    for index, parameter in enumerate(parameters_of(workers[0])):
+        if reference.has_momentum[index]:
+            buffer = workers[0].state[parameter]["momentum_buffer"]
+            assert difference(buffer, reference.momenta[index]) < TOLERANCE
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (12, 2, 3), (4, 3, 3, 3), (3, 2, 2, 2, 2)])

@@ -2,16 +2,18 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep
-from tests.simulation import errors_of, make_workers, parameters_of, step_with
+from tests.simulation import errors_of, make_workers, parameters_of, replicated, step_with
 from tests.strategies import Gradients, Scenario, scenarios
 
 LR = 0.5
@@ -38,6 +40,12 @@ class Balance:
                     total += gradient / len(gradients)
                     self.scale[index] = self.scale[index] + gradient.abs().sum()
 
+    def step(self, workers: Sequence[PowerSGDOptimizer], gradients: Gradients) -> None:
+        """One step of all workers, after which nothing must be lost."""
+        step_with(workers, gradients)
+        self.receive(gradients)
+        self.check(workers)
+
     def check(self, workers: Sequence[PowerSGDOptimizer]) -> None:
         """With `momentum_form="sgd"` and no momentum, x(0) - x(T) = lr Σ Δ'."""
         errors = [torch.stack(each).mean(0) for each in zip(*map(errors_of, workers), strict=True)]
@@ -53,10 +61,41 @@ def test_conservation(scenario: Scenario) -> None:
     workers = make_workers(scenario.parameters(), scenario.world_size, **scenario.hyperparameters)
     balance = Balance(workers)
     for step in range(scenario.steps):
-        gradients = scenario.gradients(step)
-        step_with(workers, gradients)
-        balance.receive(gradients)
-        balance.check(workers)
+        balance.step(workers, scenario.gradients(step))
+
+
+CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "rank": st.integers(1, 7),
+        "min_compression_rate": st.sampled_from([0.0, 0.5, 1.0, 2.0, float("inf")]),
+    },
+)
+MANY_STEPS = 12
+
+
+@settings(max_examples=100)
+@given(
+    scenarios(**PLAIN, momentum_form="sgd", maximize=False, error_feedback=True,
+              min_steps=6, max_steps=MANY_STEPS),
+    st.lists(st.integers(1, 4), max_size=2),
+    # Before each step, for each group: the settings that are changed.
+    st.lists(st.tuples(CHANGES, CHANGES, CHANGES), min_size=MANY_STEPS, max_size=MANY_STEPS),
+)  # fmt: skip
+def test_conservation_through_changes_of_any_group_before_any_step(
+    scenario: Scenario, cuts: list[int], changes: list[tuple[dict[str, Any], ...]]
+) -> None:
+    workers = make_workers(
+        scenario.parameters(), scenario.world_size, cuts, **scenario.hyperparameters
+    )
+    balance = Balance(workers)
+    for step in range(scenario.steps):
+        for optimizer in workers:
+            for group, change in zip(optimizer.param_groups, changes[step], strict=False):
+                group.update(change)
+        balance.step(workers, scenario.gradients(step))
+        first = replicated(workers[0])
+        assert all(replicated(optimizer) == first for optimizer in workers[1:])
 
 
 def a_run(world_size: int = 4, **options: object) -> tuple[list[PowerSGDOptimizer], Scenario]:
@@ -84,10 +123,7 @@ def test_conservation_through_changes_of_rank(
         if step == 4:
             for optimizer in workers:
                 change(optimizer.param_groups[0])
-        gradients = scenario.gradients(step)
-        step_with(workers, gradients)
-        balance.receive(gradients)
-        balance.check(workers)
+        balance.step(workers, scenario.gradients(step))
 
 
 def test_what_was_left_is_sent_when_compression_ends() -> None:
@@ -108,9 +144,7 @@ def test_conservation_through_a_checkpoint_and_other_numbers_of_workers(
     workers, scenario = a_run()
     balance = Balance(workers)
     for step in range(4):
-        gradients = scenario.gradients(step)
-        step_with(workers, gradients)
-        balance.receive(gradients)
+        balance.step(workers, scenario.gradients(step))
     saved = lockstep([consolidation(optimizer) for optimizer in workers]).results
     values: list[Tensor] = parameters_of(workers[0])
     workers = make_workers(values, new_world_size, lr=LR)
@@ -119,10 +153,7 @@ def test_conservation_through_a_checkpoint_and_other_numbers_of_workers(
     balance.check(workers)
     other = Scenario(scenario.shapes, new_world_size, {}, 4, 8, scenario.kinds, scenario.layouts)
     for step in range(4):
-        gradients = other.gradients(step)
-        step_with(workers, gradients)
-        balance.receive(gradients)
-        balance.check(workers)
+        balance.step(workers, other.gradients(step))
 
 
 def test_a_gradient_that_comes_back_finds_its_error_again() -> None:
@@ -136,9 +167,7 @@ def test_a_gradient_that_comes_back_finds_its_error_again() -> None:
                 for worker, own in enumerate(gradients)
             ]
             before = [error[0].clone() for error in map(errors_of, workers)]
-        step_with(workers, gradients)
+        balance.step(workers, gradients)
         if step in (2, 3):
             after = [error[0] for error in map(errors_of, workers)]
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        balance.receive(gradients)
-        balance.check(workers)

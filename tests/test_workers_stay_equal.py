@@ -5,18 +5,10 @@ import itertools
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.simulation import bits, make_workers, parameters_of, step_with
+from tests.simulation import bits, make_workers, parameters_of, replicated, step_with
 from tests.strategies import KINDS, Scenario, scenarios
-
-
-def replicated(optimizer: torch.optim.Optimizer) -> object:
-    """What must be equal on all workers: everything but the errors."""
-    states = [
-        {k: v for k, v in optimizer.state[p].items() if k != "error"}
-        for p in parameters_of(optimizer)  # type: ignore[arg-type]
-    ]
-    return bits([parameters_of(optimizer), states])  # type: ignore[arg-type]
 
 
 @settings(max_examples=150)
@@ -90,6 +82,26 @@ def test_bytes_are_those_of_the_buffers_handed_over() -> None:
     assert stats["ratio"] == stats["bytes_uncompressed"] / stats["bytes_sent"]
     # (9, 8) twice at rank 2, vectors of 8 and 1, (4, 27) as a matrix; 5 + 3 control words.
     assert stats["bytes_sent"] == 4 * (2 * 2 * (9 + 8) + 8 + 1 + 2 * (4 + 27) + 5 + 3)
+
+
+@settings(max_examples=100)
+@given(scenarios(), st.permutations([torch.float64, torch.float32, torch.bfloat16]))
+def test_bytes_are_those_of_the_trace_in_every_step(
+    scenario: Scenario, dtypes: list[torch.dtype]
+) -> None:
+    start = [p.to(dtypes[i % 3]) for i, p in enumerate(scenario.parameters())]
+    workers = make_workers(start, scenario.world_size, **scenario.hyperparameters)
+    total = of_checks = 0
+    for step in range(scenario.steps):
+        trace = step_with(workers, scenario.gradients(step))
+        means = [traced.nbytes for traced in trace if traced.kind == "AllReduceMean"]
+        total += sum(traced.nbytes for traced in trace)
+        of_checks += sum(traced.nbytes for traced in trace if traced.kind == "AllGather")
+        for optimizer in workers:
+            stats = optimizer.communication_stats()
+            assert (stats["collectives"], stats["bytes_sent"]) == (len(means), sum(means))
+            assert (stats["total_bytes_sent"], stats["check_bytes_sent"]) == (total, of_checks)
+            assert stats["bytes_uncompressed"] == sum(p.nbytes for p in start)
 
 
 def test_only_vectors_need_one_collective() -> None:
