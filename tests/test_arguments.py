@@ -96,7 +96,7 @@ def test_base_class_errors_come_through() -> None:
     with pytest.raises(ValueError, match="empty parameter list"):
         PowerSGDOptimizer([])
     with pytest.raises(TypeError, match="iterable of Tensors"):
-        PowerSGDOptimizer(a_parameter())  # type: ignore[arg-type]
+        PowerSGDOptimizer(a_parameter())
     with pytest.raises(ValueError, match="non-leaf"):
         PowerSGDOptimizer([a_parameter() * 2])
     shared = a_parameter()

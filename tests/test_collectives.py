@@ -1,11 +1,22 @@
 """Exchanges, transports and lockstep themselves."""
 
+from typing import NoReturn
+
 import pytest
 import torch
 
 from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
 from efsgd.agreement import broadcast_values, check_schema, check_values, checksum
-from efsgd.collectives import AllGather, AllReduceMean, Broadcast, Exchange, Start, intercept, run
+from efsgd.collectives import (
+    AllGather,
+    AllReduceMean,
+    Broadcast,
+    Collective,
+    Exchange,
+    Start,
+    intercept,
+    run,
+)
 from efsgd.testing import LockstepError, lockstep, step_together
 from efsgd.transports import Alone
 from tests.strategies import with_layout
@@ -97,7 +108,7 @@ def test_failures_are_raised_at_the_line_that_asked() -> None:
     assert heard == ["injected failure of zeros"] * 2
 
     class Broken(Alone):
-        def start(self, collective):  # type: ignore[no-untyped-def]
+        def start(self, collective: Collective) -> NoReturn:
             raise CollectiveError("broken")
 
     assert run(listening(), Broken()) == "survived"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from efsgd import PowerSGD
 from efsgd.blocks import Blocks, Entry, Layout, matrix_shape
-from efsgd.collectives import run
+from efsgd.collectives import Exchange, run
 from efsgd.powersgd import LowRank, PowerIteration, initial_query
 from efsgd.testing import lockstep
 from efsgd.transports import Alone
@@ -126,7 +126,9 @@ def test_many_workers_are_one_with_their_mean(
     assert difference(local_mean, results[0][1]) < 1e-12
 
 
-def _exchange(aggregator, blocks):  # type: ignore[no-untyped-def]
+def _exchange(
+    aggregator: PowerIteration, blocks: Blocks
+) -> Exchange[tuple[torch.Tensor, torch.Tensor]]:
     local = yield from aggregator.compress(blocks)
     own = Blocks(aggregator.layout, torch.float64, CPU)
     local.decompress_into_(own)

@@ -30,7 +30,7 @@ def a_run(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[list[torch.Tenso
 
 def train(optimizer: torch.optim.Optimizer, gradients: list[list[torch.Tensor | None]]) -> None:
     for own in gradients:
-        for parameter, gradient in zip(parameters_of(optimizer), own, strict=True):  # type: ignore[arg-type]
+        for parameter, gradient in zip(parameters_of(optimizer), own, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         optimizer.step()
 

@@ -264,7 +264,7 @@ def test_a_dead_layer_keeps_its_queries_and_lives_again() -> None:
     query, alive = gaussian((4, 2), 0), gaussian((5, 1), 1) @ gaussian((1, 4), 2)
     reference = single((5, 4), 1, query, rank=2)
     reference.step([[torch.zeros(5, 4)]])
-    assert torch.equal(reference.queries[0], query)  # type: ignore[arg-type]
+    assert torch.equal(reference.queries[0], query)
     reference.step([[alive]])
     assert_close(reference.last_updates[0], alive, EXACT_SUMS)
 

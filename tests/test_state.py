@@ -186,7 +186,7 @@ def test_from_sgd_takes_over_a_live_optimizer() -> None:
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert difference(p, q) < 1e-6  # full rank: float32 rounding
     with pytest.raises(TypeError, match=r"Must be a torch\.optim\.SGD"):
-        PowerSGDOptimizer.from_sgd(torch.optim.Adam(model.parameters()))  # type: ignore[arg-type]
+        PowerSGDOptimizer.from_sgd(torch.optim.Adam(model.parameters()))
 
 
 @pytest.mark.parametrize("world_sizes", [(4, 2, 8), (2, 1, 3)])
@@ -200,8 +200,8 @@ def test_one_checkpoint_for_any_number_of_workers(world_sizes: tuple[int, ...]) 
         mean = [g for g in scenario.gradients(step)[0] if g is not None]
         noise = Scenario(SHAPES, world_size, {}, 12, 5, scenario.kinds, scenario.layouts)
         noises = noise.gradients(step)
-        centers = [sum(own[i] for own in noises) / world_size for i in range(each)]  # type: ignore[misc]
-        return [[mean[i] + own[i] - centers[i] for i in range(each)] for own in noises]  # type: ignore[operator]
+        centers = [sum(own[i] for own in noises) / world_size for i in range(each)]
+        return [[mean[i] + own[i] - centers[i] for i in range(each)] for own in noises]
 
     options = {"lr": 0.05, "momentum": 0.9, "rank": 2}
     workers = make_workers(scenario.parameters(), world_sizes[0], **options)

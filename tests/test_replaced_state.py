@@ -1,0 +1,189 @@
+"""State and parameter groups that users replace, delete or move between steps."""
+
+import collections
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efsgd import PowerSGDOptimizer
+from tests.simulation import (
+    bits,
+    errors_of,
+    make_workers,
+    parameters_of,
+    set_gradients,
+    snapshot,
+    step_with,
+)
+from tests.strategies import Scenario, gaussian
+
+SHAPES = [(12, 10), (10,), (12, 10)]
+
+
+def a_run(world_size: int = 3, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
+    scenario = Scenario(SHAPES, world_size, {}, 9, 4, ["gaussian"] * 3, ["contiguous"] * 3)
+    own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
+    return make_workers(scenario.parameters(), world_size, **own), scenario
+
+
+def train_both(
+    workers: Sequence[PowerSGDOptimizer],
+    twins: Sequence[PowerSGDOptimizer],
+    scenario: Scenario,
+    steps: range,
+) -> None:
+    for step in steps:
+        step_with(workers, scenario.gradients(step))
+        step_with(twins, scenario.gradients(step))
+
+
+def test_an_emptied_state_starts_anew() -> None:
+    workers, scenario = a_run(1)
+    for step in range(3):
+        step_with(workers, scenario.gradients(step))
+    workers[0].state = collections.defaultdict(dict)
+    fresh = make_workers([p.detach() for p in parameters_of(workers[0])], 1,
+                         lr=0.05, momentum=0.9, rank=2)  # fmt: skip
+    for step in range(3, 6):
+        step_with(workers, scenario.gradients(step))
+        step_with(fresh, scenario.gradients(step))
+    assert bits(parameters_of(workers[0])) == bits(parameters_of(fresh[0]))
+    assert len(workers[0].state_dict()["state"]) == 3
+
+
+def test_an_error_that_is_replaced_counts() -> None:
+    workers, scenario = a_run(1, momentum=0.0)
+    step_with(workers, scenario.gradients(0))
+    first = parameters_of(workers[0])[0]
+    workers[0].state[first]["error"] = torch.zeros(12, 10, dtype=torch.float64)
+    before = first.detach().clone()
+    step_with(workers, [[torch.zeros(shape) for shape in SHAPES]])
+    assert torch.equal(first, before)
+    workers[0].state[first]["error"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"Invalid error of parameter 0.*\[5\].*\[12, 10\]"):
+        step_with(workers, scenario.gradients(1))
+
+
+@pytest.mark.parametrize("form", ["paper", "sgd"])
+@pytest.mark.parametrize(
+    "given",
+    [lambda buffer: buffer, lambda buffer: buffer.T.contiguous().T, lambda buffer: buffer.float()],
+    ids=["same strides", "other strides", "other dtype"],
+)
+def test_a_momentum_buffer_that_is_replaced_counts(
+    given: Callable[[Tensor], Tensor], form: str
+) -> None:
+    workers, scenario = a_run(momentum_form=form)
+    twins, _ = a_run(momentum_form=form)
+    train_both(workers, twins, scenario, range(2))
+    buffer = given(gaussian((12, 10), 5))
+    for optimizer, twin in zip(workers, twins, strict=True):
+        optimizer.state[parameters_of(optimizer)[2]]["momentum_buffer"] = buffer.clone()
+        twin.state[parameters_of(twin)[2]]["momentum_buffer"].copy_(buffer)
+    train_both(workers, twins, scenario, range(2, 5))
+    assert bits(snapshot(workers)) == bits(snapshot(twins))  # and so the errors: nothing is lost
+
+
+@pytest.mark.parametrize("form", ["paper", "sgd"])
+def test_a_momentum_buffer_that_is_deleted_starts_anew(form: str) -> None:
+    workers, scenario = a_run(momentum_form=form)
+    twins, _ = a_run(momentum_form=form)
+    train_both(workers, twins, scenario, range(2))
+    for optimizer, twin in zip(workers, twins, strict=True):
+        del optimizer.state[parameters_of(optimizer)[2]]["momentum_buffer"]
+        twin.state[parameters_of(twin)[2]]["momentum_buffer"].zero_()
+    train_both(workers, twins, scenario, range(2, 5))
+    assert bits(snapshot(workers)) == bits(snapshot(twins))
+
+
+def test_a_momentum_buffer_of_another_shape_is_refused_before_anything_is_sent() -> None:
+    workers, scenario = a_run()
+    twins, _ = a_run()
+    train_both(workers, twins, scenario, range(1))
+    states = [optimizer.state[parameters_of(optimizer)[2]] for optimizer in workers]
+    kept = [state["momentum_buffer"] for state in states]
+    states[1]["momentum_buffer"] = torch.zeros(5)
+    set_gradients(workers, scenario.gradients(1))
+    before = bits(snapshot(workers))
+    with pytest.raises(ValueError, match=r"Invalid momentum_buffer of parameter 2.*\[5\]"):
+        next(workers[1].exchange(len(workers), 1))  # raised in place of the first collective
+    assert bits(snapshot(workers)) == before
+    for state, buffer in zip(states, kept, strict=True):
+        state["momentum_buffer"] = buffer.clone()
+    train_both(workers, twins, scenario, range(1, 4))
+    assert bits(snapshot(workers)) == bits(snapshot(twins))
+
+
+def test_group_dicts_that_are_replaced_count() -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    workers[0].param_groups = [{**group, "lr": 0.0} for group in workers[0].param_groups]
+    before = bits(parameters_of(workers[0]))
+    step_with(workers, scenario.gradients(1))
+    assert bits(parameters_of(workers[0])) == before
+
+
+@pytest.mark.parametrize("key", ["momentum_buffer", "error"])
+def test_state_of_another_shape_is_refused_before_anything_changes(key: str) -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    saved = copy.deepcopy(workers[0].state_dict())
+    saved["state"][0][key] = saved["state"][0][key][0].clone()
+    before = bits(snapshot(workers))
+    with pytest.raises(ValueError, match=f"Invalid {key} of parameter 0"):
+        workers[0].load_state_dict(saved)
+    assert bits(snapshot(workers)) == before
+
+
+def test_a_model_that_changes_its_dtype_takes_its_state_along() -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    for parameter in parameters_of(workers[0]):
+        parameter.data = parameter.data.float()
+        parameter.grad = None
+    step_with(workers, scenario.gradients(1))
+    for parameter in parameters_of(workers[0]):
+        state = workers[0].state[parameter]
+        assert {value.dtype for value in state.values()} == {torch.float32, torch.bool}
+
+
+def test_frozen_parameters_take_their_state_out_of_the_shared_buffers() -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    first, _, third = parameters_of(workers[0])
+    kept = workers[0].state[first]["error"].clone()
+    first.requires_grad_(False)
+    step_with(workers, scenario.gradients(1))
+    error = workers[0].state[first]["error"]
+    assert torch.equal(error, kept)
+    assert error.untyped_storage().nbytes() == error.numel() * error.element_size()
+    first.requires_grad_()
+    step_with(workers, scenario.gradients(2))
+    assert not torch.equal(workers[0].state[first]["error"], kept)
+    assert workers[0].state[third]["error"].shape == (12, 10)
+
+
+def test_error_feedback_that_is_switched_off_sends_what_was_left() -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    workers[0].param_groups[0]["error_feedback"] = False
+    step_with(workers, scenario.gradients(1))
+    assert all(error.abs().sum() == 0 for error in errors_of(workers[0]))
+
+
+def test_a_parameter_that_is_listed_twice_is_updated_once() -> None:
+    parameter = torch.zeros(8, 8, requires_grad=True)
+    single = torch.zeros(8, 8, requires_grad=True)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        twice = PowerSGDOptimizer([parameter, parameter], lr=0.1, rank=2)
+    once = PowerSGDOptimizer([single], lr=0.1, rank=2)
+    for seed in range(3):
+        parameter.grad = single.grad = gaussian((8, 8), seed).float()
+        twice.step()
+        once.step()
+    assert torch.equal(parameter, single)
+    twice.load_state_dict(copy.deepcopy(twice.state_dict()))
