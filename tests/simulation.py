@@ -47,7 +47,7 @@ def errors_of(optimizer: ErrorFeedbackSGD) -> list[Tensor]:
 
 
 def set_gradients(
-    optimizers: Sequence[ErrorFeedbackSGD], gradients: Sequence[Sequence[Tensor | None]]
+    optimizers: Sequence[torch.optim.Optimizer], gradients: Sequence[Sequence[Tensor | None]]
 ) -> None:
     """Gives each worker its gradients, in the dtype of its parameters."""
     for optimizer, own in zip(optimizers, gradients, strict=True):

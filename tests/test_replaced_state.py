@@ -118,6 +118,45 @@ def test_a_momentum_buffer_of_another_shape_is_refused_before_anything_is_sent()
     assert bits(snapshot(workers)) == bits(snapshot(twins))
 
 
+def test_training_goes_on_when_a_refused_buffer_is_put_back() -> None:
+    workers, scenario = a_run()
+    twins, _ = a_run()
+    train_both(workers, twins, scenario, range(1))
+    state = workers[1].state[parameters_of(workers[1])[2]]
+    kept, state["momentum_buffer"] = state["momentum_buffer"], torch.zeros(5)
+    with pytest.raises(ValueError, match="Invalid momentum_buffer"):
+        next(workers[1].exchange(len(workers), 1))
+    state["momentum_buffer"] = kept
+    train_both(workers, twins, scenario, range(1, 4))
+    assert bits(snapshot(workers)) == bits(snapshot(twins))
+
+
+def test_a_momentum_buffer_is_checked_whatever_memory_it_lies_in() -> None:
+    workers, scenario = a_run(1)
+    step_with(workers, scenario.gradients(0))
+    state = workers[0].state[parameters_of(workers[0])[2]]
+    state["momentum_buffer"].resize_(5)  # the same object, as a new one may be by its id
+    before = bits(snapshot(workers))
+    with pytest.raises(ValueError, match="Invalid momentum_buffer of parameter 2"):
+        step_with(workers, scenario.gradients(1))
+    assert bits(snapshot(workers)) == before
+
+
+def test_a_momentum_that_starts_anew_is_not_dampened() -> None:
+    options = {"momentum_form": "sgd", "dampening": 0.5, "min_compression_rate": float("inf")}
+    workers, scenario = a_run(1, **options)
+    theirs = [p.detach().clone().requires_grad_() for p in parameters_of(workers[0])]
+    sgd = torch.optim.SGD(theirs, lr=0.05, momentum=0.9, dampening=0.5)
+    for step in range(4):
+        if step == 2:
+            for optimizer in (workers[0], sgd):
+                del optimizer.state[parameters_of(optimizer)[2]]["momentum_buffer"]
+        set_gradients([sgd], scenario.gradients(step))
+        sgd.step()
+        step_with(workers, scenario.gradients(step))
+    assert bits(parameters_of(workers[0])) == bits(theirs)
+
+
 def test_group_dicts_that_are_replaced_count() -> None:
     workers, scenario = a_run(1)
     step_with(workers, scenario.gradients(0))
