@@ -7,7 +7,7 @@ which offset of one flat buffer. `Blocks` are tensors laid out by such a plan.
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -67,6 +67,42 @@ class Batch:
     columns: int
     level: Hashable
     entries: tuple[Entry, ...]
+
+    @property
+    def floats(self) -> int:
+        """The number of elements of all its matrices."""
+        return len(self.entries) * self.rows * self.columns
+
+    def pieces(self, wanted: Container[int], floats: int) -> Iterator[tuple[slice, slice]]:
+        """Cuts the batch into pieces to work on at once: whole matrices, or some rows of one.
+
+        Args:
+            wanted: indices of the parameters that are not left out.
+            floats: what a piece has at most, unless a single row is longer.
+
+        Yields:
+            (matrices, rows): where the piece lies in the batch.
+
+        Example:
+            >>> from efsgd.blocks import Batch, Entry
+            >>> batch = Batch(4, 5, 1, tuple(Entry(index, (4, 5), 1) for index in range(3)))
+            >>> for matrices, rows in batch.pieces({0, 1, 2}, floats=40):
+            ...     print(matrices.start, matrices.stop, rows.start, rows.stop)
+            0 2 0 4
+            2 3 0 4
+        """
+        height = min(self.rows, max(1, floats // self.columns))
+        width = max(1, floats // (self.rows * self.columns))
+        numbered = itertools.groupby(
+            range(len(self.entries)), key=lambda position: self.entries[position].index in wanted
+        )
+        for is_wanted, run in numbered:
+            positions = list(run) if is_wanted else []
+            for first in range(0, len(positions), width):
+                some = positions[first : first + width]
+                for top in range(0, self.rows, height):
+                    rows = slice(top, min(top + height, self.rows))
+                    yield slice(some[0], some[-1] + 1), rows
 
 
 @dataclass(frozen=True)

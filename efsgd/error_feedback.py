@@ -13,16 +13,25 @@ They need no other worker, and all they touch has been checked before the first 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.blocks import Blocks, Layout
 from efsgd.collectives import Exchange
-from efsgd.compressors.base import Aggregator, Compressed
+from efsgd.compressors.base import Aggregator, Compressed, Elementwise
 from efsgd.control import ControlWords, Verdict
 
-__all__ = ["Outcome", "Section", "commit_and_decompress_", "descend_", "exchange_gradients"]
+__all__ = [
+    "Outcome",
+    "Section",
+    "add_multiple_",
+    "decompress_with_",
+    "descend_",
+    "exchange_gradients",
+    "subtract_",
+]
 
 
 class Section:
@@ -30,9 +39,9 @@ class Section:
 
     Attributes:
         parameters: by index, in the order of the layout.
+        device: where all of it is.
         errors: the error memory e_w of the compressed tensors; None without error feedback.
         deltas: scratch for Δ_w; after line 9 it holds the next errors.
-        updates: where Δ' is decompressed to: the memory that `commit_` has just set free.
         leftovers: by index, errors of tensors that have no error memory any more (compressed
             before, and now not). They are sent along with the next gradient.
         shown: by index and name, the views that `optimizer.state` shows of errors and factors.
@@ -58,12 +67,11 @@ class Section:
         *,
         error_feedback: bool = True,
     ) -> None:
-        self.layout, self.parameters = layout, dict(parameters)
+        self.layout, self.parameters, self.device = layout, dict(parameters), device
         self.aggregator, self.control = aggregator, control
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
         self.deltas = Blocks(layout, dtype, device, aggregator.vectors)
         self.errors = Blocks(layout, dtype, device, aggregator.vectors) if error_feedback else None
-        self.updates = self.deltas if self.errors is None else self.errors
         self.leftovers: dict[int, Tensor] = {}
         self.shown: dict[int, dict[str, Tensor]] = {}
 
@@ -91,7 +99,6 @@ class Section:
             for index in absent & self.compressed:
                 self.deltas.views[index].copy_(self.errors.views[index])
             self.errors, self.deltas = self.deltas, self.errors
-            self.updates = self.deltas
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ def exchange_gradients(
     def lines_8_to_10() -> Exchange[Compressed]:
         local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
         if section.errors is not None:
-            local.subtract_from_(deltas)  # Alg. 2, line 9
+            local.decompress_with_(subtract_, deltas.views)  # Alg. 2, line 9
         return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
 
     mean, verdict = yield from section.control.escort(
@@ -143,24 +150,35 @@ def exchange_gradients(
     return Outcome(mean, verdict, obstacle)
 
 
-def commit_and_decompress_(
-    section: Section, mean: Compressed, absent: frozenset[int]
-) -> dict[int, Tensor]:
-    """Algorithm 2, line 11, and from here on the step holds: it is written to memory.
+def decompress_with_(
+    section: Section,
+    mean: Compressed,
+    function: Elementwise,
+    *operands: Mapping[int, Tensor],
+    **options: Any,
+) -> None:
+    """Algorithm 2, line 11: hands Δ' to `function`, a few tensors or pieces of them at a time.
 
     Args:
-        section: (modified in place).
+        section: after `commit_`.
         mean: C(Δ).
-        absent: parameters that no worker had a gradient for.
-
-    Returns:
-        Δ' for each parameter that is not absent, by index, in the parameter's shape: views of
-        scratch memory, good until the next step.
+        function: is given a list of pieces of Δ', which it may modify, and for each operand the
+            list of its like pieces.
+        operands: tensors by parameter index, all with the same indices (`function` may modify
+            them).
+        options: passed on to `function`.
     """
-    section.commit_(absent)
-    mean.decompress_into_(section.updates)  # Alg. 2, line 11
-    views = section.updates.views
-    return {index: views[index] for index in section.parameters if index not in absent}
+    mean.decompress_with_(function, *operands, **options)  # Alg. 2, line 11
+    vectors = [entry.index for entry in section.layout.vectors if entry.index in operands[0]]
+    if vectors:
+        values = [section.deltas.views[index] for index in vectors]
+        function(values, *([each[index] for index in vectors] for each in operands), **options)
+
+
+def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
+    """Subtracts each of `values` from its minuend (modified in place)."""
+    for value, minuend in zip(values, minuends, strict=True):
+        minuend.sub_(value)
 
 
 def add_errors_and_gradients_(deltas: Blocks, section: Section, scale: float = 1.0) -> None:
@@ -189,21 +207,21 @@ def add_errors_and_gradients_(deltas: Blocks, section: Section, scale: float = 1
 
 
 def descend_(
-    parameters: Sequence[Tensor],
     updates: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None,
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None = None,
     *,
-    lr: float,
-    momentum: float,
-    weight_decay: float = 0.0,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    weight_decay: float | Tensor = 0.0,
     maximize: bool = False,
 ) -> None:
     """Algorithm 2, lines 12 and 13, with weight decay on the aggregated update.
 
     Args:
-        parameters: x (modified in place).
         updates: Δ', each of the shape of its parameter (modified in place). They may have more
             digits than the parameters; sums are rounded once.
+        parameters: x (modified in place).
         momenta: m (modified in place); None where λ has been 0 always, since then m = Δ'.
         lr: γ.
         momentum: λ.
@@ -214,17 +232,33 @@ def descend_(
     Example:
         >>> from efsgd.error_feedback import descend_
         >>> x, m = torch.tensor([1.0]), torch.tensor([2.0])
-        >>> descend_([x], [torch.tensor([4.0])], [m], lr=0.5, momentum=0.5)
+        >>> descend_([torch.tensor([4.0])], [x], [m], lr=0.5, momentum=0.5)
         >>> m, x  # 0.5 * 2 + 4 and 1 - 0.5 * (4 + 5)
         (tensor([5.]), tensor([-3.5000]))
     """
     for position, (x, update) in enumerate(zip(parameters, updates, strict=True)):
         if maximize:
             update.neg_()
-        if weight_decay:
-            update.add_(x, alpha=weight_decay)
+        if isinstance(weight_decay, Tensor) or weight_decay != 0:
+            add_multiple_(update, weight_decay, x)
         m = update
         if momenta is not None:
             m = momenta[position]
-            torch.add(update, m, alpha=momentum, out=m)  # Alg. 2, line 12
-        x.add_(update.add_(m), alpha=-lr)  # Alg. 2, line 13
+            add_multiple_(update, momentum, m, out=m)  # Alg. 2, line 12
+        add_multiple_(x, -lr, update.add_(m))  # Alg. 2, line 13
+
+
+def add_multiple_(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = None) -> None:
+    """Writes x + factor·y to `out` (by default to x), rounded once at the end.
+
+    Args:
+        x: summand.
+        factor: a number; as a tensor in compiled code, which is then the same for every number.
+        y: summand.
+        out: where the sum is written.
+    """
+    out = x if out is None else out
+    if isinstance(factor, Tensor):
+        out.copy_(x + factor * y)
+    else:
+        torch.add(x, y, alpha=factor, out=out)

@@ -7,7 +7,7 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
 
     M        [b, n, m]   the worker's own corrected gradients Δ_w
     Q        [b, r, m]   the paper's Q, transposed: M Q is `M @ Q.mT` here. Stored by rows because
-                         that is how both products read and write memory in order.
+                         that is how all products read and write memory in order.
     P        [b, n, r]   M Q, later its mean over the workers
     P_hat    [b, n, r]   P with orthonormal columns
 """
@@ -16,18 +16,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from efsgd.blocks import Batch, Blocks, Layout
 from efsgd.collectives import AllReduceMean, Exchange, InFlight, Start
+from efsgd.compressors.base import Elementwise
 from efsgd.orthogonalization import normalize_columns, orthogonalize
 
 __all__ = ["LowRank", "PowerIteration", "initial_query"]
+
+# What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
+# costs little beside it, small enough to be in the cache still when the next operation reads it.
+FLOATS_AT_ONCE = 2**19
 
 
 def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
@@ -91,7 +96,7 @@ class PowerIteration:
         P_shapes, Q_shapes = [], []
         for batch in layout.batches:
             b, r = len(batch.entries), _rank(batch)
-            P_shapes.append((b, batch.rows, r))
+            P_shapes.append((b, r, batch.rows))
             Q_shapes.append((b, r, batch.columns))
 
         def buffer(shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
@@ -101,12 +106,16 @@ class PowerIteration:
         self.P_buffer = buffer(P_shapes, head=layout.vector_floats)
         self.Q_buffer = buffer(Q_shapes)
         self.vectors = self.P_buffer[: layout.vector_floats]
-        self._P = _views(self.P_buffer[layout.vector_floats :], P_shapes)
+        # [b, n, r], but one column after the other in memory: faster, see `benchmarks/products.py`.
+        self._P = [P.mT for P in _views(self.P_buffer[layout.vector_floats :], P_shapes)]
         self._Q = _views(self.Q_buffer, Q_shapes)
         # This worker's own Q, which line 9 of Algorithm 2 needs while the mean is on its way.
         self._local_buffer = buffer(Q_shapes)
         self._local_Q = _views(self._local_buffer, Q_shapes)
         self.queries = _views(buffer(Q_shapes), Q_shapes)
+        at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
+        sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
+        self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending.
@@ -128,15 +137,15 @@ class PowerIteration:
             torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
         self._local_buffer.copy_(self.Q_buffer)
         if not self._Q:
-            return LowRank(P_hats, self._local_Q)
+            return LowRank(self.layout, P_hats, self._local_Q, self._scratch)
         mean = yield Start(AllReduceMean(self.Q_buffer, "Q (Alg. 1, line 7)"))  # Alg. 1, line 7
-        return LowRank(P_hats, self._local_Q, in_flight=mean)
+        return LowRank(self.layout, P_hats, self._local_Q, self._scratch, in_flight=mean)
 
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         """Line 7's answer and line 8: (P̂, Q), the same on every worker."""
         if local.in_flight is not None:
             yield local.in_flight
-        return LowRank(local.P_hat, self._Q)  # Alg. 1, line 8
+        return LowRank(self.layout, local.P_hat, self._Q, self._scratch)  # Alg. 1, line 8
 
     def commit_(self, absent: frozenset[int] = frozenset()) -> None:
         """Makes the averaged Q of the last exchange the next step's Q.
@@ -176,24 +185,41 @@ class LowRank:
     """The compressed representation (P̂, Q) of matrices, not yet multiplied out.
 
     Attributes:
+        layout: whose matrices these are.
         P_hat: [b, n, r] for each batch.
         Q: [b, r, m] for each batch (the paper's Q, transposed).
+        scratch: memory for the pieces that are multiplied out.
         in_flight: where Q is one worker's own: the mean Q, on its way.
     """
 
+    layout: Layout
     P_hat: Sequence[Tensor]
     Q: Sequence[Tensor]
+    scratch: Tensor
     in_flight: InFlight | None = None
 
-    def subtract_from_(self, blocks: Blocks) -> None:
-        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place)."""
-        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
-            M.baddbmm_(P_hat, Q, alpha=-1)
+    def decompress_with_(
+        self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
+    ) -> None:
+        """Hands P̂Q^T to `function`, a few rows or matrices at a time.
 
-    def decompress_into_(self, blocks: Blocks) -> None:
-        """Writes P̂Q^T into each matrix of `blocks` (modified in place)."""
-        for M, P_hat, Q in zip(blocks.batches, self.P_hat, self.Q, strict=True):
-            torch.bmm(P_hat, Q, out=M)  # Alg. 1, line 11
+        See `efsgd.compressors.Compressed`.
+        """
+        for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
+            for matrices, rows in batch.pieces(operands[0], self.scratch.numel()):
+                P_piece, Q_piece, entries = (
+                    P_hat[matrices, rows],
+                    Q[matrices],
+                    batch.entries[matrices],
+                )
+                shape = (len(entries), P_piece.shape[1], batch.columns)
+                values = self.scratch[: math.prod(shape)].view(shape)
+                torch.bmm(P_piece, Q_piece, out=values)  # Alg. 1, line 11
+                function(
+                    [v.view(-1, *e.shape[1:]) for v, e in zip(values, entries, strict=True)],
+                    *([operand[e.index][rows] for e in entries] for operand in operands),
+                    **options,
+                )
 
 
 def _rank(batch: Batch) -> int:

@@ -38,18 +38,12 @@ def signature(
             group["momentum"] != 0,
             group["step"] >= group["start_compressing_at"],
             tuple(
-                (*_identity(p, state), p.requires_grad, p.dtype, p.device, p.shape)
+                (id(p), id(state.get(p)), p.requires_grad, p.dtype, p.device, p.shape)
                 for p in group["params"]
             ),
         )
         for group in groups
     )
-
-
-def _identity(parameter: Tensor, state: Mapping[Tensor, State]) -> tuple[int, int, int]:
-    """Changes when the user replaces a parameter, its state, or its momentum."""
-    own = state.get(parameter)
-    return id(parameter), id(own), id(own.get("momentum_buffer")) if own else 0
 
 
 def make_sections(

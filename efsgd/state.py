@@ -28,6 +28,7 @@ __all__ = [
     "adopt_replaced_",
     "attach_",
     "complete_",
+    "complete_momentum_",
     "compute_dtype",
     "members",
     "require_shape",
@@ -83,16 +84,7 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
         ValueError: a tensor in it has not the shape that the parameter asks for.
     """
     parameter, group = member.parameter, member.group
-    if group["momentum"] != 0:
-        started = state.get("momentum_buffer") is not None
-        state.setdefault("momentum_started", torch.tensor(started, device="cpu"))
-        present = state["momentum_buffer"] if started else torch.zeros((), dtype=parameter.dtype)
-        if started:
-            require_shape(present, parameter.shape, "momentum_buffer", member.name)
-        fits = present.dtype == parameter.dtype and present.device == parameter.device
-        if not (started and fits and present.stride() == parameter.stride()):
-            state["momentum_buffer"] = torch.empty_like(parameter, requires_grad=False)
-            state["momentum_buffer"].copy_(present)
+    complete_momentum_(state, member)
     level = compressor.level(parameter.shape, group)
     dtype, device = compute_dtype(parameter), parameter.device
     if "error" in state:
@@ -110,6 +102,36 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
             shared = min(kept.shape[-1], fresh.shape[-1])
             fresh[..., :shared] = kept[..., :shared]
         state[name] = fresh
+
+
+def complete_momentum_(state: State, member: Member) -> None:
+    """The part of `complete_` for m, which users may replace between steps (modified in place).
+
+    Raises:
+        ValueError: its shape is not the parameter's.
+    """
+    parameter, present = member.parameter, state.get("momentum_buffer")
+    if present is not None and _is_like(present, parameter) and "momentum_started" in state:
+        return
+    if member.group["momentum"] == 0 and present is None:
+        return
+    if present is not None:
+        require_shape(present, parameter.shape, "momentum_buffer", member.name)
+    if present is None or "momentum_started" not in state:
+        state["momentum_started"] = torch.tensor(present is not None, device="cpu")
+    if present is None or not _is_like(present, parameter):
+        state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        if present is not None:
+            state["momentum_buffer"].copy_(present)
+
+
+def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
+    return (
+        tensor.shape == parameter.shape
+        and tensor.stride() == parameter.stride()
+        and tensor.dtype == parameter.dtype
+        and tensor.device == parameter.device
+    )
 
 
 def attach_(section: Section, states: Mapping[int, State]) -> None:

@@ -17,15 +17,19 @@ from efsgd.arguments import SHARED, validate_own_settings, validate_shared
 from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
-from efsgd.error_feedback import (
-    Outcome,
-    Section,
-    commit_and_decompress_,
-    exchange_gradients,
-)
+from efsgd.error_feedback import Outcome, Section, exchange_gradients
 from efsgd.errors import CollectiveError, NonFiniteGradientError
 from efsgd.sections import describe, make_sections, signature
-from efsgd.state import Member, State, adopt_replaced_, complete_, members, show_errors_, withdraw_
+from efsgd.state import (
+    Member,
+    State,
+    adopt_replaced_,
+    complete_,
+    complete_momentum_,
+    members,
+    show_errors_,
+    withdraw_,
+)
 from efsgd.statistics import Ledger
 from efsgd.update import apply_updates_
 
@@ -153,11 +157,12 @@ class Stepper:
         yield from broadcast_values([member.parameter for member in listed], source)
 
     def _apply(self, outcomes: Sequence[Outcome]) -> None:
-        updates: dict[int, Tensor] = {}
         for section, outcome in zip(self.sections, outcomes, strict=True):
-            updates |= commit_and_decompress_(section, outcome.mean, outcome.verdict.absent)
+            present = section.parameters.keys() - outcome.verdict.absent
+            section.commit_(outcome.verdict.absent)
             show_errors_(section, self._states)
-        apply_updates_(self._members, self._states, updates)
+            members = [member for member in self._members if member.index in present]
+            apply_updates_(section, outcome.mean, members, self._states)
 
     def _prepare(
         self,
@@ -168,10 +173,13 @@ class Stepper:
     ) -> None:
         present = signature(groups, state, self._compressor, world_size, worker)
         if present == self._signature:
+            for member in self._members:
+                if member.index in self._states:
+                    complete_momentum_(self._states[member.index], member)
             for section in self.sections:
                 adopt_replaced_(section, self._states)
             return
-        self.sections = []  # their scratch memory is free for what follows
+        self.sections, self._signature = [], None  # their scratch memory is free for what follows
         self._members, self._states = list(members(groups)), {}
         for member in self._members:
             if member.parameter.requires_grad:

@@ -1,96 +1,171 @@
 """From averaged updates to new parameters, group by group, in the group's momentum form."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
+from efsgd.compressors import Compressed, Elementwise
 from efsgd.control import all_finite
-from efsgd.error_feedback import descend_
+from efsgd.error_feedback import Section, add_multiple_, decompress_with_, descend_
 from efsgd.state import Member, State
 
-__all__ = ["apply_updates_"]
+__all__ = ["apply_updates_", "descend_together_", "sgd_", "sgd_together_"]
 
 
 def apply_updates_(
-    members: Iterable[Member], states: Mapping[int, State], updates: Mapping[int, Tensor]
+    section: Section, mean: Compressed, members: Iterable[Member], states: Mapping[int, State]
 ) -> None:
     """Updates momenta and parameters.
 
     Args:
-        members: the optimizer's parameters (modified in place).
+        section: after `commit_`.
+        mean: C(Δ), from which Δ' is decompressed.
+        members: those parameters of the section that are updated (modified in place).
         states: of each; holds the momenta (modified in place).
-        updates: Δ' by index, in the parameters' shapes (modified in place). A parameter without
-            one is left alone, and so is its momentum.
     """
-    grouped: dict[int, list[Member]] = {}
+    grouped: dict[tuple[int, bool], list[Member]] = {}
     for member in members:
-        if member.index in updates:
-            grouped.setdefault(id(member.group), []).append(member)
-    for alike in grouped.values():
-        group, parameters = alike[0].group, [member.parameter for member in alike]
-        given = [updates[member.index] for member in alike]
-        own = [states[member.index] for member in alike]
-        if group["momentum_form"] == "sgd":
-            given = [_like(*pair, group) for pair in zip(given, parameters, strict=True)]
-            _torch_update_(parameters, given, own, group)
-            continue
+        is_first = not states[member.index].get("momentum_started", True)
+        grouped.setdefault((id(member.group), is_first), []).append(member)
+    for (identity, is_first), alike in grouped.items():
+        group, own = alike[0].group, {member.index: states[member.index] for member in alike}
+        operands = [{member.index: member.parameter for member in alike}]
         # Where there is a momentum it is kept up to date even while λ is 0, as line 12 has it.
-        has_momentum = all("momentum_buffer" in state for state in own)
-        momenta = [state["momentum_buffer"] for state in own] if has_momentum else None
-        names = ("lr", "momentum", "weight_decay", "maximize")
-        descend_(parameters, given, momenta, **{name: _number(group[name]) for name in names})
+        has_momentum = all("momentum_buffer" in state for state in own.values())
+        if group["momentum_form"] == "sgd":
+            has_momentum = group["momentum"] != 0
         if has_momentum:
-            _mark_started_(own)
+            operands.append({index: state["momentum_buffer"] for index, state in own.items()})
+        is_mixed = (identity, not is_first) in grouped
+        function, options = _rule(group, section, is_first=is_first, is_mixed=is_mixed)
+        decompress_with_(section, mean, function, *operands, **options)
+        if has_momentum and is_first:
+            for state in own.values():
+                state["momentum_started"].fill_(True)
 
 
-def _like(update: Tensor, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Δ' as torch.optim.SGD would have met it: in the parameter's dtype and, fused, its strides."""
+def _rule(
+    group: Mapping[str, Any], section: Section, *, is_first: bool, is_mixed: bool
+) -> tuple[Elementwise, dict[str, Any]]:
+    """What a group does with its updates, and the settings with which it does it."""
+    names = ("lr", "momentum", "weight_decay", "maximize")
+    options = {name: _number(group[name]) for name in names}
+    foreach = group["foreach"]
+    is_together = section.device.type != "cpu" if foreach is None else foreach
+    if group["momentum_form"] == "paper":
+        return (descend_together_ if is_together else descend_), options
+    options |= {"nesterov": group["nesterov"], "dampening": group["dampening"]}
+    options["is_first"] = is_first
+    # Where only some momenta are begun, torch takes them one by one too; in bfloat16 one sees it.
+    if group["fused"] or (is_together and not is_mixed):
+        return sgd_together_, options | {"fused": group["fused"], "foreach": foreach}
+    return sgd_, options
+
+
+def descend_together_(
+    updates: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None = None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """`error_feedback.descend_` with many tensors in each kernel: for accelerators."""
+    updates, parameters = list(updates), list(parameters)
+    if maximize:
+        torch._foreach_neg_(updates)
+    if weight_decay:
+        torch._foreach_add_(updates, parameters, alpha=weight_decay)
+    steps = updates
+    if momenta is not None:
+        steps = list(momenta)
+        torch._foreach_mul_(steps, momentum)
+        torch._foreach_add_(steps, updates)
+    torch._foreach_add_(updates, steps)
+    torch._foreach_add_(parameters, updates, alpha=-lr)
+
+
+def sgd_(
+    updates: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None = None,
+    *,
+    is_first: bool,
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    dampening: float | Tensor,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """torch.optim.SGD's rule, to the bit, without memory of its own.
+
+    Args:
+        updates: Δ', each of the shape of its parameter (modified in place).
+        parameters: (modified in place).
+        momenta: (modified in place); None without momentum.
+        is_first: the momenta are not begun yet.
+        lr: learning rate.
+        momentum: factor of the momenta.
+        dampening: what the newest update is dampened by as it enters the momentum.
+        weight_decay: multiple of the parameters that is added to the updates.
+        nesterov: whether the step looks ahead.
+        maximize: ascend instead.
+    """
+    for position, (x, wide) in enumerate(zip(parameters, updates, strict=True)):
+        step = update = _in_dtype_of(x, wide)
+        if maximize:
+            update.neg_()
+        if isinstance(weight_decay, Tensor) or weight_decay != 0:
+            add_multiple_(update, weight_decay, x)
+        if momenta is not None:
+            m = momenta[position]
+            if is_first:
+                m.copy_(update)
+            else:
+                add_multiple_(m.mul_(momentum), 1 - dampening, update)
+            step = m
+            if nesterov:
+                add_multiple_(update, momentum, m)
+                step = update
+        add_multiple_(x, -lr, step)
+
+
+def sgd_together_(
+    updates: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None = None,
+    *,
+    is_first: bool,
+    **options: Any,
+) -> None:
+    """What `sgd_` does, by torch's own function for SGD, with its kernels for many tensors."""
+    given = [_in_dtype_of(*pair) for pair in zip(parameters, updates, strict=True)]
+    if options["fused"]:  # takes no other strides than the parameter's
+        pairs = zip(given, parameters, strict=True)
+        given = [u if u.stride() == x.stride() else torch.empty_like(x).copy_(u) for u, x in pairs]
+    buffers: list[Tensor | None] = [None] * len(given)
+    if momenta is not None and not is_first:
+        buffers = list(momenta)
+    torch_sgd_(list(parameters), given, buffers, **options)
+    if momenta is not None and is_first:  # torch makes a first momentum anew
+        for momentum_buffer, made in zip(momenta, buffers, strict=True):
+            assert made is not None
+            momentum_buffer.copy_(made)
+
+
+def _in_dtype_of(parameter: Tensor, update: Tensor) -> Tensor:
+    """Δ' as torch.optim.SGD would have met it: in the parameter's dtype."""
     cast = update.to(parameter.dtype)
     if parameter.dtype == torch.float16 and not all_finite(cast):
         return update  # a sum of gradients and errors may exceed what float16 can hold
-    if group["fused"] and cast.stride() != parameter.stride():
-        return torch.empty_like(parameter).copy_(cast)
     return cast
 
 
-def _torch_update_(
-    parameters: list[Tensor],
-    updates: list[Tensor],
-    states: list[State],
-    group: Mapping[str, Any],
-) -> None:
-    """torch.optim.SGD's own function, so that its rule is followed to the bit."""
-    has_momentum = group["momentum"] != 0
-    started = [has_momentum and bool(state["momentum_started"]) for state in states]
-    if group["fused"] and has_momentum and len(set(started)) > 1:
-        # torch's fused kernel takes no mixture of first and later momenta.
-        for some in (True, False):
-            at = [position for position, is_so in enumerate(started) if is_so == some]
-            xs, deltas = [parameters[i] for i in at], [updates[i] for i in at]
-            _torch_update_(xs, deltas, [states[i] for i in at], group)
-        return
-    buffers = [
-        state["momentum_buffer"] if is_started else None
-        for state, is_started in zip(states, started, strict=True)
-    ]
-    names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    options = {name: group[name] for name in (*names, "foreach", "fused")}
-    torch_sgd_(parameters, updates, buffers, **options)
-    for state, is_started, made in zip(states, started, buffers, strict=True):
-        if made is not None and not is_started:  # torch makes a first momentum anew
-            state["momentum_buffer"].copy_(made)
-    if has_momentum:
-        _mark_started_(states)
-
-
-def _mark_started_(states: Iterable[State]) -> None:
-    for state in states:
-        if not state["momentum_started"]:
-            state["momentum_started"].fill_(True)
-
-
 def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
+    return value.item() if isinstance(value, Tensor) else value

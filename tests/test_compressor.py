@@ -29,6 +29,11 @@ def power_iteration(matrices: torch.Tensor, rank: int, seed: int = 0) -> PowerIt
     return aggregator
 
 
+def write_(values: list[torch.Tensor], places: list[torch.Tensor]) -> None:
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)
+
+
 def compress(
     aggregator: PowerIteration, matrices: torch.Tensor
 ) -> tuple[LowRank, LowRank, torch.Tensor]:
@@ -38,7 +43,7 @@ def compress(
     local = run(aggregator.compress(deltas), Alone())
     mean = run(aggregator.aggregate(local), Alone())
     out = Blocks(aggregator.layout, matrices.dtype, CPU)
-    mean.decompress_into_(out)
+    mean.decompress_with_(write_, out.views)
     return local, mean, out.batches[0]
 
 
@@ -131,9 +136,9 @@ def _exchange(
 ) -> Exchange[tuple[torch.Tensor, torch.Tensor]]:
     local = yield from aggregator.compress(blocks)
     own = Blocks(aggregator.layout, torch.float64, CPU)
-    local.decompress_into_(own)
+    local.decompress_with_(write_, own.views)
     mean = yield from aggregator.aggregate(local)
-    mean.decompress_into_(blocks)
+    mean.decompress_with_(write_, blocks.views)
     return own.batches[0], blocks.batches[0]
 
 

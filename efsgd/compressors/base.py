@@ -1,7 +1,7 @@
 """What Algorithm 2 asks of a compressor. It names none."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,17 +9,29 @@ from torch import Tensor
 from efsgd.blocks import Blocks, Entry, Layout
 from efsgd.collectives import Exchange
 
-__all__ = ["Aggregator", "Compressed", "Compressor"]
+__all__ = ["Aggregator", "Compressed", "Compressor", "Elementwise"]
+
+
+#: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
+#: of decompressed pieces, which it may modify, and for each operand the list of its like pieces.
+Elementwise: TypeAlias = Callable[..., None]
 
 
 class Compressed(Protocol):
     """A compressed form of the matrices of a layout, not yet multiplied out."""
 
-    def subtract_from_(self, blocks: Blocks) -> None:
-        """Subtracts the decompressed matrices from `blocks` (modified in place)."""
+    def decompress_with_(
+        self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
+    ) -> None:
+        """Decompresses and hands over a few pieces at a time, so that nothing is kept whole.
 
-    def decompress_into_(self, blocks: Blocks) -> None:
-        """Writes the decompressed matrices into `blocks` (modified in place)."""
+        Args:
+            function: is given the pieces. What it does to one element must not depend on others.
+            operands: tensors by parameter index, all with the same indices, in the parameters'
+                shapes (`function` may modify them). Matrices without an index in them are left
+                out; indices that are no matrices of the layout are ignored.
+            options: passed on to `function`: numbers, and flags.
+        """
 
 
 class Aggregator(Protocol):
