@@ -8,6 +8,10 @@ PIP_FLAGS ?=
 JOBS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+# A clone of github.com/epfml/powersgd, to measure it as well, and for example
+#   make bench-network EPFML=../powersgd BENCH_FLAGS="--rounds 5"
+EPFML ?=
+BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
@@ -19,7 +23,7 @@ SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs
 
 .PHONY: help
 help: ## print this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them
@@ -46,6 +50,27 @@ format: $(VENV)/.with-test ## rewrite the sources in the house format
 docs: $(VENV)/.with-docs ## build the documentation in docs/_build/html and run its examples
 	$(SPHINX) --fresh-env --builder html docs docs/_build/html
 	$(SPHINX) --builder doctest docs docs/_build/doctest
+
+# Each measurement is a file in docs/benchmarks, from which "make bench-docs" makes the page.
+BENCH := $(BIN)/python -m benchmarks
+BENCH_OPTIONS = $(if $(EPFML),--epfml $(EPFML)) $(BENCH_FLAGS)
+
+.PHONY: bench
+bench: bench-network bench-local ## measure everything below; as root, on a quiet machine
+
+.PHONY: bench-network
+bench-network: $(VENV)/.with-examples ## time a step of two workers on slow networks (Linux, root)
+	@set -ex; for workload in resnet18 lstm gpt2; do for rate in 100mbit 1gbit unlimited; do \
+		$(BENCH).network --workload $$workload --rate $$rate --compiled $(BENCH_OPTIONS) \
+			--output docs/benchmarks/network-$$workload-$$rate.json; \
+	done; done
+
+.PHONY: bench-local
+bench-local: $(VENV)/.with-examples ## time a step of one worker, where nothing is sent
+	@set -ex; for workload in resnet18 lstm gpt2; do \
+		$(BENCH).local --workload $$workload $(BENCH_OPTIONS) \
+			--output docs/benchmarks/local-$$workload.json; \
+	done
 
 .PHONY: venv
 venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-docs ## make the virtual environment with everything that the other targets use

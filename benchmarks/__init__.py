@@ -1,0 +1,1 @@
+"""Measurements of what a step costs, beside SGD and beside other implementations of PowerSGD."""
