@@ -22,6 +22,7 @@ from efsgd.blocks import Blocks, Layout
 from efsgd.collectives import Exchange
 from efsgd.compressors.base import Aggregator, Compressed, Elementwise
 from efsgd.control import ControlWords, Verdict
+from efsgd.phases import Phases
 
 __all__ = [
     "Outcome",
@@ -54,6 +55,7 @@ class Section:
         dtype: of errors, deltas and updates.
         device: the same.
         error_feedback: whether what was not sent is kept.
+        phases: names the phases of a step.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class Section:
         device: torch.device,
         *,
         error_feedback: bool = True,
+        phases: Phases | None = None,
     ) -> None:
         self.layout, self.parameters, self.device = layout, dict(parameters), device
         self.aggregator, self.control = aggregator, control
+        self.phases = aggregator.phases = Phases() if phases is None else phases
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
         self.deltas = Blocks(layout, dtype, device, aggregator.vectors)
         self.errors = Blocks(layout, dtype, device, aggregator.vectors) if error_feedback else None
@@ -130,14 +134,16 @@ def exchange_gradients(
     aggregator, deltas = section.aggregator, section.deltas
     obstacle: Exception | None = None
     try:
-        add_errors_and_gradients_(deltas, section, scale)  # Alg. 2, line 7
+        with section.phases("Alg. 2, line 7: add errors and gradients"):
+            add_errors_and_gradients_(deltas, section, scale)  # Alg. 2, line 7
     except Exception as error:  # the other workers are waiting, so it is raised afterwards
         obstacle = error
 
     def lines_8_to_10() -> Exchange[Compressed]:
         local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
         if section.errors is not None:
-            local.decompress_with_(subtract_, deltas.views)  # Alg. 2, line 9
+            with section.phases("Alg. 2, line 9: new errors"):
+                local.decompress_with_(subtract_, deltas.views)  # Alg. 2, line 9
         return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
 
     mean, verdict = yield from section.control.escort(

@@ -30,9 +30,8 @@ __all__ = ["ErrorFeedbackSGD"]
 class ErrorFeedbackSGD(Optimizer):
     """Distributed error-feedback SGD with momentum: Algorithm 2 of PowerSGD, any compressor.
 
-    `step()` takes each worker's own, local gradients and does all the rest: it adds what was not
-    sent before, compresses, averages over the workers, and updates. Biases and other tensors that
-    the compressor leaves alone are averaged as they are.
+    `step()` takes each worker's own gradients, adds what was not sent before, compresses, averages
+    over the workers, and updates. What the compressor leaves alone is averaged as it is.
 
     The arguments are those of `PowerSGDOptimizer`, which is the case `compressor=PowerSGD(...)`.
 
@@ -112,9 +111,6 @@ class ErrorFeedbackSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
 
-        Args:
-            param_group: {"params": ..., and whatever differs from the constructor's arguments}.
-
         Raises:
             ValueError: a setting is out of range, or differs from the other groups' though it
                 belongs to the optimizer as a whole.
@@ -165,9 +161,7 @@ class ErrorFeedbackSGD(Optimizer):
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[None]:
         """The step as an exchange, for any driver: `efsgd.collectives.run`, `testing.lockstep`.
 
-        Args:
-            world_size: the number of workers.
-            worker: this worker's place among them, from 0.
+        `worker` is this worker's place among `world_size`, from 0.
         """
         return self._stepper.exchange(
             self.param_groups, self.state, world_size, worker, LossScaling.of(self)
@@ -195,23 +189,33 @@ class ErrorFeedbackSGD(Optimizer):
             applied and `skipped_steps` that were not; `total_bytes_sent`, of which
             `check_bytes_sent` went into comparing workers before the first step. Bytes are those
             of one worker's buffers: not times the number of workers, nor times what an all-reduce
-            makes of them on the wire.
+            makes of them on the wire. While `time_phases` is set, also `phase_seconds` of the last
+            step, a dict whose names are those of the ranges in torch.profiler.
         """
-        return self._stepper.ledger.report()
+        phases = self._stepper.phases
+        seconds = {"phase_seconds": dict(phases.seconds)} if phases.is_timing else {}
+        return self._stepper.ledger.report() | seconds
+
+    @property
+    def time_phases(self) -> bool:
+        """Whether steps are timed; on an accelerator timing waits for it between phases."""
+        return self._stepper.phases.is_timing
+
+    @time_phases.setter
+    def time_phases(self, is_timing: bool) -> None:
+        self._stepper.phases.is_timing = is_timing
 
     def broadcast_parameters(self, source: int = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.
 
-        Buffers of the model, such as BatchNorm's statistics, are not known here.
-
         Args:
-            source: the worker whose parameters are taken, counted within the group.
+            source: the worker whose parameters are taken (no buffers), counted within the group.
 
         Raises:
             WorkerMismatchError: the workers do not have the same parameters.
         """
-        exchange = self._stepper.broadcast(self.param_groups, source)
-        run(exchange, current_transport(self._process_group))
+        transport = current_transport(self._process_group)
+        run(self._stepper.broadcast(self.param_groups, source), transport)
 
     @classmethod
     def from_sgd(cls, sgd: SGD, **options: Any) -> Self:
@@ -223,9 +227,6 @@ class ErrorFeedbackSGD(Optimizer):
         Args:
             sgd: the optimizer to replace.
             options: this package's own arguments (`rank=4`, ...); `momentum_form` is "sgd".
-
-        Raises:
-            TypeError: `sgd` is not a torch.optim.SGD.
         """
         if not isinstance(sgd, SGD):
             raise TypeError(f"Invalid sgd: {type(sgd).__name__}. Must be a torch.optim.SGD.")

@@ -14,6 +14,7 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,9 @@ from torch import Tensor
 from efsgd.blocks import Batch, Blocks, Layout
 from efsgd.collectives import AllReduceMean, Exchange, InFlight, Start
 from efsgd.compressors.base import Elementwise
+from efsgd.fusion import Fusion
 from efsgd.orthogonalization import normalize_columns, orthogonalize
+from efsgd.phases import Phases
 
 __all__ = ["LowRank", "PowerIteration", "initial_query"]
 
@@ -81,6 +84,7 @@ class PowerIteration:
         device: of factors and buffers.
         seed: with `warm_start=False`, the seed from which Q is drawn at every step.
         warm_start: whether a step starts from the Q of the step before it.
+        fusion: multiplies products of small rank out where they are used; None: into memory.
     """
 
     def __init__(
@@ -91,12 +95,15 @@ class PowerIteration:
         *,
         seed: int = 0,
         warm_start: bool = True,
+        fusion: Fusion | None = None,
     ) -> None:
         self.layout, self.seed, self.warm_start = layout, seed, warm_start
+        self.phases = Phases()
+        self.rounding = "eager" if fusion is None else "compiled"
         P_shapes, Q_shapes = [], []
         for batch in layout.batches:
             b, r = len(batch.entries), _rank(batch)
-            P_shapes.append((b, r, batch.rows))
+            P_shapes.append((b, batch.rows, r))
             Q_shapes.append((b, r, batch.columns))
 
         def buffer(shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
@@ -106,8 +113,12 @@ class PowerIteration:
         self.P_buffer = buffer(P_shapes, head=layout.vector_floats)
         self.Q_buffer = buffer(Q_shapes)
         self.vectors = self.P_buffer[: layout.vector_floats]
-        # [b, n, r], but one column after the other in memory: faster, see `benchmarks/products.py`.
-        self._P = [P.mT for P in _views(self.P_buffer[layout.vector_floats :], P_shapes)]
+        self._P = _views(self.P_buffer[layout.vector_floats :], P_shapes)
+        for position, (b, n, r) in enumerate(P_shapes):
+            # The same memory one column after the other: faster, up to twice, where rows of M begin
+            # at multiples of 32 bytes, and slower elsewhere (docs/benchmarks.md, "Products").
+            if layout.batches[position].columns * self.P_buffer.element_size() % 32 == 0:
+                self._P[position] = self._P[position].view(b, r, n).mT
         self._Q = _views(self.Q_buffer, Q_shapes)
         # This worker's own Q, which line 9 of Algorithm 2 needs while the mean is on its way.
         self._local_buffer = buffer(Q_shapes)
@@ -115,7 +126,8 @@ class PowerIteration:
         self.queries = _views(buffer(Q_shapes), Q_shapes)
         at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
         sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
-        self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+        scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+        self._low_rank = functools.partial(LowRank, layout, scratch, fusion)
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending.
@@ -128,24 +140,29 @@ class PowerIteration:
             (P̂, Q_w): P̂ the same on every worker, Q_w this worker's own, the mean in flight.
         """
         queries = self.queries if self.warm_start else self._draw(step)
-        for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
-            # The scale of Q's columns does not matter to P̂: bring it to where P cannot overflow.
-            torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
-        yield AllReduceMean(self.P_buffer, "vectors and P (Alg. 1, line 4)")  # Alg. 1, line 4
-        P_hats = [orthogonalize(P) for P in self._P]  # Alg. 1, line 5
-        for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
-            torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
-        self._local_buffer.copy_(self.Q_buffer)
+        with self.phases("Alg. 1, line 3: P = M Q"):
+            for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
+                # The scale of Q's columns does not matter to P̂: bring it to where P is finite.
+                torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
+        with self.phases("Alg. 1, line 4: all-reduce P"):
+            yield AllReduceMean(self.P_buffer, "vectors and P (Alg. 1, line 4)")  # Alg. 1, line 4
+        with self.phases("Alg. 1, line 5: orthogonalize P"):
+            P_hats = [orthogonalize(P) for P in self._P]  # Alg. 1, line 5
+        with self.phases("Alg. 1, line 6: Q = M^T P"):
+            for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
+                torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
+            self._local_buffer.copy_(self.Q_buffer)
         if not self._Q:
-            return LowRank(self.layout, P_hats, self._local_Q, self._scratch)
+            return self._low_rank(P_hats, self._local_Q)
         mean = yield Start(AllReduceMean(self.Q_buffer, "Q (Alg. 1, line 7)"))  # Alg. 1, line 7
-        return LowRank(self.layout, P_hats, self._local_Q, self._scratch, in_flight=mean)
+        return self._low_rank(P_hats, self._local_Q, in_flight=mean)
 
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         """Line 7's answer and line 8: (P̂, Q), the same on every worker."""
         if local.in_flight is not None:
-            yield local.in_flight
-        return LowRank(self.layout, local.P_hat, self._Q, self._scratch)  # Alg. 1, line 8
+            with self.phases("Alg. 1, line 7: all-reduce Q"):
+                yield local.in_flight
+        return self._low_rank(local.P_hat, self._Q)  # Alg. 1, line 8
 
     def commit_(self, absent: frozenset[int] = frozenset()) -> None:
         """Makes the averaged Q of the last exchange the next step's Q.
@@ -186,16 +203,18 @@ class LowRank:
 
     Attributes:
         layout: whose matrices these are.
+        scratch: memory for the pieces that are multiplied out.
+        fusion: what does without it, where it can.
         P_hat: [b, n, r] for each batch.
         Q: [b, r, m] for each batch (the paper's Q, transposed).
-        scratch: memory for the pieces that are multiplied out.
         in_flight: where Q is one worker's own: the mean Q, on its way.
     """
 
     layout: Layout
+    scratch: Tensor
+    fusion: Fusion | None
     P_hat: Sequence[Tensor]
     Q: Sequence[Tensor]
-    scratch: Tensor
     in_flight: InFlight | None = None
 
     def decompress_with_(
@@ -206,15 +225,18 @@ class LowRank:
         See `efsgd.compressors.Compressed`.
         """
         for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
-            for matrices, rows in batch.pieces(operands[0], self.scratch.numel()):
-                P_piece, Q_piece, entries = (
-                    P_hat[matrices, rows],
-                    Q[matrices],
-                    batch.entries[matrices],
-                )
-                shape = (len(entries), P_piece.shape[1], batch.columns)
+            done: set[int] = set()
+            if self.fusion is not None:
+                for position, index in enumerate(entry.index for entry in batch.entries):
+                    own = [operand[index] for operand in operands if index in operand]
+                    factors = P_hat[position], Q[position]
+                    if own and self.fusion.apply_(function, *factors, own, options):
+                        done.add(index)
+            for matrices, rows in batch.pieces(operands[0].keys() - done, self.scratch.numel()):
+                entries = batch.entries[matrices]
+                shape = (len(entries), rows.stop - rows.start, batch.columns)
                 values = self.scratch[: math.prod(shape)].view(shape)
-                torch.bmm(P_piece, Q_piece, out=values)  # Alg. 1, line 11
+                torch.bmm(P_hat[matrices, rows], Q[matrices], out=values)  # Alg. 1, line 11
                 function(
                     [v.view(-1, *e.shape[1:]) for v, e in zip(values, entries, strict=True)],
                     *([operand[e.index][rows] for e in entries] for operand in operands),

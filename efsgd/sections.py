@@ -10,6 +10,7 @@ from efsgd.blocks import Entry, Layout
 from efsgd.compressors import Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
+from efsgd.phases import Phases
 from efsgd.state import Member, State, attach_, compute_dtype
 
 __all__ = ["describe", "make_sections", "signature"]
@@ -52,6 +53,7 @@ def make_sections(
     compressor: Compressor,
     world_size: int,
     worker: int,
+    phases: Phases,
 ) -> list[Section]:
     """Plans and fills the sections of all parameters that require a gradient.
 
@@ -61,6 +63,7 @@ def make_sections(
         compressor: decides what is compressed and how far.
         world_size: the number of workers.
         worker: this worker.
+        phases: names the phases of a step.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
     for member in members:
@@ -80,6 +83,7 @@ def make_sections(
             dtype,
             device,
             error_feedback=options["error_feedback"],
+            phases=phases,
         )
         attach_(section, states)
         sections.append(section)
@@ -87,7 +91,10 @@ def make_sections(
 
 
 def describe(
-    members: Iterable[Member], compressor: Compressor, settings: Iterable[str]
+    members: Iterable[Member],
+    compressor: Compressor,
+    settings: Iterable[str],
+    sections: Iterable[Section] = (),
 ) -> list[str]:
     """What workers must agree on, a line for each parameter and each group.
 
@@ -95,7 +102,9 @@ def describe(
         members: the parameters, in order.
         compressor: decides what is compressed and how far.
         settings: names of the group entries that must be equal.
+        sections: of these parameters, where they are made already.
     """
+    roundings = {section.aggregator.rounding for section in sections}
     lines, names = [], sorted(settings)
     group: dict[str, Any] | None = None
     for member in members:
@@ -108,7 +117,7 @@ def describe(
             how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
         lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
-    return lines
+    return [*(f"{word} steps" for word in sorted(roundings)), *lines]
 
 
 def _plain(value: Any) -> Any:

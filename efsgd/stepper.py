@@ -19,6 +19,7 @@ from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
 from efsgd.error_feedback import Outcome, Section, exchange_gradients
 from efsgd.errors import CollectiveError, NonFiniteGradientError
+from efsgd.phases import Phases
 from efsgd.sections import describe, make_sections, signature
 from efsgd.state import (
     Member,
@@ -65,6 +66,7 @@ class Stepper:
     Attributes:
         sections: of the present parameter groups; empty before the first step.
         ledger: what was handed to collectives.
+        phases: of a step, and how long they take.
 
     Args:
         compressor: decides what is compressed and how far.
@@ -73,7 +75,7 @@ class Stepper:
 
     def __init__(self, compressor: Compressor, settings: Iterable[str]) -> None:
         self.sections: list[Section] = []
-        self.ledger = Ledger()
+        self.ledger, self.phases = Ledger(), Phases()
         self._compressor, self._settings = compressor, tuple(settings)
         self._members: list[Member] = []
         self._states: dict[int, State] = {}
@@ -120,6 +122,7 @@ class Stepper:
             yield from intercept(self._check(world_size), outgoing=self.ledger.record)
         parameters = [p for section in self.sections for p in section.parameters.values()]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
+        self.phases.begin_step()
         factor, has_overflowed = 1.0, False
         if scaling is not None:
             factor, has_overflowed = scaling.factor, scaling.has_overflowed
@@ -162,7 +165,8 @@ class Stepper:
             section.commit_(outcome.verdict.absent)
             show_errors_(section, self._states)
             members = [member for member in self._members if member.index in present]
-            apply_updates_(section, outcome.mean, members, self._states)
+            with self.phases("Alg. 2, lines 11 to 13: update"):
+                apply_updates_(section, outcome.mean, members, self._states)
 
     def _prepare(
         self,
@@ -188,7 +192,7 @@ class Stepper:
             elif member.parameter in state:
                 withdraw_(state[member.parameter])
         self.sections = make_sections(
-            self._members, self._states, self._compressor, world_size, worker
+            self._members, self._states, self._compressor, world_size, worker, self.phases
         )
         self._signature = signature(groups, state, self._compressor, world_size, worker)
 
@@ -197,7 +201,7 @@ class Stepper:
         if self._agreed_on == self._signature:
             return
         device = self._members[0].parameter.device
-        lines = describe(self._members, self._compressor, self._settings)
+        lines = describe(self._members, self._compressor, self._settings, self.sections)
         yield from check_schema(lines, device)
         identities = world_size, tuple(id(member.parameter) for member in self._members)
         if identities != self._compared:

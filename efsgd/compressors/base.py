@@ -8,6 +8,7 @@ from torch import Tensor
 
 from efsgd.blocks import Blocks, Entry, Layout
 from efsgd.collectives import Exchange
+from efsgd.phases import Phases
 
 __all__ = ["Aggregator", "Compressed", "Compressor", "Elementwise"]
 
@@ -43,9 +44,14 @@ class Aggregator(Protocol):
     Attributes:
         vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
             called and their mean once `aggregate` has returned.
+        rounding: a word for how this worker rounds, where that may differ from another's with the
+            same settings. Workers with different words refuse to train together.
+        phases: names the phases of a step; set by the section that the aggregator works for.
     """
 
     vectors: Tensor
+    rounding: str
+    phases: Phases
 
     def compress(self, deltas: Blocks, step: int) -> Exchange[Compressed]:
         """Line 8: this worker's own compressed form of `deltas`, which is not modified."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efsgd.blocks import Entry, Layout, matrix_shape
+from efsgd.fusion import Fusion, has_compiler
 from efsgd.powersgd import PowerIteration, initial_query
 
 __all__ = ["PowerSGD"]
@@ -30,6 +31,7 @@ class PowerSGD:
         warm_start: whether power iteration goes on from the last step's Q; else Q is drawn
             anew at each step.
         seed: of Q's first values, the same on every worker.
+        compile: whether torch.compile fuses products of ranks up to 8 into what is done with them.
 
     Example:
         >>> from efsgd import PowerSGD
@@ -44,6 +46,7 @@ class PowerSGD:
     min_compression_rate: float = 1.0
     warm_start: bool = True
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self.validate(self.settings())
@@ -54,7 +57,7 @@ class PowerSGD:
 
     def shared_settings(self) -> tuple[str, ...]:
         """Names of the settings that must be the same in every group."""
-        return ("warm_start", "seed")
+        return ("warm_start", "seed", "compile")
 
     def validate(self, settings: Mapping[str, Any]) -> None:
         """Checks the settings of one group.
@@ -73,8 +76,9 @@ class PowerSGD:
                 f"Invalid min_compression_rate: {rate!r}. Must be a number of at least 0; "
                 f"1.0 compresses wherever fewer floats are sent."
             )
-        if not isinstance(settings["warm_start"], bool):
-            raise ValueError(f"Invalid warm_start: {settings['warm_start']!r}. Must be a bool.")
+        for name in ("warm_start", "compile"):
+            if not isinstance(settings[name], bool):
+                raise ValueError(f"Invalid {name}: {settings[name]!r}. Must be a bool.")
         if not isinstance(settings["seed"], int) or settings["seed"] < 0:
             raise ValueError(f"Invalid seed: {settings['seed']!r}. Must be an integer, at least 0.")
 
@@ -101,5 +105,8 @@ class PowerSGD:
         device: torch.device,
     ) -> PowerIteration:
         """Algorithm 1 for the tensors of one layout."""
+        fusion = Fusion() if settings["compile"] and has_compiler(device.type) else None
         seed, warm_start = settings["seed"], settings["warm_start"]
-        return PowerIteration(layout, dtype, device, seed=seed, warm_start=warm_start)
+        return PowerIteration(
+            layout, dtype, device, seed=seed, warm_start=warm_start, fusion=fusion
+        )

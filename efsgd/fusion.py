@@ -1,0 +1,140 @@
+"""Low-rank products fused into what is done with them, by torch.compile.
+
+Written as a sum of r outer products, P̂Q^T is an elementwise expression. The compiler then needs no
+memory for it: one pass reads the other operands, and each element of P̂Q^T is made where it is used.
+Only products of small rank gain by this; see `Fusion.MAX_RANK`.
+"""
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.compressors.base import Elementwise
+
+__all__ = ["Fusion", "has_compiler"]
+
+# Otherwise the compiler writes an expression with many inputs to memory before using it twice.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+    "realize_opcount_threshold": 1000,
+}
+
+
+class Fusion:
+    """Compiles, once for each function and shape, and applies.
+
+    Numbers are passed as tensors, so that a new learning rate compiles nothing.
+
+    Example:
+        >>> from efsgd.error_feedback import subtract_
+        >>> from efsgd.fusion import Fusion
+        >>> p_hat, q, x = torch.ones(512, 1), torch.ones(1, 512), torch.ones(512, 512)
+        >>> if Fusion().apply_(subtract_, p_hat, q, [x], {}):
+        ...     assert not x.any()
+    """
+
+    #: Up to this rank a sum of outer products is faster than a product of matrices, and from this
+    #: number of elements on (docs/benchmarks.md, "Products").
+    MAX_RANK = 8
+    MIN_FLOATS = 2**18
+
+    def __init__(self) -> None:
+        self._compiled: dict[Hashable, Callable[..., None] | None] = {}
+
+    def apply_(
+        self,
+        function: Elementwise,
+        P_hat: Tensor,
+        Q: Tensor,
+        operands: Sequence[Tensor],
+        options: Mapping[str, Any],
+    ) -> bool:
+        """Calls `function([P̂Q^T], *([operand] for operand in operands), **options)`, fused.
+
+        Args:
+            function: elementwise.
+            P_hat: [n, r].
+            Q: [r, m].
+            operands: of one shape, n·m elements each, the first dimension n (modified in place).
+            options: floats become tensors of no dimension; all else is compiled in.
+
+        Returns:
+            Whether it was done. If not, nothing has changed: the matrix is too small to gain, or
+            the compiler has failed, which a warning has said.
+        """
+        if Q.shape[0] > self.MAX_RANK or P_hat.shape[0] * Q.shape[1] < self.MIN_FLOATS:
+            return False
+        numbers = {k: _tensor(float(v)) for k, v in options.items() if type(v) in (int, float)}
+        flags = {name: v for name, v in options.items() if name not in numbers}
+        operands = [operand.detach() for operand in operands]
+        if all(operand.is_contiguous() for operand in operands):  # for loops over two indices
+            operands = [operand.view(P_hat.shape[0], -1) for operand in operands]
+        kinds = tuple((o.shape, o.stride(), o.dtype) for o in operands)
+        key = function, P_hat.shape, P_hat.stride(), Q.shape, kinds, tuple(flags.items())
+        is_new = key not in self._compiled
+        if is_new:
+            self._compiled[key] = _compile(function, flags)
+        segment = self._compiled[key]
+        if segment is None:
+            return False
+        try:
+            segment(P_hat, Q, operands, numbers)
+        except Exception as error:
+            if not is_new:
+                raise
+            _warn(error)
+            self._compiled[key] = None
+            return False
+        return True
+
+
+@functools.lru_cache(maxsize=64)
+def _tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
+
+
+@functools.cache
+def has_compiler(device: str) -> bool:
+    """Whether torch.compile can make code for this kind of device; warns where it cannot.
+
+    Args:
+        device: "cpu", "cuda", ...
+    """
+    try:
+        torch.compile(torch.neg, fullgraph=True)(torch.zeros(1, device=device))
+    except Exception as error:
+        _warn(error)
+        return False
+    return True
+
+
+def _warn(error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    warnings.warn(
+        f"compile=True has no effect: torch.compile does not work here ({reason}). Steps run "
+        f"uncompiled, with the same results to rounding. On a CPU it needs a C++ compiler such as "
+        f"g++, on CUDA Triton. Install it, or leave compile out.",
+        stacklevel=2,
+    )
+
+
+def _compile(function: Elementwise, flags: Mapping[str, Any]) -> Callable[..., None]:
+    def segment(
+        P_hat: Tensor, Q: Tensor, operands: list[Tensor], numbers: dict[str, Tensor]
+    ) -> None:
+        product = P_hat[:, :1] * Q[0]
+        for column in range(1, Q.shape[0]):
+            product = product + P_hat[:, column : column + 1] * Q[column]
+        product = product.view(operands[0].shape)
+        function([product], *([operand] for operand in operands), **numbers, **flags)
+
+    # Recompilations are counted for each code object, so every segment gets one of its own.
+    code = segment.__code__.replace(co_name=f"{function.__name__}fused")
+    own = types.FunctionType(code, globals(), code.co_name, None, segment.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
