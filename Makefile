@@ -57,6 +57,7 @@ BENCH := $(BIN)/python -m benchmarks
 BENCH_OPTIONS = $(if $(EPFML),--epfml $(EPFML)) $(BENCH_FLAGS)
 RESULTS := docs/benchmarks
 WORKLOADS := resnet18 lstm gpt2
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 .PHONY: bench
 bench: bench-network bench-local bench-memory bench-growth bench-docs ## measure and show all of what follows (Linux, root, hours)
@@ -76,6 +77,8 @@ bench-local: $(VENV)/.with-examples ## measure a step of one worker, where nothi
 		$(BENCH).local --workload $$workload $(BENCH_OPTIONS) \
 			--output $(RESULTS)/local-$$workload.json; \
 	done
+	$(KEEP_MEMORY) $(BENCH).local --workload lstm $(BENCH_OPTIONS) \
+		--output $(RESULTS)/local-lstm-memory-kept.json
 
 .PHONY: bench-memory
 bench-memory: $(VENV)/.with-examples ## measure the memory that a step takes

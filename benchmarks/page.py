@@ -17,6 +17,7 @@ __all__ = [
     "local_table",
     "memory_table",
     "network_table",
+    "panel_title",
     "ranks_table",
     "rows_of",
     "workers_table",
@@ -35,11 +36,22 @@ def source_of(result: Result) -> str:
     """How the figures of a file came about: command, date, commit and machine."""
     machine = result["machine"]
     where = machine.get("device", machine["processor"])
+    variables = "".join(f"{name}={value} " for name, value in machine["environment"].items())
     return (
-        f"`{result['command']}`, {result['date']}, commit {result['commit']}, on {where}, "
-        f"{machine['cores']} cores, torch {machine['torch']}, "
+        f"`{variables}{result['command']}`, {result['date']}, commit {result['commit']}, "
+        f"on {where}, {machine['cores']} cores, torch {machine['torch']}, "
         f"{machine['threads']} thread(s) per process.\n"
     )
+
+
+def panel_title(result: Result) -> str:
+    """What distinguishes results of one workload from each other."""
+    settings, machine = result["settings"], result["machine"]
+    if result["benchmark"] == "network":
+        return f"{settings['workers']} workers, {settings['rate']}"
+    where = "" if settings["device"] == "cpu" else f"{settings['device']}, "
+    kept = ", memory kept" if machine["environment"] else ""
+    return f"{where}{machine['threads']} thread(s){kept}"
 
 
 def rows_of(result: Result, floor: str, baseline: str) -> list[tuple[Candidate, Row]]:
@@ -106,7 +118,7 @@ def local_table(result: Result) -> str:
         for name, seconds in found.items():
             samples.setdefault(name, (seconds, found["floor"], found["copy"]))
     copies = Quartiles.of(samples["copy"][0])
-    rows = [("a copy of as many bytes", in_milliseconds(copies), "", "1×")]
+    rows: list[tuple[str, ...]] = [("a copy of as many bytes", in_milliseconds(copies), "", "1×")]
     for candidate, row in rows_of(result, "floor", "sgd-foreach"):
         seconds, floor, copy = samples[row.name]
         in_copies = Quartiles.of(ratios(differences(seconds, floor), copy))
@@ -122,7 +134,7 @@ def local_table(result: Result) -> str:
             (*cells, *(str(counts[name][what]) for what in ("kernels", "waits")))
             for cells, name in zip(rows, names, strict=True)
         ]
-    title = f"**{WORKLOADS[result['settings']['workload']]}**"
+    title = f"**{WORKLOADS[result['settings']['workload']]}**, {panel_title(result)}"
     return "\n".join((title, "", table(columns, rows), source_of(result)))
 
 

@@ -38,6 +38,9 @@ the command that makes it by itself.
 * **Rounds.** Every round steps each candidate once, in an order that is shuffled anew. Ratios are
   taken within a round, so that what slows down the machine for a while does not change them.
 * **Figures** are medians, with the quartiles in parentheses. The first rounds are not counted.
+* **Memory** comes from the C library as it gives it by default. What makes large tensors anew in
+  each step then also pays for the system's clearing them. Where the command begins with
+  `MALLOC_MMAP_THRESHOLD_`, the library kept what it once had.
 * **The optimizers** have momentum 0.9; SGD, also below each peer, is
   `torch.optim.SGD(..., nesterov=True, foreach=True)` where nothing else is said. efsgd with the
   paper's momentum has `nesterov=False`.
@@ -138,10 +141,7 @@ def _steps(name: str, text: str, results: Sequence[Result], images: Path) -> lis
     for workload in WORKLOADS:
         same = [r for r in chosen if r["settings"]["workload"] == workload]
         if same:
-            panels = {
-                r["settings"].get("rate", "one worker"): page.rows_of(r, "floor", baseline)
-                for r in same
-            }
+            panels = {page.panel_title(r): page.rows_of(r, "floor", baseline) for r in same}
             image = f"benchmark-{name}-{workload}"
             plots.plot_times(images / f"{image}.png", panels)
             parts += [_image(images, image, f"Time per step, {WORKLOADS[workload]}")]

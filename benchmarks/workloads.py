@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,12 +151,12 @@ class FixedGradients(nn.Module):
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: "_HandOver", module: FixedGradients, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, module: FixedGradients, *weights: Tensor) -> Tensor:
         ctx.module = module
         return weights[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: "_HandOver", *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Nothing may refer to the tensors any more, or autograd copies them.
         ready, ctx.module.ready = ctx.module.ready, []
         return None, *ready

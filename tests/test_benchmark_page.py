@@ -13,6 +13,7 @@ from benchmarks.growth import LARGE, SMALL
 
 def result(benchmark: str, settings: dict[str, Any], **found: Any) -> dict[str, Any]:
     machine = {"processor": "a processor", "cores": 2, "threads": 1, "torch": "2.13.0"}
+    machine["environment"] = {}
     return {
         "benchmark": benchmark,
         "command": f"python -m benchmarks.{benchmark}",
@@ -55,7 +56,7 @@ def some_results() -> list[dict[str, Any]]:
         result("network", two, launches=[launch(on_network, bytes_sent=sent)]),
         result(
             "local",
-            {"workload": "lstm", "left_out": ["this, because of that."]},
+            {"workload": "lstm", "device": "cpu", "left_out": ["this, because of that."]},
             launches=[launch([*local.ALWAYS, *listed])],
         ),
         result("memory", {"workload": "resnet18"}, multiples=multiples),

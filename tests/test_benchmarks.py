@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, local, memory, namespaces, network
+from benchmarks import candidates, local, memory, namespaces, network, results
 from benchmarks.alpha_beta import Link
 from benchmarks.candidates import Bench, Candidate, compared
 from benchmarks.growth import LARGE, SMALL, predictions
@@ -195,6 +195,12 @@ def test_sessions_hold_what_fits_in_memory() -> None:
 def test_peaks_of_allocations() -> None:
     assert memory.peak_of([]) == (0, 0)
     assert memory.peak_of([10, -10, 6, 6, -3, -12]) == (12, -3)
+
+
+def test_the_command_that_is_shown_has_no_paths() -> None:
+    given = ["--rate", "1gbit", "--epfml", "/somewhere/else", "--output", "docs/x.json"]
+    shown = results.command_of("network", given)
+    assert shown == "python -m benchmarks.network --rate 1gbit --epfml DIR"
 
 
 def test_rates() -> None:
