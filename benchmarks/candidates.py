@@ -3,10 +3,12 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.timing import Runner
-from benchmarks.workloads import FixedGradients
+from benchmarks.workloads import FixedGradients, matrices_of
 from efsgd import PowerSGDOptimizer
+from efsgd.orthogonalization import orthogonalize
 
 __all__ = ["Bench", "Candidate", "compared", "knows_compile", "left_out", "use_epfml"]
 
@@ -32,18 +35,23 @@ class Candidate:
     """What is measured, as it stands in the results.
 
     Attributes:
-        kind: a key of `Bench.makers`.
+        kind: what it is, see `Bench`.
         rank: of the compression.
         form: of the momentum, for `efsgd`.
         compiled: with `compile=True`, for `efsgd`.
-        nbytes: of the buffer, for `all-reduce`.
+        nbytes: of the buffers, for `all-reduce`: they are reduced one after the other.
     """
 
     kind: str
     rank: int | None = None
     form: str | None = None
     compiled: bool = False
-    nbytes: int | None = None
+    nbytes: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The candidate of which `fields` are the attributes, read from JSON."""
+        return cls(**{**fields, "nbytes": tuple(fields["nbytes"])})
 
     @property
     def name(self) -> str:
@@ -52,7 +60,7 @@ class Candidate:
             "" if self.rank is None else f"rank {self.rank}",
             "" if self.form is None else f"form {self.form}",
             "compiled" if self.compiled else "",
-            "" if self.nbytes is None else f"{self.nbytes} bytes",
+            " + ".join(map(str, self.nbytes)) + " bytes" if self.nbytes else "",
         ]
         return ", ".join([self.kind, *filter(None, details)])
 
@@ -128,96 +136,129 @@ def use_epfml(clone: Path | None) -> None:
 class Bench:
     """Makes candidates that are stepped with the same gradients.
 
-    Candidates that do not change gradients share one module, and so its memory.
+    Candidates that leave gradients as they are share one module, and so its memory.
 
     Args:
         gradients: by parameter.
         device: where to step.
+
+    Attributes:
+        optimizers: of this package, by name of the candidate.
     """
 
     def __init__(self, gradients: Sequence[Tensor], device: torch.device | str = "cpu") -> None:
         self.gradients, self.device = gradients, torch.device(device)
-        self.plain = FixedGradients(gradients, device=device)
         self.optimizers: dict[str, PowerSGDOptimizer] = {}
-        self.makers: dict[str, Callable[[Candidate], Runner]] = {
-            "floor": lambda _: _whole_step(self.plain, self.plain),
-            "copy": lambda _: self._copy(),
+        self._makers: dict[str, Callable[[Candidate, FixedGradients], Runner]] = {
+            "floor": lambda _, module: _whole_step(module, module),
+            "copy": self._copy,
             "all-reduce": self._all_reduce,
-            "sgd-foreach": lambda _: self._sgd(foreach=True),
-            "sgd-loop": lambda _: self._sgd(foreach=False),
-            "sgd-fused": lambda _: self._sgd(fused=True),
-            "ddp-sgd": lambda _: self._ddp(),
-            "hook": self._hook,
-            "hook-batched": self._hook,
-            "epfml": self._epfml,
+            "orthogonalization": self._orthogonalization,
+            "sgd-foreach": self._sgd,
+            "sgd-loop": self._sgd,
+            "sgd-fused": self._sgd,
+            "ddp-sgd": lambda _, module: _under_ddp(module, DistributedDataParallel(module)),
+            "hook": _hook,
+            "hook-batched": _hook,
+            "epfml": _epfml,
             "efsgd": self._efsgd,
         }
 
-    def runner(self, candidate: Candidate) -> Runner:
-        """One step of a candidate: backward, exchange and update."""
-        return self.makers[candidate.kind](candidate)
+    @cached_property
+    def _shared(self) -> FixedGradients:
+        return FixedGradients(self.gradients, device=self.device)
 
-    def _copy(self) -> Runner:
+    def module(self, candidate: Candidate) -> FixedGradients:
+        """The parameters for a candidate to step: its own where it needs that, else shared ones."""
+        if candidate.kind in ("ddp-sgd", "hook", "hook-batched", "epfml"):
+            accumulates = candidate.kind == "epfml"  # it keeps its error in `p.grad`
+            return FixedGradients(self.gradients, accumulates=accumulates, device=self.device)
+        return self._shared
+
+    def runner(self, candidate: Candidate, module: FixedGradients | None = None) -> Runner:
+        """One step of a candidate: backward, exchange and update.
+
+        Args:
+            candidate: what to make.
+            module: of `Bench.module`; None makes it.
+        """
+        chosen = self.module(candidate) if module is None else module
+        return self._makers[candidate.kind](candidate, chosen)
+
+    def _copy(self, _: Candidate, __: FixedGradients) -> Runner:
         """A copy of as many bytes as the parameters have: what any pass over them costs."""
         source = torch.cat([gradient.flatten() for gradient in self.gradients]).to(self.device)
         target = torch.empty_like(source)
         return Runner(lambda: target.copy_(source))
 
-    def _all_reduce(self, candidate: Candidate) -> Runner:
-        assert candidate.nbytes is not None
-        buffer = torch.zeros(candidate.nbytes // 4, device=self.device)
-        return Runner(lambda: dist.all_reduce(buffer))
+    def _all_reduce(self, candidate: Candidate, _: FixedGradients) -> Runner:
+        buffers = [torch.zeros(n // 4, device=self.device) for n in candidate.nbytes]
+        return Runner(lambda: [dist.all_reduce(buffer) for buffer in buffers])
 
-    def _sgd(self, **implementation: bool) -> Runner:
-        optimizer = torch.optim.SGD(self.plain.parameters(), **SGD_SETTINGS, **implementation)
-        return _whole_step(self.plain, self.plain, optimizer.step)
-
-    def _ddp(self) -> Runner:
-        module = FixedGradients(self.gradients, device=self.device)
-        return self._under_ddp(module, DistributedDataParallel(module))
-
-    def _hook(self, candidate: Candidate) -> Runner:
+    def _orthogonalization(self, candidate: Candidate, _: FixedGradients) -> Runner:
+        """Of all P of a step, in the batches in which efsgd has them."""
         assert candidate.rank is not None
-        module = FixedGradients(self.gradients, device=self.device)
-        wrapped = DistributedDataParallel(module, bucket_cap_mb=ONE_BUCKET_MB)
-        state = powerSGD_hook.PowerSGDState(
-            process_group=None,
-            matrix_approximation_rank=candidate.rank,
-            start_powerSGD_iter=HOOK_STARTS_AT,
-            min_compression_rate=1,  # compresses the same tensors as efsgd
-            batch_tensors_with_same_shape=candidate.kind == "hook-batched",
+        heights = Counter(
+            (n, m) for n, m in matrices_of([g.shape for g in self.gradients], candidate.rank)
         )
-        wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        return self._under_ddp(module, wrapped)
+        batches = [
+            torch.randn(count, n, min(n, m, candidate.rank), device=self.device)
+            for (n, m), count in heights.items()
+        ]
+        return Runner(lambda: [orthogonalize(P) for P in batches])
 
-    def _under_ddp(self, module: FixedGradients, wrapped: DistributedDataParallel) -> Runner:
-        optimizer = torch.optim.SGD(wrapped.parameters(), **SGD_SETTINGS, foreach=True)
-        return _whole_step(module, wrapped, optimizer.step)
+    def _sgd(self, candidate: Candidate, module: FixedGradients) -> Runner:
+        implementation = {
+            "sgd-foreach": {"foreach": True},
+            "sgd-loop": {"foreach": False},
+            "sgd-fused": {"fused": True},
+        }[candidate.kind]
+        optimizer = torch.optim.SGD(module.parameters(), **SGD_SETTINGS, **implementation)
+        return _whole_step(module, module, optimizer.step)
 
-    def _epfml(self, candidate: Candidate) -> Runner:
-        powersgd = importlib.import_module("powersgd")
-        module = FixedGradients(self.gradients, accumulates=True, device=self.device)
-        parameters = list(module.parameters())
-        config = powersgd.Config(
-            rank=candidate.rank,
-            min_compression_rate=1,
-            num_iters_per_step=2,  # both factors in each step, as in the paper
-            start_compressing_after_num_steps=0,
-        )
-        aggregator = powersgd.PowerSGD(parameters, config=config)
-        optimizer = torch.optim.SGD(parameters, **SGD_SETTINGS, foreach=True)
-        return _whole_step(module, module, lambda: powersgd.optimizer_step(optimizer, aggregator))
-
-    def _efsgd(self, candidate: Candidate) -> Runner:
+    def _efsgd(self, candidate: Candidate, module: FixedGradients) -> Runner:
         assert candidate.rank is not None and candidate.form is not None
         settings = {**SGD_SETTINGS, "nesterov": candidate.form == "sgd"}
         if candidate.compiled:
             settings["compile"] = True
         optimizer = PowerSGDOptimizer(
-            self.plain.parameters(), **settings, rank=candidate.rank, momentum_form=candidate.form
+            module.parameters(), **settings, rank=candidate.rank, momentum_form=candidate.form
         )
         self.optimizers[candidate.name] = optimizer
-        return _whole_step(self.plain, self.plain, optimizer.step)
+        return _whole_step(module, module, optimizer.step)
+
+
+def _hook(candidate: Candidate, module: FixedGradients) -> Runner:
+    assert candidate.rank is not None
+    wrapped = DistributedDataParallel(module, bucket_cap_mb=ONE_BUCKET_MB)
+    state = powerSGD_hook.PowerSGDState(
+        process_group=None,
+        matrix_approximation_rank=candidate.rank,
+        start_powerSGD_iter=HOOK_STARTS_AT,
+        min_compression_rate=1,  # compresses the same tensors as efsgd
+        batch_tensors_with_same_shape=candidate.kind == "hook-batched",
+    )
+    wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return _under_ddp(module, wrapped)
+
+
+def _under_ddp(module: FixedGradients, wrapped: DistributedDataParallel) -> Runner:
+    optimizer = torch.optim.SGD(wrapped.parameters(), **SGD_SETTINGS, foreach=True)
+    return _whole_step(module, wrapped, optimizer.step)
+
+
+def _epfml(candidate: Candidate, module: FixedGradients) -> Runner:
+    powersgd = importlib.import_module("powersgd")
+    parameters = list(module.parameters())
+    config = powersgd.Config(
+        rank=candidate.rank,
+        min_compression_rate=1,
+        num_iters_per_step=2,  # both factors in each step, as in the paper
+        start_compressing_after_num_steps=0,
+    )
+    aggregator = powersgd.PowerSGD(parameters, config=config)
+    optimizer = torch.optim.SGD(parameters, **SGD_SETTINGS, foreach=True)
+    return _whole_step(module, module, lambda: powersgd.optimizer_step(optimizer, aggregator))
 
 
 def _whole_step(

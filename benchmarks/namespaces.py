@@ -160,7 +160,7 @@ class Network:
     def _stop(self) -> None:
         for process in self._processes:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
         for process in self._processes:
             process.wait()
         self._processes.clear()

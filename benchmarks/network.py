@@ -71,9 +71,9 @@ def arguments_of(command_line: Sequence[str] | None = None) -> argparse.Namespac
 def link_probes(rate: str) -> tuple[Candidate, Candidate]:
     """All-reduces of a small and of a large message; the large one takes at least 50 ms."""
     large = min(8e6, max(1e6, 0.05 * bytes_per_second(rate)))
-    return Candidate("all-reduce", nbytes=SMALL_MESSAGE), Candidate(
-        "all-reduce", nbytes=int(large) // 4096 * 4096
-    )
+    sizes = SMALL_MESSAGE, int(large) // 4096 * 4096
+    small, large_one = (Candidate("all-reduce", nbytes=(size,)) for size in sizes)
+    return small, large_one
 
 
 def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -97,8 +97,9 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "warm_up": WARM_UP,
                 "epfml": None if arguments.epfml is None else str(arguments.epfml.resolve()),
             }
-            found.append(network.run(job, arguments.timeout))
-            show_session(arguments, found[-1]["samples"])
+            launch = network.run(job, arguments.timeout)
+            found.append({"candidates": job["candidates"], **launch})
+            show_session(arguments, launch["samples"])
     return found
 
 

@@ -18,6 +18,7 @@ from benchmarks.timing import Quartiles
 from examples.reporting import save_json
 
 __all__ = [
+    "command_of",
     "commit_of",
     "describe_machine",
     "in_milliseconds",
@@ -53,6 +54,9 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "environment": {
+            name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
+        },
     }
     if device != "cpu":
         found["device"] = torch.cuda.get_device_name(device)
@@ -77,10 +81,9 @@ def write_results(
     """
     if path is None:
         return
-    module = f"benchmarks.{benchmark}"
     content = {
         "benchmark": benchmark,
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command_of(benchmark, sys.argv[1:]),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit_of(ROOT),
         "machine": dict(machine),
@@ -88,6 +91,20 @@ def write_results(
         **found,
     }
     save_json(path, content)
+
+
+def command_of(benchmark: str, arguments: Sequence[str]) -> str:
+    """The command to measure the same elsewhere: without this machine's paths.
+
+    Example:
+        >>> command_of("local", ["--epfml", "/home/me/powersgd", "--output", "a.json"])
+        'python -m benchmarks.local --epfml DIR'
+    """
+    words = ["python", "-m", f"benchmarks.{benchmark}"]
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if word != "--output" and before != "--output":
+            words.append("DIR" if before == "--epfml" else word)
+    return shlex.join(words)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

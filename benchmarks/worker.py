@@ -44,7 +44,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     use_epfml(None if job["epfml"] is None else Path(job["epfml"]))
     shapes = [(1,)] if job["workload"] is None else shapes_of(job["workload"])
     bench = Bench(made_gradients(shapes, dist.get_rank()))
-    candidates = [Candidate(**fields) for fields in job["candidates"]]
+    candidates = [Candidate.from_json(fields) for fields in job["candidates"]]
     runners = {candidate.name: bench.runner(candidate) for candidate in candidates}
     console = Console(stderr=True)
     hidden = dist.get_rank() > 0 or not console.is_terminal

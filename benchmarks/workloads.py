@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from efsgd.blocks import matrix_shape
 from examples.models import CifarResNet18, LSTMLanguageModel
 
-__all__ = ["WORKLOADS", "FixedGradients", "made_gradients", "message_floats", "shapes_of"]
+__all__ = [
+    "WORKLOADS",
+    "FixedGradients",
+    "made_gradients",
+    "matrices_of",
+    "message_floats",
+    "shapes_of",
+]
 
 Shape = tuple[int, ...]
 
@@ -54,26 +62,27 @@ def _gpt2_shapes(width: int = 768, layers: int = 12) -> Iterator[Shape]:
     yield from with_bias(width)
 
 
+def matrices_of(shapes: Sequence[Shape], rank: int) -> list[tuple[int, int]]:
+    """The matrices [n, m] that are compressed, by the rule of efsgd: where n·m > r·(n + m)."""
+    matrices = [matrix_shape(shape) for shape in shapes if len(shape) > 1]
+    return [(n, m) for n, m in matrices if n * m > min(n, m, rank) * (n + m)]
+
+
 def message_floats(shapes: Sequence[Shape], rank: int) -> tuple[int, int]:
     """Floats in the two all-reduces of a step: vectors and P, and Q. Control words not counted.
 
     Args:
         shapes: of the parameters.
-        rank: r; a matrix [n, m] is compressed where n·m > r·(n + m).
+        rank: r.
 
     Example:
         >>> message_floats([(8, 10), (8,)], rank=2)
         (24, 20)
     """
-    first = second = 0
-    for shape in shapes:
-        n, m = matrix_shape(shape)
-        r = min(n, m, rank)
-        if len(shape) > 1 and n * m > r * (n + m):
-            first, second = first + n * r, second + m * r
-        else:
-            first += math.prod(shape)
-    return first, second
+    matrices = matrices_of(shapes, rank)
+    vectors = sum(map(math.prod, shapes)) - sum(n * m for n, m in matrices)
+    P_floats, Q_floats = (sum(min(*pair, rank) * pair[i] for pair in matrices) for i in (0, 1))
+    return vectors + P_floats, Q_floats
 
 
 def made_gradients(shapes: Sequence[Shape], worker: int = 0) -> list[Tensor]:
@@ -142,12 +151,12 @@ class FixedGradients(nn.Module):
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: "_HandOver", module: FixedGradients, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, module: FixedGradients, *weights: Tensor) -> Tensor:
         ctx.module = module
         return weights[0].new_zeros(())
 
     @staticmethod
-    def backward(ctx: "_HandOver", *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Nothing may refer to the tensors any more, or autograd copies them.
         ready, ctx.module.ready = ctx.module.ready, []
         return None, *ready

@@ -1,4 +1,4 @@
-"""`compile=True` computes the same, to rounding, compiles once, and steps without a compiler too."""
+"""`compile=True` computes the same to rounding, compiles once, and does without a compiler."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from efsgd import PowerSGDOptimizer, WorkerMismatchError, fusion
-from efsgd.testing import lockstep, step_together
+from efsgd.testing import step_together
 from tests.simulation import difference, make_workers, parameters_of, step_with
 from tests.strategies import gaussian
 
@@ -167,5 +167,5 @@ def test_workers_of_which_one_has_no_compiler_refuse_to_train(
 
 
 def test_invalid_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="Invalid compile: 'yes'. Must be a bool"):
+    with pytest.raises(ValueError, match=r"Invalid compile: 'yes'\. Must be a bool"):
         PowerSGDOptimizer([torch.zeros(3, requires_grad=True)], compile="yes")
