@@ -43,6 +43,21 @@ class Fusion:
     #: number of elements on (docs/benchmarks.md, "Products").
     MAX_RANK = 8
     MIN_FLOATS = 2**18
+    #: Rows of Q must stay in the fastest cache from one row of the matrix to the next.
+    MAX_Q_FLOATS = 2**14
+
+    @classmethod
+    def gains(cls, n: int, m: int, r: int, device: str) -> bool:
+        """Whether a product [n, r] by [r, m] is faster fused than multiplied out in pieces.
+
+        Example:
+            >>> from efsgd.fusion import Fusion
+            >>> Fusion.gains(768, 3072, 4, "cpu"), Fusion.gains(768, 3072, 32, "cpu")
+            (True, False)
+        """
+        if device != "cpu":  # nothing was measured there yet; a launch saved is a launch saved
+            return r <= cls.MAX_RANK
+        return r <= cls.MAX_RANK and n * m >= cls.MIN_FLOATS and r * m <= cls.MAX_Q_FLOATS
 
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Callable[..., None] | None] = {}
@@ -68,7 +83,7 @@ class Fusion:
             Whether it was done. If not, nothing has changed: the matrix is too small to gain, or
             the compiler has failed, which a warning has said.
         """
-        if Q.shape[0] > self.MAX_RANK or P_hat.shape[0] * Q.shape[1] < self.MIN_FLOATS:
+        if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
             return False
         numbers = {k: _tensor(float(v)) for k, v in options.items() if type(v) in (int, float)}
         flags = {name: v for name, v in options.items() if name not in numbers}

@@ -1,0 +1,141 @@
+"""The choices within a step: one operation at a time, every way it could be done.
+
+    python -m benchmarks.kernels
+
+efsgd takes, for each shape and rank, the way that its rule names; this shows what the rule costs
+where another way would be faster. Nothing of the other ways is safe for zero or dependent columns.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.results import describe_machine, show, write_results
+from benchmarks.timing import Quartiles, Runner, clock_for, measure
+from efsgd.error_feedback import descend_, subtract_
+from efsgd.fusion import Fusion
+from efsgd.orthogonalization import orthogonalize
+
+__all__ = ["SHAPES", "gram_schmidt", "kernels", "taken"]
+
+#: [n, m] of layers of CIFAR ResNet18, the WikiText-2 LSTM and GPT-2 small.
+SHAPES = ((64, 576), (512, 4608), (28869, 650), (768, 3072))
+RANKS = (1, 2, 4, 8, 32)
+WARM_UP = 3
+
+
+def gram_schmidt(matrix: Tensor) -> Tensor:
+    """Modified Gram-Schmidt column by column, as in the paper's research code: [n, r]."""
+    matrix = matrix.clone()
+    for column in range(matrix.shape[1]):
+        own, rest = matrix[:, column : column + 1], matrix[:, column + 1 :]
+        own.div_(own.norm() + 1e-8)
+        rest.sub_(own @ (own.mT @ rest))
+    return matrix
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky QR, twice for accuracy: [n, r]."""
+    for _ in range(2):
+        factor = torch.linalg.cholesky(matrix.mT @ matrix)
+        matrix = torch.linalg.solve_triangular(factor, matrix.mT, upper=False).mT
+    return matrix
+
+
+def kernels(n: int, m: int, r: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """Ways to do each operation on one matrix, by the operation's name and the way's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    M, Q, P = normal(n, m), normal(r, m), normal(n, r)
+    by_rows, by_columns = torch.empty(n, r), torch.empty(r, n).mT
+    momentum, parameter = torch.zeros(n, m), torch.zeros(n, m)
+    P_hat, fusion = torch.linalg.qr(P)[0], Fusion()
+    rows = max(1, 2**19 // m)
+    scratch = torch.empty(min(rows, n), m)
+    numbers = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "maximize": False}
+
+    def in_pieces(function: Callable[..., None], operands: list[Tensor], **options: Any) -> None:
+        for top in range(0, n, rows):
+            some = slice(top, min(top + rows, n))
+            values = torch.mm(P_hat[some], Q, out=scratch[: some.stop - some.start])
+            function([values], *([operand[some]] for operand in operands), **options)
+
+    found: dict[str, dict[str, Callable[[], object]]] = {
+        "P = M Q": {
+            "by rows": lambda: torch.mm(M, Q.mT, out=by_rows),
+            "by columns": lambda: torch.mm(M, Q.mT, out=by_columns),
+        },
+        "orthogonalize": {
+            "Householder": lambda: orthogonalize(P),
+            "Gram-Schmidt": lambda: gram_schmidt(P),
+            "Cholesky, twice": lambda: cholesky(P),
+        },
+        "new errors": {"in pieces": lambda: in_pieces(subtract_, [M])},
+        "update": {"in pieces": lambda: in_pieces(descend_, [parameter, momentum], **numbers)},
+    }
+    if r <= Fusion.MAX_RANK and n * m >= Fusion.MIN_FLOATS:
+        with torch.no_grad():
+            fusion.apply_(subtract_, P_hat, Q, [M.clone()], {})
+        found["new errors"]["fused"] = lambda: fusion.apply_(subtract_, P_hat, Q, [M], {})
+        found["update"]["fused"] = lambda: fusion.apply_(
+            descend_, P_hat, Q, [parameter, momentum], numbers
+        )
+    return found
+
+
+def taken(operation: str, m: int) -> str:
+    """The way that efsgd takes (for the last two operations: without `compile=True`)."""
+    if operation == "P = M Q":
+        return "by columns" if m * 4 % 32 == 0 else "by rows"
+    return "Householder" if operation == "orthogonalize" else "in pieces"
+
+
+@torch.no_grad()
+def measured(rounds: int) -> list[dict[str, Any]]:
+    """Samples of every way, for each operation, shape and rank."""
+    found = []
+    for n, m in SHAPES:
+        for r in RANKS:
+            for operation, ways in kernels(n, m, r).items():
+                runners = {name: Runner(way) for name, way in ways.items()}
+                clock = clock_for(torch.device("cpu"))
+                samples = measure(runners, rounds, warm_up=WARM_UP, clock=clock)
+                found.append(
+                    {"operation": operation, "shape": [n, m], "rank": r, "samples": samples}
+                )
+    return found
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=25, help="measured calls of each way")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the samples there")
+    arguments = parser.parse_args(command_line)
+    torch.set_num_threads(arguments.threads)
+    found = measured(arguments.rounds)
+    rows = []
+    for row in found:
+        medians = {way: Quartiles.of(s).median * 1e3 for way, s in row["samples"].items()}
+        text = ", ".join(f"{way} {ms:.3f}" for way, ms in medians.items())
+        rows.append((f"{row['operation']}, {row['shape']}, rank {row['rank']}", text))
+    show("one matrix, one thread, ms", ("", "medians"), rows)
+    settings = {"rounds": arguments.rounds}
+    machine = describe_machine(arguments.threads)
+    write_results(arguments.output, "kernels", machine, settings, {"operations": found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
