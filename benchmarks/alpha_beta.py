@@ -2,10 +2,15 @@ r"""How long an all-reduce takes on a network of given latency and bandwidth: th
 
 gloo's all-reduce, as torch calls it, is a ring. Each of W workers cuts its buffer of S bytes into W
 chunks. In W − 1 rounds every worker passes one chunk to its neighbor, which adds its own; in W − 1
-more rounds the sums go around. A round lasts one latency α, and as long as S/W bytes take at
-bandwidth B, so that
+more rounds the sums go around. A chunk goes in two segments (in more where they would exceed a
+megabyte), so that one of them is on its way while the other is waited for and added.
 
-    T(S) = 2 (W − 1) (α + S / (W B)).
+A segment takes S/(2WB) at bandwidth B, and arrives a latency α after it was sent. It can be passed
+on when it has arrived and when the link is free of the segment before it. Where segments are
+longer than the latency, the link is never idle; where they are shorter, one segment is sent while
+the other one's latency passes. So a round takes the longer of two times, and an all-reduce
+
+    T(S) = 2 (W − 1) max(S / (W B), α + S / (2 W B)).
 
 A latency here is all that a round costs whatever its size: the wire, the kernel, and waiting for a
 core to run on.
@@ -45,17 +50,23 @@ class Link:
 
         Example:
             >>> Link.measured(2, small=(0, 0.002), large=(1000, 0.012))
-            Link(workers=2, latency=0.001, bandwidth=100000.0)
+            Link(workers=2, latency=0.001, bandwidth=83333.33333333333)
         """
-        more_bytes, more_seconds = large[0] - small[0], large[1] - small[1]
-        if more_bytes <= 0 or more_seconds <= 0:
+        (small_bytes, small_seconds), (large_bytes, large_seconds) = small, large
+        if large_bytes <= small_bytes or large_seconds <= small_seconds:
             raise ValueError(
-                f"{large[0]} bytes took {large[1]} s and {small[0]} bytes {small[1]} s, but more "
-                f"bytes must take longer: measure on a quieter machine, or with a larger buffer"
+                f"{large_bytes} bytes took {large_seconds} s and {small_bytes} bytes "
+                f"{small_seconds} s, but more bytes must take longer: measure on a quieter "
+                f"machine, or with a larger buffer"
             )
         rounds = 2 * (workers - 1)
-        bandwidth = rounds / workers * more_bytes / more_seconds
-        return cls(workers, small[1] / rounds - small[0] / (workers * bandwidth), bandwidth)
+        bandwidth = rounds * large_bytes / workers / large_seconds
+        link = cls(workers, small_seconds / rounds, bandwidth)
+        if link.seconds(large_bytes) > large_seconds:  # its latency was not hidden
+            more_bytes, more_seconds = large_bytes - small_bytes, large_seconds - small_seconds
+            bandwidth = rounds * more_bytes / (2 * workers) / more_seconds
+        latency = small_seconds / rounds - small_bytes / (2 * workers * bandwidth)
+        return cls(workers, latency, bandwidth)
 
     def seconds(self, nbytes: int) -> float:
         """What an all-reduce takes.
@@ -64,7 +75,9 @@ class Link:
             nbytes: S, of the buffer of each worker.
 
         Example:
-            >>> Link(workers=4, latency=0.001, bandwidth=1e6).seconds(4000)
-            0.012
+            >>> link = Link(workers=4, latency=0.5, bandwidth=1000.0)
+            >>> link.seconds(8000), link.seconds(2000)  # 2 s per chunk; 0.5 s, and half as much
+            (12.0, 4.5)
         """
-        return 2 * (self.workers - 1) * (self.latency + nbytes / self.workers / self.bandwidth)
+        segment = nbytes / (2 * self.workers * self.bandwidth)
+        return 2 * (self.workers - 1) * max(2 * segment, self.latency + segment)

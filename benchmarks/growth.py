@@ -86,7 +86,7 @@ def arguments_of(command_line: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(command_line)
 
 
-def messages(workload: str, rank: int) -> Candidate:
+def messages_of(workload: str, rank: int) -> Candidate:
     """The two all-reduces of a step, control words left aside."""
     first, second = message_floats(shapes_of(workload), rank)
     return Candidate("all-reduce", nbytes=(4 * first, 4 * second))
@@ -120,7 +120,7 @@ def link_of(launch: Mapping[str, Any]) -> Link:
 def with_workers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Samples for each number of workers."""
     listed = {
-        f"{WORKLOADS[workload]}, rank {rank}": messages(workload, rank)
+        f"{WORKLOADS[workload]}, rank {rank}": messages_of(workload, rank)
         for workload in arguments.workloads
         for rank in arguments.ranks
     }
@@ -175,9 +175,11 @@ def with_ranks(arguments: argparse.Namespace) -> dict[str, Any]:
         net = differences(samples[whole.name], samples[FLOOR.name])
         sent = bench.optimizers[whole.name].communication_stats()["bytes_sent"]
         alone = samples[part.name]
-        found.append({"rank": rank, "bytes_sent": sent, "step": net, "orthogonalization": alone})
-        times = [in_milliseconds(Quartiles.of(seconds)) for seconds in (net, alone)]
-        rows.append((str(rank), str(sent), *times))
+        messages = messages_of(arguments.workload, rank).nbytes
+        times = {"step": net, "orthogonalization": alone}
+        found.append({"rank": rank, "bytes_sent": sent, "messages": messages, **times})
+        shown = [in_milliseconds(Quartiles.of(seconds)) for seconds in times.values()]
+        rows.append((str(rank), str(sent), *shown))
     columns = ("rank", "bytes sent", "step of one worker, ms", "orthogonalization, ms")
     show(WORKLOADS[arguments.workload], columns, rows)
     return {"ranks": found}

@@ -134,17 +134,12 @@ def plot_ranks(
         axes.bar(positions, rest, label="other computation")
         axes.bar(positions, part, bottom=rest, label="orthogonalization")
         if wire is not None:
-            times = [1e3 * wire_seconds(wire, row["bytes_sent"]) for row in rows]
+            times = [1e3 * sum(map(wire.seconds, row["messages"])) for row in rows]
             axes.bar(positions, times, bottom=step, label="two all-reduces (α–β model)")
         axes.set_title(title)
         axes.set_xlabel("rank")
     plots[0].set_ylabel("ms per step")
     _save(figure, path, plots[0])
-
-
-def wire_seconds(wire: Link, nbytes: int) -> float:
-    """What two all-reduces of some bytes together take."""
-    return wire.seconds(nbytes) + wire.seconds(0)
 
 
 def _panels(count: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:

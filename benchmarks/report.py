@@ -26,8 +26,8 @@ INTRODUCTION = """\
 # Benchmarks
 
 What a step costs, in time and memory, beside `torch.optim.SGD` and beside other implementations of
-PowerSGD. `make bench` measures all of it again: as root, on Linux, in some hours. Each table names
-the command that makes it by itself.
+PowerSGD. `make bench` measures all of it again: as root, on Linux, in about two hours. Each table
+names the command that makes it by itself.
 
 ## How it is measured
 
@@ -86,10 +86,11 @@ WORKERS = """\
 ## Growth with the number of workers
 
 The two all-reduces of a step, without any computation. gloo's all-reduce is a ring: in
-$2 (W - 1)$ rounds each worker sends $1/W$ of the buffer to its neighbor. Where a round costs a
-latency $α$ and the bytes take their time at bandwidth $B$, $S$ bytes take
+$2 (W - 1)$ rounds each worker sends $1/W$ of the buffer to its neighbor, in two segments, of which
+one is on its way while the other is waited for. With a latency $α$ of each segment and bandwidth
+$B$, $S$ bytes take
 
-$$ T(S) = 2 (W - 1) \\left( α + \\frac{S}{W B} \\right) . $$
+$$ T(S) = 2 (W - 1) \\max\\left( \\frac{S}{W B},\\; α + \\frac{S}{2 W B} \\right) . $$
 
 So latency grows with the number of workers, and the time of the bytes hardly does: it stays below
 $2 S / B$. $α$ and $B$ are found from a small and a large all-reduce in the same rounds. All workers

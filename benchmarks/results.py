@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[1]
 
 def commit_of(directory: Path) -> str | None:
     """The commit that is checked out there; None where that is not to be found out."""
-    command = ["git", "-C", str(directory), "rev-parse", "--short=12", "HEAD"]
+    # Root asks about the files of another user, which git allows only where it is told.
+    git = ["git", "-c", "safe.directory=*", "-C", str(directory)]
+    command = [*git, "rev-parse", "--short=12", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -45,7 +45,13 @@ def some_results() -> list[dict[str, Any]]:
         for w in (2, 4)
     ]
     ranks = [
-        {"rank": r, "bytes_sent": 1000 * r, "step": [0.2, 0.3], "orthogonalization": [0.1, 0.1]}
+        {
+            "rank": r,
+            "bytes_sent": 1000 * r,
+            "messages": [400 * r, 600 * r],
+            "step": [0.2, 0.3],
+            "orthogonalization": [0.1, 0.1],
+        }
         for r in (1, 2)
     ]
     multiples = [

@@ -1,16 +1,28 @@
 """The parts of the benchmarks that measure nothing: statistics, gradients, predictions, limits."""
 
+import doctest
 import json
 import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import candidates, local, memory, namespaces, network, results
+from benchmarks import (
+    alpha_beta,
+    candidates,
+    local,
+    memory,
+    namespaces,
+    network,
+    results,
+    timing,
+    workloads,
+)
 from benchmarks.alpha_beta import Link
 from benchmarks.candidates import Bench, Candidate, compared
 from benchmarks.growth import LARGE, SMALL, predictions
@@ -26,6 +38,14 @@ from benchmarks.workloads import (
 from efsgd import PowerSGDOptimizer
 
 SHAPES = [(6, 5), (6,), (4, 2, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    "module", [alpha_beta, memory, namespaces, results, timing, workloads], ids=lambda m: m.__name__
+)
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.failed == 0 < found.attempted
 
 
 def test_medians_and_quartiles() -> None:
@@ -73,10 +93,18 @@ def test_each_runner_is_prepared_and_stepped_once_per_round() -> None:
         assert prepared.split() == ["prepare", stepped.split()[1]]
 
 
-def test_alpha_and_beta_are_found_again() -> None:
+def test_time_of_an_all_reduce() -> None:
     link = Link(workers=8, latency=2e-4, bandwidth=1e8)
-    # 14 rounds of 0.2 ms, and 14/8 of a megabyte at 100 MB/s.
-    assert link.seconds(1_000_000) == pytest.approx(14 * 2e-4 + 0.0175)
+    # 14 rounds; a chunk of 0.8 MB takes 1 ms, and the latency passes meanwhile.
+    assert link.seconds(800_000) == pytest.approx(14 * 1e-3)
+    # Of a chunk that takes 0.1 ms, one half is hidden by the other one's latency.
+    assert link.seconds(80_000) == pytest.approx(14 * (2e-4 + 0.5e-4))
+    assert link.seconds(0) == pytest.approx(14 * 2e-4)
+
+
+@pytest.mark.parametrize("latency", [1e-5, 2e-4, 5e-2])  # hidden by the large one, and not hidden
+def test_alpha_and_beta_are_found_again(latency: float) -> None:
+    link = Link(8, latency, bandwidth=1e8)
     small, large = ((n, link.seconds(n)) for n in (1024, 4_000_000))
     found = Link.measured(8, small, large)
     assert found.latency == pytest.approx(link.latency)
