@@ -104,7 +104,7 @@ def describe(
         settings: names of the group entries that must be equal.
         sections: of these parameters, where they are made already.
     """
-    roundings = {section.aggregator.rounding for section in sections}
+    roundings = {i: each.aggregator.rounding for each in sections for i in each.compressed}
     lines, names = [], sorted(settings)
     group: dict[str, Any] | None = None
     for member in members:
@@ -113,11 +113,12 @@ def describe(
             lines += [f"{k}={_plain(group[k])} in the group of {member.name}" for k in names]
         entry, parameter = _entry(member, compressor), member.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
+        how += f" ({roundings[member.index]})" if member.index in roundings else ""
         if not parameter.requires_grad:
             how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
         lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
-    return [*(f"{word} steps" for word in sorted(roundings)), *lines]
+    return lines
 
 
 def _plain(value: Any) -> Any:
