@@ -60,7 +60,7 @@ WORKLOADS := resnet18 lstm gpt2
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 .PHONY: bench
-bench: bench-network bench-local bench-memory bench-growth bench-docs ## measure and show all of what follows (Linux, root, 2 hours)
+bench: bench-network bench-local bench-memory bench-growth bench-kernels bench-docs ## measure and show all of what follows (Linux, root, 2 hours)
 
 .PHONY: bench-network
 bench-network: $(VENV)/.with-examples ## measure a step of two workers on slow networks (Linux, root)
@@ -94,6 +94,10 @@ bench-growth: $(VENV)/.with-examples ## measure growth with the workers (Linux, 
 		$(BENCH).growth ranks --workload $$workload $(BENCH_FLAGS) \
 			--output $(RESULTS)/growth-ranks-$$workload.json; \
 	done
+
+.PHONY: bench-kernels
+bench-kernels: $(VENV)/.with-examples ## measure single operations of a step, every way they could be done
+	$(BENCH).kernels --output $(RESULTS)/kernels.json
 
 .PHONY: bench-docs
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels
 
 efsgd takes, for each shape and rank, the way that its rule names; this shows what the rule costs
-where another way would be faster. Nothing of the other ways is safe for zero or dependent columns.
+where another way would be faster. The other ways to orthogonalize are not safe for columns that are
+zero or depend on each other.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from benchmarks.results import describe_machine, show, write_results
 from benchmarks.timing import Quartiles, Runner, clock_for, measure
-from efsgd.error_feedback import descend_, subtract_
+from efsgd.error_feedback import descend_
 from efsgd.fusion import Fusion
 from efsgd.orthogonalization import orthogonalize
+from efsgd.powersgd import FLOATS_AT_ONCE, subtract_
 
 __all__ = ["SHAPES", "gram_schmidt", "kernels", "taken"]
 
@@ -58,7 +60,7 @@ def kernels(n: int, m: int, r: int) -> dict[str, dict[str, Callable[[], object]]
     by_rows, by_columns = torch.empty(n, r), torch.empty(r, n).mT
     momentum, parameter = torch.zeros(n, m), torch.zeros(n, m)
     P_hat, fusion = torch.linalg.qr(P)[0], Fusion()
-    rows = max(1, 2**19 // m)
+    rows = max(1, FLOATS_AT_ONCE // m)
     scratch = torch.empty(min(rows, n), m)
     numbers = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0, "maximize": False}
 
@@ -67,6 +69,11 @@ def kernels(n: int, m: int, r: int) -> dict[str, dict[str, Callable[[], object]]
             some = slice(top, min(top + rows, n))
             values = torch.mm(P_hat[some], Q, out=scratch[: some.stop - some.start])
             function([values], *([operand[some]] for operand in operands), **options)
+
+    def directly() -> None:
+        few = max(1, FLOATS_AT_ONCE // 8 // m)
+        for top in range(0, n, few):
+            M[top : top + few].addmm_(P_hat[top : top + few], Q, alpha=-1)
 
     found: dict[str, dict[str, Callable[[], object]]] = {
         "P = M Q": {
@@ -78,12 +85,10 @@ def kernels(n: int, m: int, r: int) -> dict[str, dict[str, Callable[[], object]]
             "Gram-Schmidt": lambda: gram_schmidt(P),
             "Cholesky, twice": lambda: cholesky(P),
         },
-        "new errors": {"in pieces": lambda: in_pieces(subtract_, [M])},
+        "new errors": {"directly": directly, "in pieces": lambda: in_pieces(subtract_, [M])},
         "update": {"in pieces": lambda: in_pieces(descend_, [parameter, momentum], **numbers)},
     }
-    if r <= Fusion.MAX_RANK and n * m >= Fusion.MIN_FLOATS:
-        with torch.no_grad():
-            fusion.apply_(subtract_, P_hat, Q, [M.clone()], {})
+    if Fusion.gains(n, m, r, "cpu"):
         found["new errors"]["fused"] = lambda: fusion.apply_(subtract_, P_hat, Q, [M], {})
         found["update"]["fused"] = lambda: fusion.apply_(
             descend_, P_hat, Q, [parameter, momentum], numbers
@@ -91,11 +96,20 @@ def kernels(n: int, m: int, r: int) -> dict[str, dict[str, Callable[[], object]]
     return found
 
 
-def taken(operation: str, m: int) -> str:
-    """The way that efsgd takes (for the last two operations: without `compile=True`)."""
+def taken(operation: str, n: int, m: int, r: int) -> tuple[str, ...]:
+    """The way that efsgd takes; for the last two operations without and with `compile=True`.
+
+    Example:
+        >>> taken("P = M Q", 64, 576, 4), taken("update", 64, 576, 4)
+        (('by columns',), ('in pieces',))
+    """
     if operation == "P = M Q":
-        return "by columns" if m * 4 % 32 == 0 else "by rows"
-    return "Householder" if operation == "orthogonalize" else "in pieces"
+        return ("by columns" if m * 4 % 32 == 0 else "by rows",)
+    if operation == "orthogonalize":
+        return ("Householder",)
+    if operation == "new errors" and m * 4 % 32 == 0:
+        return ("directly",)
+    return ("in pieces", "fused") if Fusion.gains(n, m, r, "cpu") else ("in pieces",)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.candidates import Candidate
 from benchmarks.growth import LARGE, SMALL, predictions
+from benchmarks.kernels import taken
 from benchmarks.namespaces import UNLIMITED
 from benchmarks.network import BASELINE, FLOOR, SMALL_MESSAGE
 from benchmarks.plots import label_of
@@ -14,6 +15,7 @@ from benchmarks.timing import Quartiles, Row, compare, differences, ratios
 from benchmarks.workloads import WORKLOADS, shapes_of
 
 __all__ = [
+    "kernels_tables",
     "local_table",
     "memory_table",
     "network_table",
@@ -193,6 +195,27 @@ def workers_table(result: Result) -> str:
     probes = f"α from two all-reduces of {SMALL.nbytes[0]} bytes, "
     probes += f"B from two of {LARGE.nbytes[0]} bytes.\n"
     return "\n".join((table(columns, found), probes, source_of(result)))
+
+
+def kernels_tables(result: Result) -> str:
+    """Every way to do an operation; the one that efsgd takes in bold."""
+    parts = []
+    for operation in dict.fromkeys(row["operation"] for row in result["operations"]):
+        same = [row for row in result["operations"] if row["operation"] == operation]
+        ways = list(dict.fromkeys(way for row in same for way in row["samples"]))
+        rows = []
+        for row in same:
+            (n, m), rank = row["shape"], row["rank"]
+            cells = []
+            for way in ways:
+                samples = row["samples"].get(way)
+                cell = "" if samples is None else f"{1e3 * Quartiles.of(samples).median:.3f}"
+                chosen = cell and way in taken(operation, n, m, rank)
+                cells.append(f"**{cell}**" if chosen else cell)
+            rows.append((f"{n} × {m}", str(rank), *cells))
+        heads = ("n × m", "rank", *(f"{way}, ms" for way in ways))
+        parts.append(f"**{operation}**\n\n{table(heads, rows)}")
+    return "\n".join((*parts, source_of(result)))
 
 
 def _megabytes(nbytes: int | None) -> str:

@@ -105,6 +105,17 @@ is measured by itself, on as many matrices of the same shapes.
 """
 
 
+KERNELS = """\
+## Choices within a step
+
+Single operations on one matrix, every way that they could be done, medians on one thread. The way
+that efsgd takes is in bold. *Householder* is the only way to orthogonalize that is safe for columns
+which are zero or depend on each other: Gram-Schmidt, as other implementations have it, turns them
+into NaN or loses them for ever, and the Cholesky decomposition fails. *Fused* is what
+`compile=True` does, for the shapes and ranks for which it is chosen.
+"""
+
+
 def load(folder: Path) -> list[dict[str, Any]]:
     """All results of a folder, workloads and rates in their usual order."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -127,7 +138,9 @@ def render(results: Sequence[Result], images: Path) -> str:
         plots.plot_memory(images / "benchmark-memory.png", panels)
         parts += [MEMORY, _image(images, "benchmark-memory", "Peaks of memory")]
         parts += map(page.memory_table, memory)
-    return "\n".join([*parts, *_growth(results, images)])
+    parts += _growth(results, images)
+    kernels = [r for r in results if r["benchmark"] == "kernels"]
+    return "\n".join([*parts, *([KERNELS] if kernels else []), *map(page.kernels_tables, kernels)])
 
 
 def _steps(name: str, text: str, results: Sequence[Result], images: Path) -> list[str]:

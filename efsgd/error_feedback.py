@@ -31,7 +31,6 @@ __all__ = [
     "decompress_with_",
     "descend_",
     "exchange_gradients",
-    "subtract_",
 ]
 
 
@@ -143,7 +142,7 @@ def exchange_gradients(
         local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
         if section.errors is not None:
             with section.phases("Alg. 2, line 9: new errors"):
-                local.decompress_with_(subtract_, deltas.views)  # Alg. 2, line 9
+                local.subtract_from_(deltas)  # Alg. 2, line 9
         return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
 
     mean, verdict = yield from section.control.escort(
@@ -179,12 +178,6 @@ def decompress_with_(
     if vectors:
         values = [section.deltas.views[index] for index in vectors]
         function(values, *([each[index] for index in vectors] for each in operands), **options)
-
-
-def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
-    """Subtracts each of `values` from its minuend (modified in place)."""
-    for value, minuend in zip(values, minuends, strict=True):
-        minuend.sub_(value)
 
 
 def add_errors_and_gradients_(deltas: Blocks, section: Section, scale: float = 1.0) -> None:

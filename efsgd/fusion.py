@@ -32,7 +32,7 @@ class Fusion:
     Numbers are passed as tensors, so that a new learning rate compiles nothing.
 
     Example:
-        >>> from efsgd.error_feedback import subtract_
+        >>> from efsgd.powersgd import subtract_
         >>> from efsgd.fusion import Fusion
         >>> p_hat, q, x = torch.ones(512, 1), torch.ones(1, 512), torch.ones(512, 512)
         >>> if Fusion().apply_(subtract_, p_hat, q, [x], {}):
@@ -40,7 +40,7 @@ class Fusion:
     """
 
     #: Up to this rank a sum of outer products is faster than a product of matrices, and from this
-    #: number of elements on (docs/benchmarks.md, "Products").
+    #: number of elements on (docs/benchmarks.md, "Choices within a step").
     MAX_RANK = 8
     MIN_FLOATS = 2**18
     #: Rows of Q must stay in the fastest cache from one row of the matrix to the next.

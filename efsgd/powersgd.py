@@ -31,7 +31,7 @@ from efsgd.fusion import Fusion
 from efsgd.orthogonalization import normalize_columns, orthogonalize
 from efsgd.phases import Phases
 
-__all__ = ["LowRank", "PowerIteration", "initial_query"]
+__all__ = ["LowRank", "PowerIteration", "initial_query", "subtract_"]
 
 # What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
 # costs little beside it, small enough to be in the cache still when the next operation reads it.
@@ -115,9 +115,8 @@ class PowerIteration:
         self.vectors = self.P_buffer[: layout.vector_floats]
         self._P = _views(self.P_buffer[layout.vector_floats :], P_shapes)
         for position, (b, n, r) in enumerate(P_shapes):
-            # The same memory one column after the other: faster, up to twice, where rows of M begin
-            # at multiples of 32 bytes, and slower elsewhere (docs/benchmarks.md, "Products").
-            if layout.batches[position].columns * self.P_buffer.element_size() % 32 == 0:
+            # The same memory one column after the other, where that is faster.
+            if _is_aligned(layout.batches[position], dtype):
                 self._P[position] = self._P[position].view(b, r, n).mT
         self._Q = _views(self.Q_buffer, Q_shapes)
         # This worker's own Q, which line 9 of Algorithm 2 needs while the mean is on its way.
@@ -242,6 +241,35 @@ class LowRank:
                     *([operand[e.index][rows] for e in entries] for operand in operands),
                     **options,
                 )
+
+    def subtract_from_(self, blocks: Blocks) -> None:
+        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place)."""
+        others: dict[int, Tensor] = {}
+        factors = zip(self.P_hat, self.Q, strict=True)
+        for batch, M, (P_hat, Q) in zip(self.layout.batches, blocks.batches, factors, strict=True):
+            views = {entry.index: blocks.views[entry.index] for entry in batch.entries}
+            if M.is_cpu and not _is_aligned(batch, M.dtype):
+                others |= views
+                continue
+            # Unlike sums, products gain by pieces that stay in a core's own cache.
+            floats = FLOATS_AT_ONCE // 8 if M.is_cpu else batch.floats
+            for matrices, rows in batch.pieces(views, floats):
+                M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
+        self.decompress_with_(subtract_, others)
+
+
+def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
+    """Subtracts each of `values` from its minuend (modified in place)."""
+    for value, minuend in zip(values, minuends, strict=True):
+        minuend.sub_(value)
+
+
+def _is_aligned(batch: Batch, dtype: torch.dtype) -> bool:
+    """Whether every row of a matrix begins at a multiple of 32 bytes, as vector units like it.
+
+    What is faster then and what is not: docs/benchmarks.md, "Choices within a step".
+    """
+    return batch.columns * dtype.itemsize % 32 == 0
 
 
 def _rank(batch: Batch) -> int:

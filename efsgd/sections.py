@@ -11,7 +11,7 @@ from efsgd.compressors import Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
 from efsgd.phases import Phases
-from efsgd.state import Member, State, attach_, compute_dtype
+from efsgd.state import Member, State, attach_, compute_dtype, release_zero_errors_
 
 __all__ = ["describe", "make_sections", "signature"]
 
@@ -71,6 +71,7 @@ def make_sections(
             kind = member.parameter.device, compute_dtype(member.parameter)
             kinds.setdefault(kind, []).append(member)
     sections = []
+    release_zero_errors_(states.values())
     for (device, dtype), alike in kinds.items():
         words = ControlWords.count(len(alike), world_size)
         layout = Layout.plan((_entry(member, compressor) for member in alike), words)

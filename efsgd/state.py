@@ -11,7 +11,7 @@ During training `error` and `q` are live views of batched buffers. Like any opti
 change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -31,6 +31,7 @@ __all__ = [
     "complete_momentum_",
     "compute_dtype",
     "members",
+    "release_zero_errors_",
     "require_shape",
     "show_errors_",
     "withdraw_",
@@ -134,6 +135,17 @@ def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
     )
 
 
+def release_zero_errors_(states: Iterable[State]) -> None:
+    """Frees the memory of errors that are zero until `attach_` (modified in place).
+
+    A fresh optimizer then never has them twice, in its state and in the buffers of its sections.
+    """
+    for state in states:
+        error = state.get("error")
+        if error is not None and not bool(error.any()):
+            state["error"] = error.new_zeros(()).expand(error.shape)
+
+
 def attach_(section: Section, states: Mapping[int, State]) -> None:
     """Moves errors and the compressor's state into the buffers of a new section.
 
@@ -149,8 +161,10 @@ def attach_(section: Section, states: Mapping[int, State]) -> None:
             state[name] = view
         if section.errors is not None and entry.level is not None:
             section.errors.views[entry.index].copy_(state["error"])
-        elif "error" in state and bool(state["error"].any()):
-            section.leftovers[entry.index] = state["error"]
+        elif "error" in state:
+            state["error"] = state["error"].contiguous()
+            if bool(state["error"].any()):
+                section.leftovers[entry.index] = state["error"]
     show_errors_(section, states)
 
 

@@ -34,6 +34,9 @@ class Compressed(Protocol):
             options: passed on to `function`: numbers, and flags.
         """
 
+    def subtract_from_(self, blocks: Blocks) -> None:
+        """Subtracts the decompressed matrices from `blocks` (modified in place)."""
+
 
 class Aggregator(Protocol):
     """Algorithm 2, lines 8 and 10, for the tensors of one layout.
