@@ -68,6 +68,10 @@ bench-network: $(VENV)/.with-examples ## measure a step of two workers on slow n
 		$(BENCH).network --workload $$workload --rate $$rate --compiled $(BENCH_OPTIONS) \
 			--output $(RESULTS)/network-$$workload-$$rate.json; \
 	done; done
+	@set -ex; for workload in resnet18 lstm; do \
+		$(BENCH).network --workload $$workload --rate 1gbit --workers 4 --ranks 4 --compiled \
+			$(BENCH_OPTIONS) --output $(RESULTS)/network-$$workload-1gbit-4-workers.json; \
+	done
 	$(BENCH).network --workload gpt2 --rate 1gbit --ranks 4 --rounds 7 --compiled $(BENCH_OPTIONS) \
 		--output $(RESULTS)/network-gpt2-1gbit.json
 
@@ -77,6 +81,8 @@ bench-local: $(VENV)/.with-examples ## measure a step of one worker, where nothi
 		$(BENCH).local --workload $$workload $(BENCH_OPTIONS) \
 			--output $(RESULTS)/local-$$workload.json; \
 	done
+	THP_MEM_ALLOC_ENABLE=1 $(BENCH).local --workload resnet18 --ranks 4 $(BENCH_OPTIONS) \
+		--output $(RESULTS)/local-resnet18-large-pages.json
 	$(KEEP_MEMORY) $(BENCH).local --workload lstm $(BENCH_OPTIONS) \
 		--output $(RESULTS)/local-lstm-memory-kept.json
 

@@ -52,7 +52,11 @@ def panel_title(result: Result) -> str:
     if result["benchmark"] == "network":
         return f"{settings['workers']} workers, {settings['rate']}"
     where = "" if settings["device"] == "cpu" else f"{settings['device']}, "
-    kept = ", memory kept" if machine["environment"] else ""
+    kept = ""
+    if machine["environment"]:
+        kept = (
+            ", large pages" if "THP_MEM_ALLOC_ENABLE" in machine["environment"] else ", memory kept"
+        )
     return f"{where}{machine['threads']} thread(s){kept}"
 
 

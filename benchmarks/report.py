@@ -40,7 +40,8 @@ names the command that makes it by itself.
 * **Figures** are medians, with the quartiles in parentheses. The first rounds are not counted.
 * **Memory** comes from the C library as it gives it by default. What makes large tensors anew in
   each step then also pays for the system's clearing them. Where the command begins with
-  `MALLOC_MMAP_THRESHOLD_`, the library kept what it once had.
+  `MALLOC_MMAP_THRESHOLD_`, the library kept what it once had; where it begins with
+  `THP_MEM_ALLOC_ENABLE`, torch asked for pages of 2 MB.
 * **The optimizers** have momentum 0.9; SGD, also below each peer, is
   `torch.optim.SGD(..., nesterov=True, foreach=True)` where nothing else is said. efsgd with the
   paper's momentum has `nesterov=False`.

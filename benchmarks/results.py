@@ -57,7 +57,9 @@ def describe_machine(threads: int, device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "environment": {
-            name: value for name, value in os.environ.items() if name.startswith("MALLOC_")
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("MALLOC_", "THP_MEM_"))
         },
     }
     if device != "cpu":
