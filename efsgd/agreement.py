@@ -147,7 +147,8 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str:
             held = "; ".join(f"{_workers(who)}: {line}" for line, who in groups.items())
             return (
                 f"Workers disagree about what they train. {held}. All workers must construct the "
-                f"optimizer with the same parameters, in the same order, and the same settings."
+                f"optimizer with the same parameters, in the same order, and the same settings; "
+                f"and with compile=True all of them need a compiler."
             )
     raise AssertionError("equal texts have equal digests")
 

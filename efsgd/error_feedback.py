@@ -31,6 +31,7 @@ __all__ = [
     "decompress_with_",
     "descend_",
     "exchange_gradients",
+    "regularize_",
 ]
 
 
@@ -72,6 +73,7 @@ class Section:
         self.layout, self.parameters, self.device = layout, dict(parameters), device
         self.aggregator, self.control = aggregator, control
         self.phases = aggregator.phases = Phases() if phases is None else phases
+        self.phases.devices.add(device)
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
         self.deltas = Blocks(layout, dtype, device, aggregator.vectors)
         self.errors = Blocks(layout, dtype, device, aggregator.vectors) if error_feedback else None
@@ -212,8 +214,9 @@ def descend_(
     *,
     lr: float | Tensor,
     momentum: float | Tensor,
-    weight_decay: float | Tensor = 0.0,
+    weight_decay: float | Tensor | None = None,
     maximize: bool = False,
+    together: bool = False,
 ) -> None:
     """Algorithm 2, lines 12 and 13, with weight decay on the aggregated update.
 
@@ -227,6 +230,7 @@ def descend_(
         weight_decay: multiple of x that is added to Δ'; the same on every worker, so it is
             neither compressed nor kept in the errors.
         maximize: ascend instead.
+        together: whether many tensors share a kernel, where all have one dtype: on accelerators.
 
     Example:
         >>> from efsgd.error_feedback import descend_
@@ -235,16 +239,33 @@ def descend_(
         >>> m, x  # 0.5 * 2 + 4 and 1 - 0.5 * (4 + 5)
         (tensor([5.]), tensor([-3.5000]))
     """
+    for x, update in zip(parameters, updates, strict=True):
+        regularize_(update, x, weight_decay=weight_decay, maximize=maximize)
+    is_uniform = len({tensor.dtype for tensor in (*parameters, *updates)}) == 1
+    if together and is_uniform and isinstance(lr, float) and isinstance(momentum, float):
+        deltas, steps = list(updates), list(updates if momenta is None else momenta)
+        if momenta is not None:
+            torch._foreach_mul_(steps, momentum)
+            torch._foreach_add_(steps, deltas)
+        torch._foreach_add_(deltas, steps)
+        torch._foreach_add_(list(parameters), deltas, alpha=-lr)
+        return
     for position, (x, update) in enumerate(zip(parameters, updates, strict=True)):
-        if maximize:
-            update.neg_()
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            add_multiple_(update, weight_decay, x)
         m = update
         if momenta is not None:
             m = momenta[position]
             add_multiple_(update, momentum, m, out=m)  # Alg. 2, line 12
         add_multiple_(x, -lr, update.add_(m))  # Alg. 2, line 13
+
+
+def regularize_(
+    update: Tensor, x: Tensor, *, weight_decay: float | Tensor | None, maximize: bool
+) -> None:
+    """Turns Δ' around to ascend, and adds the multiple of x to it (modified in place)."""
+    if maximize:
+        update.neg_()
+    if weight_decay is not None:
+        add_multiple_(update, weight_decay, x)
 
 
 def add_multiple_(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | None = None) -> None:
@@ -258,6 +279,7 @@ def add_multiple_(x: Tensor, factor: float | Tensor, y: Tensor, out: Tensor | No
     """
     out = x if out is None else out
     if isinstance(factor, Tensor):
-        out.copy_(x + factor * y)
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        out.copy_(x.to(wide) + factor * y.to(wide))
     else:
         torch.add(x, y, alpha=factor, out=out)

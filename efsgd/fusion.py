@@ -16,7 +16,7 @@ from torch import Tensor
 
 from efsgd.compressors.base import Elementwise
 
-__all__ = ["Fusion", "has_compiler"]
+__all__ = ["Fusion", "has_compiler", "shared_fusion"]
 
 # Otherwise the compiler writes an expression with many inputs to memory before using it twice.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
@@ -27,7 +27,7 @@ _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 
 
 class Fusion:
-    """Compiles, once for each function and shape, and applies.
+    """Compiles, once for each function, shape and set of flags, and applies.
 
     Numbers are passed as tensors, so that a new learning rate compiles nothing.
 
@@ -62,6 +62,31 @@ class Fusion:
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Callable[..., None] | None] = {}
 
+    def prepare(
+        self,
+        function: Elementwise,
+        factors: tuple[Tensor, Tensor],
+        operands: Sequence[Tensor],
+        options: Mapping[str, Any],
+    ) -> bool:
+        """Compiles what `apply_` will need, on zeros of the same shapes; nothing is modified.
+
+        Args:
+            function: see `apply_`.
+            factors: P̂ and Q, see `apply_`.
+            operands: see `apply_`.
+            options: see `apply_`.
+
+        Returns:
+            Whether `apply_` will find it compiled, or will not want it compiled.
+        """
+        zeros = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device).zero_()
+                 for o in operands]  # fmt: skip
+        P_hat, Q = factors
+        if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
+            return True
+        return self.apply_(function, P_hat, Q, zeros, options)
+
     def apply_(
         self,
         function: Elementwise,
@@ -83,73 +108,94 @@ class Fusion:
             Whether it was done. If not, nothing has changed: the matrix is too small to gain, or
             the compiler has failed, which a warning has said.
         """
-        if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
+        (n, r), m = P_hat.shape, Q.shape[1]
+        if not self.gains(n, m, r, P_hat.device.type):
             return False
-        numbers = {k: _tensor(float(v)) for k, v in options.items() if type(v) in (int, float)}
+        numbers = {k: _tensor(k, v) for k, v in options.items() if isinstance(v, float)}
         flags = {name: v for name, v in options.items() if name not in numbers}
+        flags |= {"together": False} if "together" in flags else {}  # one at a time, here
         operands = [operand.detach() for operand in operands]
         if all(operand.is_contiguous() for operand in operands):  # for loops over two indices
-            operands = [operand.view(P_hat.shape[0], -1) for operand in operands]
+            operands = [operand.view(n, m) for operand in operands]
         kinds = tuple((o.shape, o.stride(), o.dtype) for o in operands)
-        key = function, P_hat.shape, P_hat.stride(), Q.shape, kinds, tuple(flags.items())
-        is_new = key not in self._compiled
-        if is_new:
-            self._compiled[key] = _compile(function, flags)
+        key = function, n, m, r, P_hat.dtype, P_hat.device, kinds, tuple(flags.items())
+        if key not in self._compiled:
+            self._compiled[key] = self._segment(function, (n, m, r), flags)
         segment = self._compiled[key]
         if segment is None:
             return False
         try:
-            segment(P_hat, Q, operands, numbers)
+            # Flat, so that strides which mean nothing (of a rank of 1) cannot matter.
+            segment(P_hat.mT.reshape(-1), Q.reshape(-1), operands, numbers)
         except Exception as error:
-            if not is_new:
+            if not _is_of_compiler(error):
                 raise
-            _warn(error)
+            if None not in self._compiled.values():
+                _warn("some products are not fused", error)
             self._compiled[key] = None
             return False
         return True
 
+    def _segment(
+        self, function: Elementwise, shape: tuple[int, int, int], flags: Mapping[str, Any]
+    ) -> Callable[..., None]:
+        n, m, r = shape
 
-@functools.lru_cache(maxsize=64)
-def _tensor(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.float64, device="cpu")
+        def segment(
+            P_hat: Tensor, Q: Tensor, operands: list[Tensor], numbers: dict[str, Tensor]
+        ) -> None:
+            columns, rows = P_hat.view(r, n, 1), Q.view(r, 1, m)
+            product = columns[0] * rows[0]
+            for index in range(1, r):
+                product = product + columns[index] * rows[index]
+            product = product.view(operands[0].shape)
+            function([product], *([operand] for operand in operands), **numbers, **flags)
+
+        # Recompilations are counted for each code object, so every segment gets one of its own.
+        code = segment.__code__.replace(co_name="fused")
+        own = types.FunctionType(code, globals(), code.co_name, None, segment.__closure__)
+        return torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)
 
 
 @functools.cache
-def has_compiler(device: str) -> bool:
-    """Whether torch.compile can make code for this kind of device; warns where it cannot.
+def shared_fusion() -> Fusion:
+    """The one of this process, so that nothing is compiled twice."""
+    return Fusion()
 
-    Args:
-        device: "cpu", "cuda", ...
+
+@functools.lru_cache(maxsize=256)
+def _tensor(name: str, number: float) -> Tensor:
+    # One for each name: where two numbers were the same tensor, the compiler would rely on it.
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float64, device="cpu")
+
+
+@functools.cache
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can make code for a device; warns where it cannot.
+
+    The answer holds for the life of the process.
     """
     try:
         torch.compile(torch.neg, fullgraph=True)(torch.zeros(1, device=device))
     except Exception as error:
-        _warn(error)
+        _warn("torch.compile does not work here", error)
         return False
     return True
 
 
-def _warn(error: Exception) -> None:
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether it was raised while compiling, before anything has run."""
+    from torch._dynamo import exc  # takes seconds to import, and is there if anything was compiled
+
+    return isinstance(error, exc.TorchDynamoException | exc.FailOnRecompileLimitHit)
+
+
+def _warn(what: str, error: Exception) -> None:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     warnings.warn(
-        f"compile=True has no effect: torch.compile does not work here ({reason}). Steps run "
-        f"uncompiled, with the same results to rounding. On a CPU it needs a C++ compiler such as "
-        f"g++, on CUDA Triton. Install it, or leave compile out.",
+        f"compile=True cannot do what it should: {what} ({reason}). Steps run uncompiled there, "
+        f"with the same results to rounding. On a CPU it needs a C++ compiler such as g++, on "
+        f"CUDA Triton. Install it, or leave compile out.",
         stacklevel=2,
     )
-
-
-def _compile(function: Elementwise, flags: Mapping[str, Any]) -> Callable[..., None]:
-    def segment(
-        P_hat: Tensor, Q: Tensor, operands: list[Tensor], numbers: dict[str, Tensor]
-    ) -> None:
-        product = P_hat[:, :1] * Q[0]
-        for column in range(1, Q.shape[0]):
-            product = product + P_hat[:, column : column + 1] * Q[column]
-        product = product.view(operands[0].shape)
-        function([product], *([operand] for operand in operands), **numbers, **flags)
-
-    # Recompilations are counted for each code object, so every segment gets one of its own.
-    code = segment.__code__.replace(co_name=f"{function.__name__}fused")
-    own = types.FunctionType(code, globals(), code.co_name, None, segment.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS)

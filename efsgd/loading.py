@@ -42,6 +42,8 @@ def fill_missing_settings(
         before = present[position] if position < len(present) else {}
         for name, default in defaults.items():
             group.setdefault(name, before.get(name, default))
+        if "compile" in before:  # of the machine, not of the run that was saved
+            group["compile"] = before["compile"]
 
 
 def exact_copies(

@@ -33,7 +33,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             compressed.
         nesterov: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         maximize: ascend instead of descending.
-        foreach: as in torch.optim.SGD; the paper's form always works tensor by tensor.
+        foreach: whether many tensors share a kernel; None: on accelerators.
         differentiable: only False is supported.
         fused: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         rank: r, at least 1. A tensor of two or more dimensions is seen as the matrix [n, m], n

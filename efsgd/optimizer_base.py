@@ -43,7 +43,7 @@ class ErrorFeedbackSGD(Optimizer):
         weight_decay: multiple of the parameters that is added to the averaged update.
         nesterov: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         maximize: ascend instead of descending.
-        foreach: as in torch.optim.SGD; the paper's form always works tensor by tensor.
+        foreach: whether many tensors share a kernel; None: on accelerators.
         differentiable: only False is supported.
         fused: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         compressor: what is sent; None is `PowerSGD()`.

@@ -19,6 +19,7 @@ class Phases:
     Attributes:
         is_timing: whether time is taken. May change between steps.
         seconds: of the last step, by name.
+        devices: that are waited for before the time is told.
 
     Example:
         >>> from efsgd.phases import Phases
@@ -33,6 +34,7 @@ class Phases:
     def __init__(self) -> None:
         self.is_timing = False
         self.seconds: dict[str, float] = {}
+        self.devices: set[torch.device] = set()
 
     def begin_step(self) -> None:
         """What follows belongs to another step."""
@@ -41,14 +43,14 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Everything within the `with` block belongs to the phase `name`."""
-        began = self._now() if self.is_timing else 0.0
+        began = self._now() if self.is_timing else None
         with record_function(name):
             yield
-        if self.is_timing:
+        if began is not None:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
 
-    @staticmethod
-    def _now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+    def _now(self) -> float:
+        for device in self.devices:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
         return time.perf_counter()

@@ -14,8 +14,6 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,41 +28,15 @@ from efsgd.compressors.base import Elementwise
 from efsgd.fusion import Fusion
 from efsgd.orthogonalization import normalize_columns, orthogonalize
 from efsgd.phases import Phases
+from efsgd.query import initial_query
 
-__all__ = ["LowRank", "PowerIteration", "initial_query", "subtract_"]
+__all__ = ["LowRank", "PowerIteration", "subtract_"]
 
 # What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
 # costs little beside it, small enough to be in the cache still when the next operation reads it.
 FLOATS_AT_ONCE = 2**19
-
-
-def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
-    """Q for one parameter before anything is known of it: i.i.d. standard normal.
-
-    The same on every worker and in every run, whatever else draws random numbers; the global
-    generator is not touched. Source: Algorithm 1, line 1.
-
-    Args:
-        seed: of the optimizer.
-        index: the parameter's position in the optimizer.
-        m: rows of Q, the columns of the gradient's matrix.
-        r: columns of Q, the rank.
-        step: number of the step it is drawn for; 0 for a warm start.
-
-    Returns:
-        [m, r], float64, on the CPU.
-
-    Example:
-        >>> from efsgd.powersgd import initial_query
-        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 5, 3, 2))
-        True
-        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 6, 3, 2))
-        False
-    """
-    # A hash spreads neighboring seeds, parameters and steps over unrelated generator states.
-    digest = hashlib.blake2b(f"{seed}/{index}/{step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randn(m, r, dtype=torch.float64, generator=generator, device="cpu")
+# Unlike sums, products gain by pieces that stay in a core's own cache.
+FLOATS_OF_A_PRODUCT = 2**16
 
 
 class PowerIteration:
@@ -84,7 +56,7 @@ class PowerIteration:
         device: of factors and buffers.
         seed: with `warm_start=False`, the seed from which Q is drawn at every step.
         warm_start: whether a step starts from the Q of the step before it.
-        fusion: multiplies products of small rank out where they are used; None: into memory.
+        fusion: multiplies products of small rank out where they are used; None: never.
     """
 
     def __init__(
@@ -99,7 +71,6 @@ class PowerIteration:
     ) -> None:
         self.layout, self.seed, self.warm_start = layout, seed, warm_start
         self.phases = Phases()
-        self.rounding = "eager" if fusion is None else "compiled"
         P_shapes, Q_shapes = [], []
         for batch in layout.batches:
             b, r = len(batch.entries), _rank(batch)
@@ -125,8 +96,31 @@ class PowerIteration:
         self.queries = _views(buffer(Q_shapes), Q_shapes)
         at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
         sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
-        scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
-        self._low_rank = functools.partial(LowRank, layout, scratch, fusion)
+        self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+        self._fusion = fusion
+
+    @property
+    def rounding(self) -> str:
+        """Either "compiled", where products may be fused, or "eager"."""
+        return "eager" if self._fusion is None else "compiled"
+
+    def prepare(
+        self,
+        function: Elementwise,
+        operands: Sequence[Mapping[int, Tensor]],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Compiles what `decompress_with_` will need; without a compiler, fuses nothing."""
+        for batch, P, Q in zip(self.layout.batches, self._P, self._Q, strict=True):
+            for position, entry in enumerate(batch.entries):
+                own = [operand[entry.index] for operand in operands if entry.index in operand]
+                factors = P[position], Q[position]
+                if (
+                    own
+                    and self._fusion
+                    and not self._fusion.prepare(function, factors, own, options)
+                ):
+                    self._fusion = None
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending.
@@ -162,6 +156,11 @@ class PowerIteration:
             with self.phases("Alg. 1, line 7: all-reduce Q"):
                 yield local.in_flight
         return self._low_rank(local.P_hat, self._Q)  # Alg. 1, line 8
+
+    def _low_rank(
+        self, P_hat: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
+    ) -> LowRank:
+        return LowRank(self.layout, self._scratch, self._fusion, P_hat, Q, in_flight)
 
     def commit_(self, absent: frozenset[int] = frozenset()) -> None:
         """Makes the averaged Q of the last exchange the next step's Q.
@@ -203,7 +202,7 @@ class LowRank:
     Attributes:
         layout: whose matrices these are.
         scratch: memory for the pieces that are multiplied out.
-        fusion: what does without it, where it can.
+        fusion: multiplies out where the product is used, without `scratch`; None: never.
         P_hat: [b, n, r] for each batch.
         Q: [b, r, m] for each batch (the paper's Q, transposed).
         in_flight: where Q is one worker's own: the mean Q, on its way.
@@ -243,7 +242,10 @@ class LowRank:
                 )
 
     def subtract_from_(self, blocks: Blocks) -> None:
-        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place)."""
+        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place).
+
+        In the product itself, except where rows are not aligned: there, as in `decompress_with_`.
+        """
         others: dict[int, Tensor] = {}
         factors = zip(self.P_hat, self.Q, strict=True)
         for batch, M, (P_hat, Q) in zip(self.layout.batches, blocks.batches, factors, strict=True):
@@ -251,8 +253,7 @@ class LowRank:
             if M.is_cpu and not _is_aligned(batch, M.dtype):
                 others |= views
                 continue
-            # Unlike sums, products gain by pieces that stay in a core's own cache.
-            floats = FLOATS_AT_ONCE // 8 if M.is_cpu else batch.floats
+            floats = FLOATS_OF_A_PRODUCT if M.is_cpu else batch.floats
             for matrices, rows in batch.pieces(views, floats):
                 M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
         self.decompress_with_(subtract_, others)

@@ -2,7 +2,7 @@
 
 `state[p]` holds tensors only, complete from construction, with equal keys on all workers:
 
-    momentum_buffer   m, shape, strides and dtype of p; where the group has momentum
+    momentum_buffer   m, shape, dtype and order of dimensions of p; where the group has momentum
     momentum_started  bool []: whether m was ever updated (torch.optim.SGD's first is undampened)
     error             e_w, shape of p, float32 or float64; for compressed tensors
     q                 PowerSGD's warm-started Q, [m, r], float32 or float64; for compressed tensors
@@ -129,10 +129,15 @@ def complete_momentum_(state: State, member: Member) -> None:
 def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
     return (
         tensor.shape == parameter.shape
-        and tensor.stride() == parameter.stride()
         and tensor.dtype == parameter.dtype
         and tensor.device == parameter.device
+        and (tensor.stride() == parameter.stride() or tensor.stride() == _dense_strides(parameter))
     )
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Those of a tensor made like it, which leaves no gaps in memory."""
+    return torch.empty_like(parameter, device="meta").stride()
 
 
 def release_zero_errors_(states: Iterable[State]) -> None:
@@ -201,6 +206,6 @@ def require_shape(value: Tensor, shape: torch.Size, name: str, owner: str) -> No
     if value.shape != shape:
         raise ValueError(
             f"Invalid {name} of {owner}: its shape is {list(value.shape)} and must be "
-            f"{list(shape)}. Load a state_dict of the same model, or delete the entry from "
-            f"optimizer.state to start anew."
+            f"{list(shape)}. Load a state_dict of the same model, or delete all that "
+            f"optimizer.state has for the parameter, to start anew."
         )

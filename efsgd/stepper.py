@@ -5,7 +5,7 @@ train, runs Algorithm 2 on each section, and applies the step only once every se
 worker is known to be good.
 """
 
-from collections.abc import Hashable, Iterable, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ from efsgd.state import (
     withdraw_,
 )
 from efsgd.statistics import Ledger
-from efsgd.update import apply_updates_
+from efsgd.update import Rule, apply_updates_, prepare_updates, rules_of
 
 __all__ = ["LossScaling", "Stepper"]
 
@@ -115,8 +115,8 @@ class Stepper:
             validate_own_settings(group)
             self._compressor.validate(group)
         validate_shared(groups, (*SHARED, *self._compressor.shared_settings()))
-        step: int = groups[0]["step"]
-        self._prepare(groups, state, world_size, worker)
+        step, rules = groups[0]["step"], rules_of(groups)
+        self._prepare(groups, state, world_size, worker, rules)
         self.ledger.begin_check()
         if world_size > 1:
             yield from intercept(self._check(world_size), outgoing=self.ledger.record)
@@ -138,7 +138,7 @@ class Stepper:
                 raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
             self.ledger.skip_step()
             return
-        self._apply(outcomes)
+        self._apply(outcomes, rules)
         for group in groups:
             group["step"] = step + 1
         self.ledger.end_step()
@@ -159,14 +159,14 @@ class Stepper:
         yield from check_schema(lines, listed[0].parameter.device)
         yield from broadcast_values([member.parameter for member in listed], source)
 
-    def _apply(self, outcomes: Sequence[Outcome]) -> None:
+    def _apply(self, outcomes: Sequence[Outcome], rules: Mapping[int, Rule]) -> None:
         for section, outcome in zip(self.sections, outcomes, strict=True):
             present = section.parameters.keys() - outcome.verdict.absent
             section.commit_(outcome.verdict.absent)
             show_errors_(section, self._states)
             members = [member for member in self._members if member.index in present]
             with self.phases("Alg. 2, lines 11 to 13: update"):
-                apply_updates_(section, outcome.mean, members, self._states)
+                apply_updates_(section, outcome.mean, members, self._states, rules)
 
     def _prepare(
         self,
@@ -174,6 +174,7 @@ class Stepper:
         state: MutableMapping[Tensor, State],
         world_size: int,
         worker: int,
+        rules: Mapping[int, Rule],
     ) -> None:
         present = signature(groups, state, self._compressor, world_size, worker)
         if present == self._signature:
@@ -194,6 +195,9 @@ class Stepper:
         self.sections = make_sections(
             self._members, self._states, self._compressor, world_size, worker, self.phases
         )
+        for section in self.sections:
+            own = [member for member in self._members if member.index in section.parameters]
+            prepare_updates(section, own, self._states, rules)
         self._signature = signature(groups, state, self._compressor, world_size, worker)
 
     def _check(self, world_size: int) -> Exchange[None]:

@@ -1,6 +1,7 @@
 """From averaged updates to new parameters, group by group, in the group's momentum form."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,15 +9,92 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.compressors import Compressed, Elementwise
-from efsgd.control import all_finite
-from efsgd.error_feedback import Section, add_multiple_, decompress_with_, descend_
+from efsgd.error_feedback import Section, add_multiple_, decompress_with_, descend_, regularize_
 from efsgd.state import Member, State
 
-__all__ = ["apply_updates_", "descend_together_", "sgd_", "sgd_together_"]
+__all__ = ["Rule", "apply_updates_", "prepare_updates", "rules_of", "sgd_"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a group updates its parameters. Made before anything is sent, so that it can be refused.
+
+    Attributes:
+        function: updates parameters and momenta.
+        options: of `function`.
+    """
+
+    function: Elementwise
+    options: Mapping[str, Any]
+
+
+def rules_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, Rule]:
+    """The rules of parameter groups, by the groups' ids.
+
+    Raises:
+        TypeError: a setting is not a number.
+    """
+    rules = {}
+    for group in groups:
+        options: dict[str, Any] = {name: _number(group, name) for name in ("lr", "momentum")}
+        options["weight_decay"] = _number(group, "weight_decay") or None
+        foreach = group["foreach"]
+        on_cpu = all(parameter.is_cpu for parameter in group["params"])
+        options |= {"maximize": group["maximize"], "together": not on_cpu}
+        if foreach is not None:
+            options["together"] = foreach
+        function: Elementwise = descend_
+        if group["momentum_form"] == "sgd":
+            function = sgd_
+            options |= {name: group[name] for name in ("nesterov", "foreach", "fused")}
+            options["dampening"] = _number(group, "dampening")
+            options["together"] = options["together"] or bool(group["fused"])
+        rules[id(group)] = Rule(function, options)
+    return rules
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Parameters of one group that are updated alike, with their momenta, and how."""
+
+    operands: Sequence[dict[int, Tensor]]
+    started: Sequence[Tensor]
+    function: Elementwise
+    options: dict[str, Any]
+
+
+def _jobs(
+    members: Iterable[Member], states: Mapping[int, State], rules: Mapping[int, Rule]
+) -> Iterator[_Job]:
+    grouped: dict[tuple[int, bool, bool], list[Member]] = {}
+    for member in members:
+        state = states[member.index]
+        # In the paper's form m is kept up to date even while λ is 0, as line 12 has it.
+        is_paper = member.group["momentum_form"] == "paper"
+        has_momentum = "momentum_buffer" in state and (is_paper or member.group["momentum"] != 0)
+        is_first = has_momentum and not state["momentum_started"]
+        grouped.setdefault((id(member.group), has_momentum, is_first), []).append(member)
+    for (identity, has_momentum, is_first), alike in grouped.items():
+        rule, own = rules[identity], {member.index: states[member.index] for member in alike}
+        operands = [{member.index: member.parameter for member in alike}]
+        options = dict(rule.options)
+        if rule.function is sgd_:
+            options["is_first"] = is_first
+            # Where only some momenta are begun, torch takes them one by one; bfloat16 shows it.
+            is_mixed = (identity, has_momentum, not is_first) in grouped
+            options["together"] = options["together"] and (options["fused"] or not is_mixed)
+        if has_momentum:
+            operands.append({index: state["momentum_buffer"] for index, state in own.items()})
+        started = [state["momentum_started"] for state in own.values()] if is_first else []
+        yield _Job(operands, started, rule.function, options)
 
 
 def apply_updates_(
-    section: Section, mean: Compressed, members: Iterable[Member], states: Mapping[int, State]
+    section: Section,
+    mean: Compressed,
+    members: Iterable[Member],
+    states: Mapping[int, State],
+    rules: Mapping[int, Rule],
 ) -> None:
     """Updates momenta and parameters.
 
@@ -25,69 +103,26 @@ def apply_updates_(
         mean: C(Δ), from which Δ' is decompressed.
         members: those parameters of the section that are updated (modified in place).
         states: of each; holds the momenta (modified in place).
+        rules: of `rules_of`.
     """
-    grouped: dict[tuple[int, bool], list[Member]] = {}
-    for member in members:
-        is_first = not states[member.index].get("momentum_started", True)
-        grouped.setdefault((id(member.group), is_first), []).append(member)
-    for (identity, is_first), alike in grouped.items():
-        group, own = alike[0].group, {member.index: states[member.index] for member in alike}
-        operands = [{member.index: member.parameter for member in alike}]
-        # Where there is a momentum it is kept up to date even while λ is 0, as line 12 has it.
-        has_momentum = all("momentum_buffer" in state for state in own.values())
-        if group["momentum_form"] == "sgd":
-            has_momentum = group["momentum"] != 0
-        if has_momentum:
-            operands.append({index: state["momentum_buffer"] for index, state in own.items()})
-        is_mixed = (identity, not is_first) in grouped
-        function, options = _rule(group, section, is_first=is_first, is_mixed=is_mixed)
-        decompress_with_(section, mean, function, *operands, **options)
-        if has_momentum and is_first:
-            for state in own.values():
-                state["momentum_started"].fill_(True)
+    for job in _jobs(members, states, rules):
+        decompress_with_(section, mean, job.function, *job.operands, **job.options)
+        for flag in job.started:
+            flag.fill_(True)
 
 
-def _rule(
-    group: Mapping[str, Any], section: Section, *, is_first: bool, is_mixed: bool
-) -> tuple[Elementwise, dict[str, Any]]:
-    """What a group does with its updates, and the settings with which it does it."""
-    names = ("lr", "momentum", "weight_decay", "maximize")
-    options = {name: _number(group[name]) for name in names}
-    foreach = group["foreach"]
-    is_together = section.device.type != "cpu" if foreach is None else foreach
-    if group["momentum_form"] == "paper":
-        return (descend_together_ if is_together else descend_), options
-    options |= {"nesterov": group["nesterov"], "dampening": group["dampening"]}
-    options["is_first"] = is_first
-    # Where only some momenta are begun, torch takes them one by one too; in bfloat16 one sees it.
-    if group["fused"] or (is_together and not is_mixed):
-        return sgd_together_, options | {"fused": group["fused"], "foreach": foreach}
-    return sgd_, options
-
-
-def descend_together_(
-    updates: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None = None,
-    *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    maximize: bool,
+def prepare_updates(
+    section: Section,
+    members: Iterable[Member],
+    states: Mapping[int, State],
+    rules: Mapping[int, Rule],
 ) -> None:
-    """`error_feedback.descend_` with many tensors in each kernel: for accelerators."""
-    updates, parameters = list(updates), list(parameters)
-    if maximize:
-        torch._foreach_neg_(updates)
-    if weight_decay:
-        torch._foreach_add_(updates, parameters, alpha=weight_decay)
-    steps = updates
-    if momenta is not None:
-        steps = list(momenta)
-        torch._foreach_mul_(steps, momentum)
-        torch._foreach_add_(steps, updates)
-    torch._foreach_add_(updates, steps)
-    torch._foreach_add_(parameters, updates, alpha=-lr)
+    """Has the section's aggregator make ready, compile perhaps, all that `apply_updates_` needs."""
+    for job in _jobs(members, states, rules):
+        section.aggregator.prepare(job.function, job.operands, job.options)
+        if job.options.get("is_first"):
+            later = job.options | {"is_first": False}
+            section.aggregator.prepare(job.function, job.operands, later)
 
 
 def sgd_(
@@ -99,11 +134,16 @@ def sgd_(
     lr: float | Tensor,
     momentum: float | Tensor,
     dampening: float | Tensor,
-    weight_decay: float | Tensor,
     nesterov: bool,
-    maximize: bool,
+    weight_decay: float | Tensor | None = None,
+    maximize: bool = False,
+    together: bool = False,
+    foreach: bool | None = None,
+    fused: bool | None = None,
 ) -> None:
-    """torch.optim.SGD's rule, to the bit, without memory of its own.
+    """torch.optim.SGD's rule, to the bit except for float16 parameters.
+
+    Those are updated from float32: a sum of gradients and errors may exceed what float16 holds.
 
     Args:
         updates: Δ', each of the shape of its parameter (modified in place).
@@ -113,59 +153,60 @@ def sgd_(
         lr: learning rate.
         momentum: factor of the momenta.
         dampening: what the newest update is dampened by as it enters the momentum.
-        weight_decay: multiple of the parameters that is added to the updates.
         nesterov: whether the step looks ahead.
+        weight_decay: multiple of the parameters that is added to the updates.
         maximize: ascend instead.
+        together: whether torch's own function does it, with its kernels for many tensors.
+        foreach: which of them; see torch.optim.SGD.
+        fused: the same.
     """
-    for position, (x, wide) in enumerate(zip(parameters, updates, strict=True)):
-        step = update = _in_dtype_of(x, wide)
-        if maximize:
-            update.neg_()
-        if isinstance(weight_decay, Tensor) or weight_decay != 0:
-            add_multiple_(update, weight_decay, x)
+    pairs = list(zip(parameters, updates, strict=True))
+    given = [u if x.dtype == torch.float16 else u.to(x.dtype) for x, u in pairs]
+    if together and all(x.dtype == u.dtype for x, u in zip(parameters, given, strict=True)):
+        kernels = {"foreach": foreach, "fused": fused}
+        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        flags = {"nesterov": nesterov, "weight_decay": weight_decay or 0, "maximize": maximize}
+        own = None if is_first else momenta
+        _by_torch_(given, list(parameters), own, momenta, **numbers, **flags, **kernels)
+        return
+    for position, (x, update) in enumerate(zip(parameters, given, strict=True)):
+        regularize_(update, x, weight_decay=weight_decay, maximize=maximize)
+        step = update
         if momenta is not None:
-            m = momenta[position]
+            step = m = momenta[position]
             if is_first:
                 m.copy_(update)
             else:
                 add_multiple_(m.mul_(momentum), 1 - dampening, update)
-            step = m
             if nesterov:
                 add_multiple_(update, momentum, m)
                 step = update
         add_multiple_(x, -lr, step)
 
 
-def sgd_together_(
-    updates: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None = None,
-    *,
-    is_first: bool,
+def _by_torch_(
+    updates: list[Tensor],
+    parameters: list[Tensor],
+    begun: Sequence[Tensor] | None,
+    momenta: Sequence[Tensor] | None,
     **options: Any,
 ) -> None:
-    """What `sgd_` does, by torch's own function for SGD, with its kernels for many tensors."""
-    given = [_in_dtype_of(*pair) for pair in zip(parameters, updates, strict=True)]
     if options["fused"]:  # takes no other strides than the parameter's
-        pairs = zip(given, parameters, strict=True)
-        given = [u if u.stride() == x.stride() else torch.empty_like(x).copy_(u) for u, x in pairs]
-    buffers: list[Tensor | None] = [None] * len(given)
-    if momenta is not None and not is_first:
-        buffers = list(momenta)
-    torch_sgd_(list(parameters), given, buffers, **options)
-    if momenta is not None and is_first:  # torch makes a first momentum anew
+        pairs = zip(updates, parameters, strict=True)
+        updates = [
+            u if u.stride() == x.stride() else torch.empty_like(x).copy_(u) for u, x in pairs
+        ]
+    buffers: list[Tensor | None] = [None] * len(updates) if begun is None else list(begun)
+    torch_sgd_(parameters, updates, buffers, **options)
+    if begun is None and momenta is not None:  # torch makes a first momentum anew
         for momentum_buffer, made in zip(momenta, buffers, strict=True):
             assert made is not None
             momentum_buffer.copy_(made)
 
 
-def _in_dtype_of(parameter: Tensor, update: Tensor) -> Tensor:
-    """Δ' as torch.optim.SGD would have met it: in the parameter's dtype."""
-    cast = update.to(parameter.dtype)
-    if parameter.dtype == torch.float16 and not all_finite(cast):
-        return update  # a sum of gradients and errors may exceed what float16 can hold
-    return cast
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
+def _number(group: Mapping[str, Any], name: str) -> float:
+    value = group[name]
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"Invalid {name}: {value!r}. Must be a number.") from None

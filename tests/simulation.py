@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
-from efsgd.powersgd import initial_query
+from efsgd.query import initial_query
 from efsgd.testing import Traced, step_together
 from tests.reference import Reference
 from tests.strategies import Scenario, matrix_dimensions

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
-from efsgd.powersgd import initial_query
+from efsgd.query import initial_query
 from efsgd.testing import step_together
 from tests.reference import Reference
 from tests.simulation import (

@@ -1,9 +1,13 @@
 """A step's phases carry the names of the paper's lines, and are timed on request only."""
 
+from collections import Counter
+
+import pytest
 import torch
 from torch.profiler import profile
 
-from efsgd import PowerSGDOptimizer
+from efsgd import CollectiveError, PowerSGDOptimizer
+from efsgd.testing import step_together
 
 NAMES = [
     "Alg. 2, line 7: add errors and gradients",
@@ -17,9 +21,9 @@ NAMES = [
 ]
 
 
-def an_optimizer() -> PowerSGDOptimizer:
+def an_optimizer(gradient: float = 1.0) -> PowerSGDOptimizer:
     x = torch.zeros(12, 10, requires_grad=True)
-    x.grad = torch.ones(12, 10)
+    x.grad = torch.full((12, 10), gradient)
     return PowerSGDOptimizer([x], lr=0.1, momentum=0.9, rank=2)
 
 
@@ -63,3 +67,22 @@ def test_two_dtypes_are_two_sections_whose_phases_add_up() -> None:
     optimizer.time_phases = True
     optimizer.step()
     assert sorted(optimizer.communication_stats()["phase_seconds"]) == sorted(NAMES)
+
+
+def test_a_step_that_fails_in_a_phase_leaves_the_next_one_s_times_alone() -> None:
+    workers = [an_optimizer(gradient) for gradient in (1.0, 2.0)]
+    for worker in workers:
+        worker.time_phases = True
+    step_together(workers)
+    with pytest.raises(CollectiveError):
+        step_together(workers, fail_at=1)
+    step_together(workers)
+    assert list(workers[0].communication_stats()["phase_seconds"]) == NAMES
+
+
+def test_workers_in_one_thread_may_be_profiled() -> None:
+    workers = [an_optimizer(gradient) for gradient in (1.0, 2.0, 3.0)]
+    with profile() as profiler:
+        step_together(workers)
+    named = Counter(e.name for e in profiler.events() if e.name.startswith("Alg. "))
+    assert named == Counter({name: 3 for name in NAMES})

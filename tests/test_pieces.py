@@ -1,5 +1,6 @@
 """Working piece by piece covers every element once, needs little memory, and changes no result."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -68,6 +69,13 @@ def test_the_size_of_the_pieces_does_not_matter(
 SHAPES = [(256, 2048), (512, 128, 3, 3), (512,), (1000, 300)]
 
 
+def changes_of(profiler: profile) -> list[int]:
+    """Bytes that were allocated, and freed where negative, in order."""
+    recorded = profiler.profiler.kineto_results.events()
+    events = [event for event in recorded if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_steady_step_allocates_no_more_than_factors(options: dict[str, Any]) -> None:
     ps = [torch.zeros(shape, requires_grad=True) for shape in SHAPES]
@@ -78,9 +86,10 @@ def test_a_steady_step_allocates_no_more_than_factors(options: dict[str, Any]) -
         optimizer.step()
     with profile(profile_memory=True) as profiler:
         optimizer.step()
-    allocated = max(event.self_cpu_memory_usage for event in profiler.events())
+    allocated = sum(max(size, 0) for size in changes_of(profiler))
     factors = 4 * 4 * sum(p.shape[0] + p[0].numel() for p in ps if p.ndim > 1)
-    assert allocated <= factors
+    # P̂ and what it is made of, and Q brought to one scale; far less than the 4.6 MB of the model.
+    assert allocated <= 12 * factors < 4 * sum(p.numel() for p in ps) / 2
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -93,11 +102,7 @@ def test_memory_is_momenta_errors_scratch_and_factors(options: dict[str, Any]) -
         optimizer = PowerSGDOptimizer(ps, lr=0.1, rank=4, **options)
         for _ in range(3):
             optimizer.step()
-    held = peak = 0
-    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    peak = max(itertools.accumulate(changes_of(profiler)))
     everything = sum(4 * p.numel() for p in ps)
     pieces = 4 * powersgd.FLOATS_AT_ONCE / everything
     assert 3.0 < peak / everything - pieces <= 3.1

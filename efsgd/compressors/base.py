@@ -14,7 +14,8 @@ __all__ = ["Aggregator", "Compressed", "Compressor", "Elementwise"]
 
 
 #: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
-#: of decompressed pieces, which it may modify, and for each operand the list of its like pieces.
+#: of decompressed pieces, which it may modify, and for each operand the list of its like pieces. An
+#: option `together` says whether many tensors are to share a kernel.
 Elementwise: TypeAlias = Callable[..., None]
 
 
@@ -53,8 +54,19 @@ class Aggregator(Protocol):
     """
 
     vectors: Tensor
-    rounding: str
     phases: Phases
+
+    @property
+    def rounding(self) -> str:
+        """See above; may change in `prepare` alone."""
+
+    def prepare(
+        self,
+        function: Elementwise,
+        operands: Sequence[Mapping[int, Tensor]],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Before a step: makes ready what `decompress_with_` will be asked for; changes nothing."""
 
     def compress(self, deltas: Blocks, step: int) -> Exchange[Compressed]:
         """Line 8: this worker's own compressed form of `deltas`, which is not modified."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from efsgd.blocks import Entry, Layout, matrix_shape
-from efsgd.fusion import Fusion, has_compiler
-from efsgd.powersgd import PowerIteration, initial_query
+from efsgd.fusion import has_compiler, shared_fusion
+from efsgd.powersgd import PowerIteration
+from efsgd.query import initial_query
 
 __all__ = ["PowerSGD"]
 
@@ -105,7 +106,7 @@ class PowerSGD:
         device: torch.device,
     ) -> PowerIteration:
         """Algorithm 1 for the tensors of one layout."""
-        fusion = Fusion() if settings["compile"] and has_compiler(device.type) else None
+        fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None
         seed, warm_start = settings["seed"], settings["warm_start"]
         return PowerIteration(
             layout, dtype, device, seed=seed, warm_start=warm_start, fusion=fusion
