@@ -7,15 +7,20 @@ which offset of one flat buffer. `Blocks` are tensors laid out by such a plan.
 
 import itertools
 import math
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Blocks", "Entry", "Layout", "matrix_shape"]
+__all__ = ["Batch", "Blocks", "Elementwise", "Entry", "Layout", "matrix_shape"]
+
+#: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
+#: of decompressed pieces, which it may modify, and for each operand the list of its like pieces. An
+#: option `together` says whether many tensors are to share a kernel.
+Elementwise: TypeAlias = Callable[..., None]
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Blocks, Layout
+from efsgd.blocks import Blocks, Elementwise, Layout
 from efsgd.collectives import Exchange
-from efsgd.compressors.base import Aggregator, Compressed, Elementwise
+from efsgd.compressors.base import Aggregator, Compressed
 from efsgd.control import ControlWords, Verdict
 from efsgd.phases import Phases
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.compressors.base import Elementwise
+from efsgd.blocks import Elementwise
 
 __all__ = ["Fusion", "has_compiler", "shared_fusion"]
 

@@ -22,9 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Batch, Blocks, Layout
+from efsgd.blocks import Batch, Blocks, Elementwise, Layout
 from efsgd.collectives import AllReduceMean, Exchange, InFlight, Start
-from efsgd.compressors.base import Elementwise
 from efsgd.fusion import Fusion
 from efsgd.orthogonalization import normalize_columns, orthogonalize
 from efsgd.phases import Phases

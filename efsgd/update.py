@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
-from efsgd.compressors import Compressed, Elementwise
+from efsgd.blocks import Elementwise
+from efsgd.compressors import Compressed
 from efsgd.error_feedback import Section, add_multiple_, decompress_with_, descend_, regularize_
 from efsgd.state import Member, State
 

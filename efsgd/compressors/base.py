@@ -1,22 +1,16 @@
 """What Algorithm 2 asks of a compressor. It names none."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Blocks, Entry, Layout
+from efsgd.blocks import Blocks, Elementwise, Entry, Layout
 from efsgd.collectives import Exchange
 from efsgd.phases import Phases
 
-__all__ = ["Aggregator", "Compressed", "Compressor", "Elementwise"]
-
-
-#: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
-#: of decompressed pieces, which it may modify, and for each operand the list of its like pieces. An
-#: option `together` says whether many tensors are to share a kernel.
-Elementwise: TypeAlias = Callable[..., None]
+__all__ = ["Aggregator", "Compressed", "Compressor"]
 
 
 class Compressed(Protocol):
