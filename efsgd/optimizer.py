@@ -49,8 +49,9 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed.
         seed: of the first Q, the same on every worker. The global generator is not touched.
         compile: whether torch.compile fuses products of ranks up to 8 into the passes that use
-            them. Results are the same to rounding. The first step takes longer; where there is no
-            compiler, a warning says so and steps run as without.
+            them, where that is faster. Results are the same to rounding. The same for all groups
+            and on all workers, and not changed by loading a checkpoint. The first step takes
+            longer; where there is no compiler, a warning says so and steps run as without.
         process_group: the workers; None is the default group, looked up at each step. Without
             torch.distributed there is one worker, and nothing is communicated.
 

@@ -204,6 +204,7 @@ class ErrorFeedbackSGD(Optimizer):
     @time_phases.setter
     def time_phases(self, is_timing: bool) -> None:
         self._stepper.phases.is_timing = is_timing
+        self._stepper.phases.begin_step()
 
     def broadcast_parameters(self, source: int = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.

@@ -100,8 +100,8 @@ class PowerIteration:
 
     @property
     def rounding(self) -> str:
-        """Either "compiled", where products may be fused, or "eager"."""
-        return "eager" if self._fusion is None else "compiled"
+        """Either "compiled", where products may be fused, or "uncompiled"."""
+        return "uncompiled" if self._fusion is None else "compiled"
 
     def prepare(
         self,

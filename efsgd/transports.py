@@ -98,7 +98,7 @@ class ProcessGroup:
         return CollectiveError(
             f"{type(collective).__name__} of {collective.purpose} failed on worker {self.worker} "
             f"of {self.world_size}: {error}. Another worker has probably died or "
-            f"hung, or did not call the same."
+            f"hung, or its settings were changed alone, so that it called something else."
         )
 
 

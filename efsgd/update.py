@@ -1,5 +1,6 @@
 """From averaged updates to new parameters, group by group, in the group's momentum form."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ def rules_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, Rule]:
 
     Raises:
         TypeError: a setting is not a number.
+        ValueError: it is not finite.
     """
     rules = {}
     for group in groups:
@@ -208,6 +210,9 @@ def _by_torch_(
 def _number(group: Mapping[str, Any], name: str) -> float:
     value = group[name]
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"Invalid {name}: {value!r}. Must be a number.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
+    return number

@@ -248,7 +248,7 @@ def test_workers_of_which_one_cannot_compile_refuse_to_train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with pytest.raises(
-            WorkerMismatchError, match=r"0: .* \(compiled\); worker 1: .* \(eager\)"
+            WorkerMismatchError, match=r"0: .* \(compiled\); worker 1: .* \(uncompiled\)"
         ):
             step_together(workers)
     for worker, old in zip(workers, before, strict=True):

@@ -55,6 +55,9 @@ def test_phases_are_timed_while_asked_for() -> None:
     seconds.clear()  # what is reported is the caller's own
     assert optimizer.communication_stats()["phase_seconds"] == before
     optimizer.time_phases = False
+    optimizer.time_phases = True
+    assert optimizer.communication_stats()["phase_seconds"] == {}  # nothing old
+    optimizer.time_phases = False
     optimizer.step()
     assert "phase_seconds" not in optimizer.communication_stats()
 

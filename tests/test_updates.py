@@ -1,5 +1,6 @@
 """Lines 11 to 13 for parameters of every dtype, in groups of every kind, and with bad numbers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -94,15 +95,21 @@ def test_parameters_with_gaps_in_memory_keep_their_momentum_buffer() -> None:
 
 
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
-def test_what_is_no_number_is_refused_before_anything_changes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("bad", "error", "text"),
+    [(None, TypeError, "None. Must be a number"), (math.nan, ValueError, "nan. Must be finite")],
+)
+def test_what_is_no_number_is_refused_before_anything_changes(
+    name: str, bad: Any, error: type[Exception], text: str
+) -> None:
     x = torch.zeros(12, 10, requires_grad=True)
     x.grad = torch.ones(12, 10)
     optimizer = PowerSGDOptimizer([x], lr=0.1, momentum=0.9, rank=2)
     optimizer.step()
     state = {key: value.clone() for key, value in optimizer.state[x].items()}
     good, before = optimizer.param_groups[0][name], x.detach().clone()
-    optimizer.param_groups[0][name] = None
-    with pytest.raises(TypeError, match=f"Invalid {name}: None. Must be a number"):
+    optimizer.param_groups[0][name] = bad
+    with pytest.raises(error, match=f"Invalid {name}: {text}"):
         optimizer.step()
     assert torch.equal(x, before)
     assert all(torch.equal(value, state[key]) for key, value in optimizer.state[x].items())
