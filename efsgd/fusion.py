@@ -74,15 +74,17 @@ class Fusion:
         Args:
             function: see `apply_`.
             factors: P̂ and Q, see `apply_`.
-            operands: see `apply_`.
+            operands: see `apply_`; their values do not matter.
             options: see `apply_`.
 
         Returns:
             Whether `apply_` will find it compiled, or will not want it compiled.
         """
-        zeros = [torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=o.device).zero_()
-                 for o in operands]  # fmt: skip
         P_hat, Q = factors
+        zeros = [
+            torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=P_hat.device).zero_()
+            for o in operands
+        ]
         if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
             return True
         return self.apply_(function, P_hat, Q, zeros, options)

@@ -14,6 +14,7 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,17 +110,20 @@ class PowerIteration:
         operands: Sequence[Mapping[int, Tensor]],
         options: Mapping[str, Any],
     ) -> None:
-        """Compiles what `decompress_with_` will need; without a compiler, fuses nothing."""
+        """Compiles what a step will need; if that fails, nothing is fused."""
         for batch, P, Q in zip(self.layout.batches, self._P, self._Q, strict=True):
+            M = torch.empty(batch.rows, batch.columns, dtype=P.dtype, device="meta")
             for position, entry in enumerate(batch.entries):
                 own = [operand[entry.index] for operand in operands if entry.index in operand]
-                factors = P[position], Q[position]
-                if (
-                    own
-                    and self._fusion
-                    and not self._fusion.prepare(function, factors, own, options)
-                ):
-                    self._fusion = None
+                if self._fusion is None or not own:
+                    continue
+                prepare = functools.partial(
+                    self._fusion.prepare, factors=(P[position], Q[position])
+                )
+                is_ready = prepare(function, operands=own, options=options)
+                if P.is_cpu and not _is_aligned(batch, P.dtype):  # see `LowRank.subtract_from_`
+                    is_ready = prepare(subtract_, operands=[M], options={}) and is_ready
+                self._fusion = self._fusion if is_ready else None
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending.

@@ -1,13 +1,13 @@
 """From parameter groups to sections: one for each device and dtype, made anew when they change."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.blocks import Entry, Layout
-from efsgd.compressors import Compressor
+from efsgd.compressors import Aggregator, Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
 from efsgd.phases import Phases
@@ -56,6 +56,7 @@ def make_sections(
     world_size: int,
     worker: int,
     phases: Phases,
+    prepare: Callable[[Aggregator, list[Member]], None],
 ) -> list[Section]:
     """Plans and fills the sections of all parameters that require a gradient.
 
@@ -66,6 +67,8 @@ def make_sections(
         world_size: the number of workers.
         worker: this worker.
         phases: names the phases of a step.
+        prepare: called with each new aggregator and the parameters it works for, while the large
+            buffers are not allocated yet.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
     for member in members:
@@ -78,10 +81,12 @@ def make_sections(
         words = ControlWords.count(len(alike), world_size)
         layout = Layout.plan((_entry(member, compressor) for member in alike), words)
         options = alike[0].group
+        aggregator = compressor.aggregator(layout, options, dtype, device)
+        prepare(aggregator, alike)
         section = Section(
             layout,
             {member.index: member.parameter for member in alike},
-            compressor.aggregator(layout, options, dtype, device),
+            aggregator,
             ControlWords([member.index for member in alike], world_size, worker),
             dtype,
             device,

@@ -193,11 +193,14 @@ class Stepper:
             elif member.parameter in state:
                 withdraw_(state[member.parameter])
         self.sections = make_sections(
-            self._members, self._states, self._compressor, world_size, worker, self.phases
+            self._members,
+            self._states,
+            self._compressor,
+            world_size,
+            worker,
+            self.phases,
+            lambda aggregator, own: prepare_updates(aggregator, own, self._states, rules),
         )
-        for section in self.sections:
-            own = [member for member in self._members if member.index in section.parameters]
-            prepare_updates(section, own, self._states, rules)
         self._signature = signature(groups, state, self._compressor, world_size, worker)
 
     def _check(self, world_size: int) -> Exchange[None]:

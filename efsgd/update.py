@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.blocks import Elementwise
-from efsgd.compressors import Compressed
+from efsgd.compressors import Aggregator, Compressed
 from efsgd.error_feedback import Section, add_multiple_, decompress_with_, descend_, regularize_
 from efsgd.state import Member, State
 
@@ -115,17 +115,24 @@ def apply_updates_(
 
 
 def prepare_updates(
-    section: Section,
+    aggregator: Aggregator,
     members: Iterable[Member],
     states: Mapping[int, State],
     rules: Mapping[int, Rule],
 ) -> None:
-    """Has the section's aggregator make ready, compile perhaps, all that `apply_updates_` needs."""
+    """Has an aggregator make ready, compile perhaps, all that `apply_updates_` will need.
+
+    Args:
+        aggregator: fresh.
+        members: the parameters it works for.
+        states: of each.
+        rules: of `rules_of`.
+    """
     for job in _jobs(members, states, rules):
-        section.aggregator.prepare(job.function, job.operands, job.options)
+        aggregator.prepare(job.function, job.operands, job.options)
         if job.options.get("is_first"):
             later = job.options | {"is_first": False}
-            section.aggregator.prepare(job.function, job.operands, later)
+            aggregator.prepare(job.function, job.operands, later)
 
 
 def sgd_(
