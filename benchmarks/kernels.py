@@ -104,7 +104,7 @@ def taken(operation: str, n: int, m: int, r: int) -> tuple[str, ...]:
         (('by columns',), ('in pieces',))
     """
     if operation == "P = M Q":
-        return ("by columns" if m * 4 % 32 == 0 else "by rows",)
+        return ("by columns" if r >= 4 and m * 4 % 32 == 0 else "by rows",)
     if operation == "orthogonalize":
         return ("Householder",)
     if operation == "new errors" and m * 4 % 32 == 0:

@@ -87,7 +87,7 @@ class PowerIteration:
         self._P = _views(self.P_buffer[layout.vector_floats :], P_shapes)
         for position, (b, n, r) in enumerate(P_shapes):
             # The same memory one column after the other, where that is faster.
-            if _is_aligned(layout.batches[position], dtype):
+            if r >= 4 and _is_aligned(layout.batches[position], dtype):
                 self._P[position] = self._P[position].view(b, r, n).mT
         self._Q = _views(self.Q_buffer, Q_shapes)
         # This worker's own Q, which line 9 of Algorithm 2 needs while the mean is on its way.
