@@ -81,12 +81,12 @@ class Fusion:
             Whether `apply_` will find it compiled, or will not want it compiled.
         """
         P_hat, Q = factors
+        if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
+            return True
         zeros = [
             torch.empty_strided(o.shape, o.stride(), dtype=o.dtype, device=P_hat.device).zero_()
             for o in operands
         ]
-        if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
-            return True
         return self.apply_(function, P_hat, Q, zeros, options)
 
     def apply_(

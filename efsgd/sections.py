@@ -37,8 +37,6 @@ def signature(
             tuple(group[name] for name in settings),
             group["error_feedback"],
             group["momentum"] != 0,
-            group["weight_decay"] != 0,
-            tuple(group[name] for name in ("momentum_form", "nesterov", "maximize")),
             group["step"] >= group["start_compressing_at"],
             tuple(
                 (id(p), id(state.get(p)), p.requires_grad, p.dtype, p.device, p.shape)

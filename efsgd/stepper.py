@@ -80,6 +80,7 @@ class Stepper:
         self._members: list[Member] = []
         self._states: dict[int, State] = {}
         self._signature: Hashable = None
+        self._prepared: list[Hashable] = []
         self._agreed_on: Hashable = None
         self._compared: Hashable = None
 
@@ -176,6 +177,7 @@ class Stepper:
         worker: int,
         rules: Mapping[int, Rule],
     ) -> None:
+        kinds = [rule.kind for rule in rules.values()]
         present = signature(groups, state, self._compressor, world_size, worker)
         if present == self._signature:
             for member in self._members:
@@ -183,6 +185,10 @@ class Stepper:
                     complete_momentum_(self._states[member.index], member)
             for section in self.sections:
                 adopt_replaced_(section, self._states)
+                if kinds != self._prepared:
+                    own = [m for m in self._members if m.index in section.parameters]
+                    prepare_updates(section.aggregator, own, self._states, rules)
+            self._prepared = kinds
             return
         self.sections, self._signature = [], None  # their scratch memory is free for what follows
         self._members, self._states = list(members(groups)), {}
@@ -202,10 +208,12 @@ class Stepper:
             lambda aggregator, own: prepare_updates(aggregator, own, self._states, rules),
         )
         self._signature = signature(groups, state, self._compressor, world_size, worker)
+        self._prepared = kinds
 
     def _check(self, world_size: int) -> Exchange[None]:
         """Compares the workers' parameter lists when they are new, and their values once."""
-        if self._agreed_on == self._signature:
+        roundings = tuple(section.aggregator.rounding for section in self.sections)
+        if self._agreed_on == (self._signature, roundings):
             return
         device = self._members[0].parameter.device
         lines = describe(self._members, self._compressor, self._settings, self.sections)
@@ -220,7 +228,7 @@ class Stepper:
             gradients = [member.parameter.grad for member in self._members]
             yield from check_values(named, gradients, device)
             self._compared = identities
-        self._agreed_on = self._signature
+        self._agreed_on = self._signature, roundings
 
 
 def _raise_obstacles(outcomes: Iterable[Outcome]) -> None:

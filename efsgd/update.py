@@ -1,7 +1,7 @@
 """From averaged updates to new parameters, group by group, in the group's momentum form."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,12 @@ class Rule:
 
     function: Elementwise
     options: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for rules that differ in their numbers only."""
+        flags = ((k, "a number" if type(v) is float else v) for k, v in self.options.items())
+        return self.function, tuple(flags)
 
 
 def rules_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, Rule]:

@@ -115,3 +115,13 @@ def difference(a: Tensor, b: Tensor) -> float:
     a, b = a.detach().double(), b.detach().double()
     scale = max(float(a.abs().max()), float(b.abs().max()), 1e-300)
     return float((a - b).abs().max()) / scale
+
+
+SHAPES = [(12, 10), (10,), (12, 10)]
+
+
+def a_run(world_size: int = 3, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
+    """Workers with two matrices of a batch and a vector, and gradients for some steps."""
+    scenario = Scenario(SHAPES, world_size, {}, 9, 4, ["gaussian"] * 3, ["contiguous"] * 3)
+    own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
+    return make_workers(scenario.parameters(), world_size, **own), scenario

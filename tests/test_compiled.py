@@ -15,10 +15,18 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
-from efsgd import PowerSGDOptimizer, WorkerMismatchError
-from efsgd.fusion import Fusion, shared_fusion
+from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
+from efsgd.fusion import Fusion, has_compiler, shared_fusion
 from efsgd.testing import step_together
-from tests.simulation import difference, make_workers, parameters_of, step_with
+from tests.simulation import (
+    bits,
+    difference,
+    make_workers,
+    parameters_of,
+    set_gradients,
+    snapshot,
+    step_with,
+)
 from tests.strategies import gaussian
 
 # The first two are large enough to be fused, see Fusion.gains. Rows of the first are not aligned,
@@ -33,7 +41,12 @@ FORMS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _strict() -> Iterator[None]:
+def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        is_there = has_compiler(torch.device("cpu"))
+    if not is_there and "without_compiler" not in request.keywords:
+        pytest.skip("torch.compile finds no C++ compiler here")
     with warnings.catch_warnings():  # torch's own compiler uses what torch has deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -149,6 +162,36 @@ def test_new_numbers_compile_nothing(number: Any, fused: Counter[str]) -> None:
     assert not counters["frames"]["total"]
 
 
+@pytest.mark.parametrize("fail_at", [0, 1])
+def test_a_step_that_fails_changes_nothing(fail_at: int, fused: Counter[str]) -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "rank": 2, "compile": True}
+    failing, twins = (make_workers(start(), 2, **options) for _ in range(2))
+    for step in range(3):
+        given = [gradients(step, worker) for worker in range(2)]
+        if step == 1:
+            before = bits(snapshot(failing))
+            set_gradients(failing, given)
+            with pytest.raises(CollectiveError):
+                step_together(failing, fail_at=fail_at)
+            assert bits(snapshot(failing)) == before
+        step_with(failing, given)
+        step_with(twins, given)
+    assert fused["descend_"]
+    assert bits(snapshot(failing)) == bits(snapshot(twins))
+
+
+def test_settings_that_toggle_compile_and_send_nothing_but_the_step() -> None:
+    workers = make_workers(start(), 2, lr=0.1, momentum=0.9, compile=True)
+    step_with(workers, [gradients(0, worker) for worker in range(2)])
+    for step, weight_decay in enumerate((0.1, 0.0, 0.2)):
+        sections = [id(section) for section in workers[0]._stepper.sections]
+        for worker in workers:
+            worker.param_groups[0]["weight_decay"] = weight_decay
+        trace = step_with(workers, [gradients(step, worker) for worker in range(2)])
+        assert len(trace) == 2
+        assert [id(section) for section in workers[0]._stepper.sections] == sections
+
+
 def test_missing_gradients_compile_nothing_and_leave_their_parameters_alone() -> None:
     [worker] = make_workers(start(), 1, lr=0.1, momentum=0.9, compile=True)
     step_with([worker], [gradients(0, 0)])
@@ -195,6 +238,7 @@ def test_a_warm_cache_survives_the_process(tmp_path: Path) -> None:
     assert warm.stdout.split() == [cold.stdout.split()[1], "0"]
 
 
+@pytest.mark.without_compiler
 def test_without_a_compiler_one_warning_is_given_and_steps_go_on(tmp_path: Path) -> None:
     none = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PATH": "/nowhere"}
     done = run_program(none)
@@ -268,6 +312,7 @@ def test_an_error_that_is_not_the_compiler_s_is_raised() -> None:
         Broken().apply_(lambda *_: None, torch.zeros(512, 1), torch.zeros(1, 640), [x], {})
 
 
+@pytest.mark.without_compiler
 def test_settings_are_refused_and_kept_where_they_belong() -> None:
     with pytest.raises(ValueError, match=r"Invalid compile: 'yes'\. Must be a bool"):
         PowerSGDOptimizer([torch.zeros(3, requires_grad=True)], compile="yes")

@@ -17,6 +17,8 @@ from efsgd import (
 )
 from efsgd.testing import lockstep, step_together
 from tests.simulation import (
+    SHAPES,
+    a_run,
     bits,
     difference,
     make_workers,
@@ -26,15 +28,6 @@ from tests.simulation import (
     step_with,
 )
 from tests.strategies import Scenario, gaussian
-
-SHAPES = [(12, 10), (10,), (12, 10)]
-
-
-def a_run(world_size: int = 3, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
-    scenario = Scenario(SHAPES, world_size, {}, 9, 4, ["gaussian"] * 3, ["contiguous"] * 3)
-    own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
-    return make_workers(scenario.parameters(), world_size, **own), scenario
-
 
 # ---- one worker alone ---------------------------------------------------------------------------
 

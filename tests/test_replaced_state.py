@@ -3,7 +3,6 @@
 import collections
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
 from tests.simulation import (
+    SHAPES,
+    a_run,
     bits,
     errors_of,
     make_workers,
@@ -20,14 +21,6 @@ from tests.simulation import (
     step_with,
 )
 from tests.strategies import Scenario, gaussian
-
-SHAPES = [(12, 10), (10,), (12, 10)]
-
-
-def a_run(world_size: int = 3, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
-    scenario = Scenario(SHAPES, world_size, {}, 9, 4, ["gaussian"] * 3, ["contiguous"] * 3)
-    own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
-    return make_workers(scenario.parameters(), world_size, **own), scenario
 
 
 def train_both(
