@@ -26,7 +26,7 @@ INTRODUCTION = """\
 # Benchmarks
 
 What a step costs, in time and memory, beside `torch.optim.SGD` and beside other implementations of
-PowerSGD. `make bench` measures all of it again: as root, on Linux, in about two hours. Each table
+PowerSGD. `make bench` measures all of it again: as root, on Linux, which takes long. Each table
 names the command that makes it by itself.
 
 ## How it is measured
