@@ -60,7 +60,7 @@ WORKLOADS := resnet18 lstm gpt2
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
 
 .PHONY: bench
-bench: bench-network bench-local bench-memory bench-growth bench-kernels bench-docs ## measure and show all of what follows (Linux, root, 2 hours)
+bench: bench-network bench-local bench-memory bench-growth bench-kernels bench-docs ## measure and show all of what follows (Linux, root; takes long)
 
 .PHONY: bench-network
 bench-network: $(VENV)/.with-examples ## measure a step of two workers on slow networks (Linux, root)
