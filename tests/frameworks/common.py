@@ -154,4 +154,5 @@ def warned(caught: list[warnings.WarningMessage], words: str) -> bool:
 
 def write(folder: Path, worker: int, report: dict[str, Any]) -> None:
     """Leaves the report of one worker for the test."""
+    folder.mkdir(exist_ok=True)
     (folder / f"{worker}.json").write_text(json.dumps(report))
