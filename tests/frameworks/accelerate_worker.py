@@ -32,12 +32,12 @@ def fit(accelerator: Accelerator, folder: Path, *, is_resumed: bool) -> dict[str
         model.named_parameters(), lr=0.1, momentum=0.9, rank=2, momentum_form="sgd"
     )
     optimizer.register_state_dict_pre_hook(average_errors_)
-    watch = common.Watch(optimizer)
     scheduler = StepLR(optimizer, 6, gamma=0.5)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     if accelerator.num_processes > 1:
         model.register_comm_hook(None, noop_hook)
     # [end]
+    watch = common.Watch(optimizer.optimizer)
     if is_resumed:
         accelerator.load_state(folder / "saved")
     for epoch in range(common.SAVED_AFTER if is_resumed else 0, common.EPOCHS):
