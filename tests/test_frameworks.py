@@ -139,6 +139,15 @@ def test_steps_rates_and_norms_are_those_asked_for(case: Case) -> None:
             assert (norm == pytest.approx(common.CLIP, rel=1e-4)) == is_clipped
 
 
+def test_the_average_is_clipped_in_full_and_in_mixed_precision(
+    run_of: Callable[[str], Run],
+) -> None:
+    """By what, the ordinary loop has shown; here, that the norms ask for it."""
+    for report in run_of("lightning").trained:
+        for name in ("unwrapped", "wrapped"):
+            assert report[name]["stats"]["grad_norm"] > 0.2
+
+
 def test_lightning_ignores_ddp_comm_hook_without_cuda_and_the_optimizer_says_so(
     run_of: Callable[[str], Run],
 ) -> None:

@@ -41,7 +41,12 @@ class Digits(pl.LightningModule):
     # [optimizer]
     def configure_optimizers(self) -> Any:
         optimizer = PowerSGDOptimizer(
-            self.named_parameters(), lr=0.1, momentum=0.9, rank=2, momentum_form="sgd"
+            self.named_parameters(),
+            lr=0.1,
+            momentum=0.9,
+            rank=2,
+            momentum_form="sgd",
+            max_grad_norm=0.2,
         )
         optimizer.broadcast_parameters()  # DistributedDataParallel does this, too
         optimizer.register_state_dict_pre_hook(average_errors_)
@@ -133,9 +138,10 @@ class Noting(pl.Callback):
 
 def plain() -> dict[str, Any]:
     """The same training without Lightning."""
+    options: dict[str, Any] = {"order": order, "max_grad_norm": 0.2}
     return {
-        "unwrapped": common.plain_digits(order, precision=torch.bfloat16, clip=None),
-        "wrapped": common.plain_digits(order, precision=torch.float32, clip=common.CLIP),
+        "unwrapped": common.plain_digits(precision=torch.bfloat16, **options),
+        "wrapped": common.plain_digits(precision=torch.float32, clip=common.CLIP, **options),
     }
 
 
