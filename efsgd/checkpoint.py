@@ -40,7 +40,8 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     Like all hooks of an optimizer it is neither copied nor pickled with it.
 
     Args:
-        optimizer: whose errors are replaced (modified in place); nothing else changes.
+        optimizer: whose errors are replaced (modified in place). Its groups note that these are
+            no worker's own; nothing else changes.
 
     Raises:
         CollectiveError: a collective failed; nothing has changed on this worker.
