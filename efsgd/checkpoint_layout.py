@@ -28,9 +28,13 @@ __all__ = [
     "owner_numbers",
 ]
 
+#: Key of the number of workers that saved.
 WORLD_SIZE = "efsgd_world_size"
+#: Key of the parameter groups, with names in place of parameters.
 GROUPS = "param_groups"
+#: Key of what is equal on all workers.
 STATE = "state"
+#: Key of what each worker has of its own.
 ERRORS = "errors"
 
 

@@ -7,6 +7,7 @@ first three, and all eight. Each worker writes FOLDER/worker.pt.
 """
 
 import copy
+import runpy
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import average_errors_
 from efsgd.distributed_checkpoint import ElasticLoadPlanner, OptimizerState
+
+examples = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "checkpoints.py"))
 
 SAVED_BY = 4
 SAVED_AT, END = 5, 8  # steps
@@ -108,6 +111,26 @@ class Worker:
         loaded = values_of(model, optimizer)
         train(model, optimizer, range(SAVED_AT, END), self.worker, self.world_size)
         return {"loaded": loaded, "trained": values_of(model, optimizer)}
+
+    def documented(self, writers: dist.ProcessGroup) -> dict[str, Any]:
+        """Saves and loads in the ways that the documentation shows."""
+        found = {}
+        for way in ("own", "consolidated", "with_errors", "async", "averaged"):
+            folder = self.folder / f"documented-{way}"
+            folder.mkdir(exist_ok=True)
+            model, optimizer = self.fresh()
+            train(model, optimizer, range(1), self.worker, self.world_size)
+            if way == "async":
+                examples["start_saving"](model, optimizer, folder, writers).result()
+            else:
+                examples[f"save_{way}"](model, optimizer, folder)
+            dist.barrier()
+            other, its = self.fresh(seed=1)
+            load = examples["load_with_errors" if way == "async" else f"load_{way}"]
+            load(other, its, folder)
+            saved = values_of(model, optimizer)
+            found[way] = {"saved": saved, "loaded": values_of(other, its)}
+        return found
 
     def alone(self) -> dict[str, Any]:
         """Asks for state dicts while no other worker does; a step would wait for the others."""
@@ -192,6 +215,7 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     worker = dist.get_rank()
     four, writers = dist.new_group(range(SAVED_BY)), dist.new_group(range(SAVED_BY))
+    all_writers = dist.new_group()
     two, three = dist.new_group(range(2)), dist.new_group(range(3))
     results: dict[str, Any] = {}
     if worker < SAVED_BY:
@@ -219,6 +243,7 @@ def main() -> None:
             "foreign": own.refused("averaged", planner=ElasticLoadPlanner()),
             "other model": own.refused("exact", width=13, planner=ElasticLoadPlanner()),
         }
+    results["documented"] = Worker(folder, None).documented(all_writers)
     torch.save(results, folder / f"{worker}.pt")
     dist.destroy_process_group()
 
