@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from efsgd.collectives import AllReduceMean, Exchange, run
-from efsgd.optimizer_base import ErrorFeedbackSGD
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.state import State, members
 from efsgd.transports import current_transport
 
 __all__ = ["average_errors_", "averaging_", "consolidated_state_dict", "consolidation"]
 
 
-def average_errors_(optimizer: ErrorFeedbackSGD) -> None:
+def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     """Gives every worker the mean of all workers' errors.
 
     Every worker of the optimizer's group must call it, between the same two steps. From then until
@@ -56,20 +56,21 @@ def average_errors_(optimizer: ErrorFeedbackSGD) -> None:
 
 
 @torch.no_grad()
-def averaging_(optimizer: ErrorFeedbackSGD) -> Exchange[None]:
+def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
     parameters = [member.parameter for member in members(optimizer.param_groups)]
     yield from _replace_errors_([optimizer.state[p] for p in parameters if p in optimizer.state])
-    for section in optimizer._stepper.sections:
+    for section in optimizer._stepper.plan.sections:
         for entry in section.layout.entries:
             # An error that waits to be sent uncompressed is looked for where it was not zero.
             if section.errors is None or entry.level is None:
                 error = optimizer.state.get(section.parameters[entry.index], {}).get("error")
                 if error is not None and bool(error.any()):
                     section.leftovers[entry.index] = error
+    _disown_(optimizer.param_groups)
 
 
-def consolidated_state_dict(optimizer: ErrorFeedbackSGD) -> dict[str, Any]:
+def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]:
     """A state_dict that can be loaded on any number of workers.
 
     Every worker of the optimizer's group must call it, between the same two steps. All get equal
@@ -93,13 +94,20 @@ def consolidated_state_dict(optimizer: ErrorFeedbackSGD) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def consolidation(optimizer: ErrorFeedbackSGD) -> Exchange[dict[str, Any]]:
+def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
     state_dict = copy.deepcopy(optimizer.state_dict())
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     states = state_dict["state"]
     yield from _replace_errors_([states[key] for key in dict.fromkeys(keys) if key in states])
+    _disown_(state_dict["param_groups"])
     return state_dict
+
+
+def _disown_(groups: Iterable[dict[str, Any]]) -> None:
+    """Notes in the groups that the errors are those of no worker in particular."""
+    for group in groups:
+        group.update(worker=0, world_size=0)
 
 
 def _replace_errors_(states: Iterable[State]) -> Exchange[None]:
