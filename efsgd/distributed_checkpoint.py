@@ -6,7 +6,8 @@ be lost without a word. Here errors are stored under keys that say whose they ar
 written once, by its owner, and everything else once in all; `efsgd.checkpoint_layout` has the keys.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from efsgd.agreement import check_schema
+from efsgd.agreement import compare
+from efsgd.arguments import LOCAL
 from efsgd.checkpoint_layout import (
     ERRORS,
     GROUPS,
@@ -27,13 +29,12 @@ from efsgd.checkpoint_layout import (
     owner_key,
     owner_numbers,
 )
-from efsgd.collectives import AllReduceMean, Exchange, run
-from efsgd.optimizer_base import ErrorFeedbackSGD
+from efsgd.collectives import AllReduceMean, Exchange, Transport, run
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.transports import current_transport
 
 __all__ = ["ElasticLoadPlanner", "OptimizerState"]
 
-_OF_ONE_WORKER = ("worker", "world_size")  # settings that say whose errors these are
 _SUMS = "sums"  # in place of an owner: of the saved errors that this worker has read
 
 
@@ -71,8 +72,8 @@ class OptimizerState:
         >>> folder.cleanup()
     """
 
-    def __init__(self, model: nn.Module, optimizer: ErrorFeedbackSGD) -> None:
-        if not isinstance(optimizer, ErrorFeedbackSGD):
+    def __init__(self, model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> None:
+        if not isinstance(optimizer, ErrorFeedbackOptimizer):
             raise TypeError(
                 f"Invalid optimizer: {type(optimizer).__name__}. Must be an optimizer of efsgd; "
                 f"save others with torch.distributed.checkpoint.state_dict."
@@ -120,39 +121,44 @@ class OptimizerState:
                 "Invalid state_dict: it was not made by OptimizerState.state_dict. Load what "
                 "optimizer.state_dict has made with optimizer.load_state_dict."
             )
+        names, groups = self._names(), state_dict[GROUPS]
+        _check_groups([list(group["params"]) for group in groups], names)
         transport = current_transport(self._optimizer.process_group)
-        names = self._names()
-        groups, by_owner = state_dict[GROUPS], state_dict[ERRORS]
-        found = [list(group["params"]) for group in groups]
-        if found != names:
-            raise ValueError(
-                f"The checkpoint has other parameter groups than the optimizer: {found}, and not "
-                f"{names}. Make the optimizer with the groups it was saved with."
-            )
-        is_mean, owner = _SUMS in by_owner, owner_key(transport.worker, transport.world_size)
-        errors: dict[str, Tensor] = by_owner.get(_SUMS if is_mean else owner, {})
-        saved_by = state_dict[WORLD_SIZE]
-        if not is_mean and (owner not in by_owner or (errors and saved_by != transport.world_size)):
-            raise ValueError(
-                f"Invalid state_dict: {owner} cannot load the errors of {', '.join(by_owner)} "
-                f"from a checkpoint of {saved_by}. Load it with planner=ElasticLoadPlanner(), on "
-                f"every worker."
-            )
-        present = self._optimizer.param_groups
-        if is_mean:
-            scale = transport.world_size / saved_by
-            run(_average_(errors, scale, present[0]["params"][0].device), transport)
+        errors, is_mean = self._errors_in(state_dict, transport)
+        is_mean |= groups[0]["world_size"] == 0  # averaged before it was saved
         whose = (0, 0) if is_mean else (transport.worker, transport.world_size)
-        positions = {name: index for index, name in enumerate(n for own in names for n in own)}
+        positions = {name: index for index, name in enumerate(itertools.chain(*names))}
         state: dict[int, dict[str, Any]] = {}
         for name, kept in state_dict[STATE].items():
             error = {"error": errors[name]} if name in errors else {}
             state[positions[name]] = {**kept, **error}
         restored = []
-        for group, own, now in zip(groups, names, present, strict=True):
+        for group, own, now in zip(groups, names, self._optimizer.param_groups, strict=True):
             indices = [positions[name] for name in own]
-            restored.append({**_restored(group, now, whose), "params": indices})
+            local = dict(zip(LOCAL, whose, strict=True))
+            restored.append({**_restored(group, now), **local, "params": indices})
         self._optimizer.load_state_dict({STATE: state, GROUPS: restored})
+
+    def _errors_in(
+        self, state_dict: Mapping[str, Any], transport: Transport
+    ) -> tuple[dict[str, Tensor], bool]:
+        """The errors that this worker loads, and whether they are a mean."""
+        saved_by, by_owner = state_dict[WORLD_SIZE], state_dict[ERRORS]
+        errors: dict[str, Tensor]
+        if _SUMS in by_owner:
+            errors, scale = by_owner[_SUMS], transport.world_size / saved_by
+            first = next(p for group in self._optimizer.param_groups for p in group["params"])
+            run(_average_(errors, scale, first.device), transport)
+            return errors, True
+        owner = owner_key(transport.worker, transport.world_size)
+        errors = by_owner.get(owner, {})
+        if owner not in by_owner or (errors and saved_by != transport.world_size):
+            raise ValueError(
+                f"Invalid state_dict: {owner} cannot load the errors of {', '.join(by_owner)} "
+                f"from a checkpoint of {saved_by}. Load it with planner=ElasticLoadPlanner(), on "
+                f"every worker."
+            )
+        return errors, False
 
     def _names(self) -> list[list[str]]:
         """What DCP calls the parameters of each group."""
@@ -165,7 +171,7 @@ class OptimizerState:
                     f"{list(parameter.shape)}. Pass the model whose parameters are optimized."
                 )
         bearer = torch.optim.SGD([{"params": group} for group in own])
-        bearer.state[own[0][0]] = {}  # of one without state DCP would take a step
+        bearer.state[next(itertools.chain(*own))] = {}  # of one without state DCP would take a step
         found: Any = get_optimizer_state_dict(self._model, bearer)[GROUPS]
         return [list(group["params"]) for group in found]
 
@@ -174,10 +180,10 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
     """Loads an `OptimizerState` that any number of workers saved; other things as DCP does.
 
     Where the number is another one, each saved error is read by one of the present workers and
-    added to the others that it reads, and the workers average what they have. So no more is read
-    than was saved, and a worker needs memory for one copy of its optimizer's state and one tensor,
-    whatever the numbers are. A checkpoint that does not fit is refused before anything is read, and
-    an optimizer changes only when everything has been read.
+    added to the others that it reads, and the workers average these sums. So no more is read than
+    was saved, and the memory that it takes does not depend on how many workers saved. A checkpoint
+    that does not fit is refused before anything is read, and an optimizer changes only when
+    everything has been read.
 
     Args:
         allow_partial_load: whether other things than optimizers may be missing in the checkpoint,
@@ -235,22 +241,33 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
         super().commit_tensor(read_item, tensor)
 
 
+def _check_groups(saved: Sequence[Sequence[str]], present: Sequence[Sequence[str]]) -> None:
+    """Raises ValueError unless the same parameters are in the same groups."""
+    listed = [
+        [f"{name} in group {position}" for position, group in enumerate(groups) for name in group]
+        for groups in (saved, present)
+    ]
+    for there, here in itertools.zip_longest(*listed, fillvalue="nothing"):
+        if there != here:
+            raise ValueError(
+                f"The checkpoint has other parameter groups than the optimizer: {there}, where the "
+                f"optimizer has {here}. Make the optimizer with the groups it was saved with."
+            )
+
+
 def _portable(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a group, without what belongs to one worker or one device."""
-    kept = {name: value for name, value in group.items() if name not in _OF_ONE_WORKER}
+    kept = {name: value for name, value in group.items() if name != "worker"}
     return {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in kept.items()}
 
 
-def _restored(
-    group: Mapping[str, Any], present: Mapping[str, Any], whose: tuple[int, int]
-) -> dict[str, Any]:
-    """The opposite of `_portable`, for errors of worker whose[0] of whose[1]."""
+def _restored(group: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `_portable`: tensors on the devices of the present settings."""
     restored = dict(group)
     for name, value in group.items():
         if isinstance(value, Tensor) and isinstance(present.get(name), Tensor):
             restored[name] = value.to(present[name].device)
-    own = zip(_OF_ONE_WORKER, whose, strict=True)
-    return restored | {name: value for name, value in own if name in present}
+    return restored
 
 
 def _emptied(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,6 +288,6 @@ def _average_(sums: Mapping[str, Tensor], scale: float, device: torch.device) ->
         device: where buffers may live.
     """
     lines = [f"error of {name}, shape {list(t.shape)}, times {scale}" for name, t in sums.items()]
-    yield from check_schema(lines, device)
+    yield from compare(lines, device)
     for total in sums.values():
         yield AllReduceMean(total.mul_(scale), "saved errors")

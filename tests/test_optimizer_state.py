@@ -11,8 +11,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from efsgd import PowerSGDOptimizer
+from efsgd import GradientAverager, PowerSGD, PowerSGDOptimizer
+from efsgd.checkpoint import average_errors_
 from efsgd.distributed_checkpoint import ElasticLoadPlanner, OptimizerState
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from tests.simulation import bits
 
 # DCP says this whenever there is no process group, which here is the case.
@@ -29,7 +31,7 @@ def make(model: nn.Module, **options: Any) -> PowerSGDOptimizer:
     return PowerSGDOptimizer(model.parameters(), **{**OPTIONS, **options})
 
 
-def train(model: nn.Module, optimizer: PowerSGDOptimizer, steps: range = range(3)) -> None:
+def train(model: nn.Module, optimizer: ErrorFeedbackOptimizer, steps: range = range(3)) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
@@ -38,11 +40,11 @@ def train(model: nn.Module, optimizer: PowerSGDOptimizer, steps: range = range(3
         optimizer.step()
 
 
-def save(folder: Path, model: nn.Module, optimizer: PowerSGDOptimizer) -> None:
+def save(folder: Path, model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> None:
     dcp.save({"model": model, "own": OptimizerState(model, optimizer)}, checkpoint_id=folder)
 
 
-def load(folder: Path, model: nn.Module, optimizer: PowerSGDOptimizer) -> None:
+def load(folder: Path, model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> None:
     state = {"model": model, "own": OptimizerState(model, optimizer)}
     dcp.load(state, checkpoint_id=folder, planner=ElasticLoadPlanner())
 
@@ -101,7 +103,7 @@ def other_groups() -> Any:
         ),
         (other_settings(momentum=0), ["momentum_buffer, unlike the optimizer", "momentum"]),
         (other_settings(min_compression_rate=torch.inf), ["own.errors.worker 0 of 1.0.weight"]),
-        (other_groups, ["other parameter groups", "['0.weight', '0.bias']", "Make the optimizer"]),
+        (other_groups, ["1.weight in group 0, where", "1.weight in group 1. Make the optimizer"]),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(
@@ -148,6 +150,60 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, dtype: torch.dtype)
         train(each, its, range(3, 6))
     assert bits(other.state_dict()) == bits(optimizer.state_dict())
     assert bits(list(resumed.parameters())) == bits(list(model.parameters()))
+
+
+class Mixture(nn.Module):
+    """What has a sparse gradient, a complex parameter, and a matrix beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 6, sparse=True)
+        self.turn = nn.Parameter(torch.randn(6, 5, dtype=torch.complex64))
+        self.out = nn.Linear(5, 4)
+
+    def forward(self, step: int) -> torch.Tensor:
+        rotated = self.words(torch.arange(step, step + 3)).to(torch.complex64) @ self.turn
+        return self.out(rotated.abs()).square().mean()
+
+
+def test_sparse_gradients_and_complex_parameters(tmp_path: Path) -> None:
+    models = [Mixture(), Mixture()]
+    optimizers = [PowerSGDOptimizer(model.parameters(), **OPTIONS) for model in models]
+
+    def go(model: nn.Module, optimizer: PowerSGDOptimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            model(step).backward()
+            optimizer.step()
+
+    go(models[0], optimizers[0], range(3))
+    save(tmp_path, models[0], optimizers[0])
+    load(tmp_path, models[1], optimizers[1])
+    for model, optimizer in zip(models, optimizers, strict=True):
+        go(model, optimizer, range(3, 6))
+    assert bits(optimizers[1].state_dict()) == bits(optimizers[0].state_dict())
+    assert bits(list(models[1].parameters())) == bits(list(models[0].parameters()))
+
+
+def test_a_gradient_averager_is_saved_like_an_optimizer(tmp_path: Path) -> None:
+    models = [make_model(), make_model()]
+    averagers = [GradientAverager(model.parameters(), PowerSGD(rank=2)) for model in models]
+    train(models[0], averagers[0])
+    save(tmp_path, models[0], averagers[0])
+    load(tmp_path, models[1], averagers[1])
+    assert bits(averagers[1].state_dict()) == bits(averagers[0].state_dict())
+    assert any(state["error"].any() for state in averagers[1].state.values() if "error" in state)
+
+
+def test_errors_that_were_averaged_stay_nobody_s(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer, other = make(model), make(model)
+    train(model, optimizer)
+    average_errors_(optimizer)
+    save(tmp_path, model, optimizer)
+    load(tmp_path, model, other)
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+    assert other.param_groups[0]["world_size"] == 0
 
 
 def test_names_are_those_of_the_model_without_wrappers(saved: tuple[Path, Any]) -> None:
