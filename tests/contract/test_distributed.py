@@ -149,3 +149,32 @@ def test_one_batch_in_several_ways(extra: dict[str, Any]) -> None:
     for other in runs[1:]:
         for p, q in zip(runs[0], other, strict=True):
             assert difference(p, q) < 1e-11  # sums in another order, in float64, over four steps
+
+
+def test_weighted_mean() -> None:
+    """H5: with weights of batches that differ in size, it is one worker's step on all of them."""
+    sizes = [1, 2, 5]
+    inputs = random_tensor((8, 6), torch.float64, 3)
+    targets = random_tensor((8, 5), torch.float64, 4)
+    begin = [random_tensor((5, 6), torch.float64, 5), random_tensor((5,), torch.float64, 6)]
+    workers = make_workers(begin, 3, lr=0.1, momentum=0.9, **COMPRESSED)
+    alone = make_workers(begin, 1, lr=0.1, momentum=0.9, **COMPRESSED)
+
+    def loss(optimizer: PowerSGDOptimizer, rows: slice) -> Tensor:
+        weight, bias = parameters_of(optimizer)
+        return torch.nn.functional.mse_loss(inputs[rows] @ weight.T + bias, targets[rows])
+
+    for _ in range(4):
+        first = 0
+        for optimizer, size in zip(workers, sizes, strict=True):
+            optimizer.zero_grad()
+            loss(optimizer, slice(first, first + size)).backward()
+            optimizer.weight = size * len(sizes) / sum(sizes)
+            first += size
+        alone[0].zero_grad()
+        loss(alone[0], slice(None)).backward()
+        step_together(workers)
+        alone[0].step()
+        assert_equal_workers(workers)
+        for p, q in zip(parameters_of(workers[0]), parameters_of(alone[0]), strict=True):
+            assert difference(p, q) < 1e-12  # sums in another order, in float64
