@@ -47,6 +47,11 @@ CONSTRUCTION = [
     *(constructing("warm_start", bad, "Must be a bool") for bad in ("yes", 1, None)),
     *(constructing("error_feedback", bad, "Must be a bool") for bad in ("yes", 1, None)),
     constructing("compile", "yes", "Must be a bool"),
+    *(constructing("check_every", bad, STEPS) for bad in (-1, 2.5, "10", None)),
+    *(
+        constructing("max_grad_norm", bad, "Must be a positive number, or None")
+        for bad in (0.0, -1.0, math.nan, math.inf, "1")
+    ),
     contradicting("Pass momentum_form='sgd'", "nesterov=True", nesterov=True, momentum=0.9),
     contradicting("Pass momentum_form='sgd'", "dampening=0.5", dampening=0.5, momentum=0.9),
     contradicting("Pass momentum_form='sgd'", "fused=True", fused=True),
@@ -83,6 +88,9 @@ SETTINGS = [
     setting("error_feedback", 0, "Must be a bool"),
     setting("start_compressing_at", -3, STEPS),
     setting("seed", -1, "Must be an integer, at least 0"),
+    *(setting("step", bad, STEPS) for bad in (None, "3", -1, 1.5)),
+    setting("check_every", -1, STEPS),
+    setting("max_grad_norm", 0, "Must be a positive number, or None"),
 ]  # fmt: skip
 
 
@@ -167,6 +175,8 @@ CALLS = [
          *fits("momentum_buffer", [12], [12, 10])),
     Case("a q of another shape", replacing("q", torch.zeros(9, 2)), ValueError,
          *fits("q", [9, 2], [10, 2])),
+    Case("a negative weight", lambda run: setattr(run.optimizer, "weight", -1.0), ValueError,
+         "Invalid weight: -1.0", "Must be a finite number of at least 0"),
     Case("Adam in place of SGD",
          lambda run: PowerSGDOptimizer.from_sgd(torch.optim.Adam([a_parameter()])), TypeError,
          "Invalid sgd: Adam", "Must be a torch.optim.SGD"),

@@ -15,8 +15,10 @@ from tests.simulation import (
     bits,
     make_workers,
     parameters_of,
+    replicated,
     set_gradients,
     snapshot,
+    step_with,
 )
 
 SAME = "All workers must construct the optimizer with the same parameters"
@@ -143,6 +145,57 @@ def test_before_the_first_step(case: Case) -> None:
     workers = case.act()
     assert isinstance(workers, list)
     assert_all_raise(workers, case.error, (case.given, case.remedy))
+
+
+def one_setting(name: str, value: Any) -> Callable[[PowerSGDOptimizer], object]:
+    return lambda optimizer: optimizer.param_groups[0].__setitem__(name, value)
+
+
+def freeze(optimizer: PowerSGDOptimizer) -> None:
+    parameters_of(optimizer)[0].requires_grad_(False)
+
+
+def add_group(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.add_param_group({"params": [torch.zeros(9, 8, dtype=torch.float64).requires_grad_()]})
+
+
+CHANGES = {
+    "rank": one_setting("rank", 3),
+    "rate": one_setting("min_compression_rate", 9.0),
+    "feedback": one_setting("error_feedback", False),
+    "start": one_setting("start_compressing_at", 99),
+    "seed": one_setting("seed", 3),
+    "freezing": freeze,
+    "another group": add_group,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_on_one_worker_alone(change: str) -> None:
+    """In mid-run; and once the others have changed alike, training goes on."""
+    workers, scenario = a_run(3)
+    for step in range(2):
+        step_with(workers, scenario.gradients(step))
+
+    def set_all_gradients() -> None:
+        for worker, optimizer in enumerate(workers):
+            for p in parameters_of(optimizer):
+                p.grad = torch.full_like(p, worker + 1.0) if p.requires_grad else None
+
+    CHANGES[change](workers[1])
+    set_all_gradients()
+    before = bits([parameters_of(optimizer) for optimizer in workers])
+    with pytest.raises(WorkerMismatchError, match="worker 1 has changed what it trains") as caught:
+        step_together(workers)
+    assert "must change on all workers before the same step" in str(caught.value)
+    expected = [f"worker {w}: WorkerMismatchError: {caught.value}" for w in (1, 2)]
+    assert caught.value.__notes__ == expected
+    assert bits([parameters_of(optimizer) for optimizer in workers]) == before
+    CHANGES[change](workers[0])
+    CHANGES[change](workers[2])
+    set_all_gradients()
+    step_together(workers)
+    assert replicated(workers[0]) == replicated(workers[1]) == replicated(workers[2])
 
 
 def test_a_bad_gradient_of_one_worker() -> None:

@@ -62,6 +62,7 @@ CASES = [
     setting("warm_start", None, "Must be a bool"),
     setting("start_compressing_at", "0", STEPS),
     setting("seed", "0", "Must be an integer, at least 0"),
+    *(setting("step", bad, STEPS) for bad in ("2", None, -1, 2.5)),
     loading("nesterov in the paper's form", contradiction, ValueError,
             "nesterov=True", "Pass momentum_form='sgd'"),
     replacing("momentum_buffer", torch.zeros(10, 12), *fits("momentum_buffer", [10, 12], [12, 10])),
