@@ -114,3 +114,17 @@ def test_communication_is_not_differentiable() -> None:
         step_together(optimizers)
     assert any(str(caught.value) in note for note in caught.value.__notes__)
     assert not any(p.any() for p in ps)
+
+
+@pytest.mark.parametrize("form", ["sgd", "paper"])
+def test_derivatives_through_weight_decay(form: str) -> None:
+    """G3: which may be a tensor that requires a gradient; gradients are not written to (B7)."""
+    options = {"momentum": 0.9, "momentum_form": form, "min_compression_rate": math.inf}
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        return one_step(PowerSGDOptimizer, *given, **options)
+
+    given = arguments()
+    before = given[1].detach().clone()
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.equal(given[1], before)

@@ -86,6 +86,18 @@ def test_memory_of_foreach(form: str) -> None:
     assert peaks[True] <= peaks[False] + copy_of_gradients
 
 
+def test_fused_without_data() -> None:
+    """G2: on the meta device torch's words, as soon as a step is taken."""
+    texts = []
+    for optimizer in pair([torch.zeros(4, 3, device="meta")], UNCOMPRESSED, lr=0.1, fused=True):
+        p = parameters_of(optimizer)[0].requires_grad_()
+        p.grad = torch.zeros_like(p)
+        with pytest.raises(RuntimeError, match="`fused=True` requires all the params") as caught:
+            optimizer.step()
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
 def test_fused_needs_sgd_s_momentum() -> None:
     """G2: the kernel knows no other; said at once, and when it is set later."""
     with pytest.raises(ValueError, match="Pass momentum_form='sgd'"):

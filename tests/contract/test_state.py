@@ -48,6 +48,15 @@ def test_state_is_tensors_by_parameter(form: str, momentum: float) -> None:
     assert all(each == keys["default"] for each in keys.values())
 
 
+def test_no_state_is_empty() -> None:
+    """C1: after a step no parameter has a dict with nothing in it, as with SGD."""
+    for momentum in (0.0, 0.9):
+        optimizers = pair(start(), FULL_RANK, lr=0.1, momentum=momentum)
+        train(optimizers, range(2))
+        for optimizer in optimizers:
+            assert all(len(own) > 0 for own in optimizer.state.values())
+
+
 def test_momentum_buffer() -> None:
     """C2: of this name, there if and only if there is momentum."""
     for momentum in (0.0, 0.9):
