@@ -106,6 +106,11 @@ class Plan:
         self.forget()  # its scratch memory is free for what follows
         self.members, self.states = list(members(groups, self.sparse)), {}
         for member in self.members:
+            if member.parameter.is_meta:
+                raise RuntimeError(
+                    f"{member.name} is on the meta device: it has no values that a step could "
+                    f"change. Give it some first, for example by module.to_empty(device='cpu')."
+                )
             if member.parameter.requires_grad:
                 complete_(state[member.parameter], member, self._compressor)
                 self.states[member.index] = state[member.parameter]
