@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from efsgd.collectives import AllReduceMean, Exchange, run
-from efsgd.optimizer_base import ErrorFeedbackSGD
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.transports import current_transport
 
 __all__ = ["consolidated_state_dict", "consolidation"]
 
 
-def consolidated_state_dict(optimizer: ErrorFeedbackSGD) -> dict[str, Any]:
+def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]:
     """A state_dict that can be loaded on any number of workers.
 
     Every worker of the optimizer's group must call it, between the same two steps. All get equal
@@ -45,7 +45,7 @@ def consolidated_state_dict(optimizer: ErrorFeedbackSGD) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def consolidation(optimizer: ErrorFeedbackSGD) -> Exchange[dict[str, Any]]:
+def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
     state_dict = copy.deepcopy(optimizer.state_dict())
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -57,4 +57,6 @@ def consolidation(optimizer: ErrorFeedbackSGD) -> Exchange[dict[str, Any]]:
         means = yield AllReduceMean(torch.cat([e.reshape(-1) for e in errors]), "errors")
         for error, mean in zip(errors, means.split([e.numel() for e in errors]), strict=True):
             error.copy_(mean.view(error.shape))
+    for group in state_dict["param_groups"]:
+        group.update(worker=0, world_size=0)  # these errors are nobody's own
     return state_dict
