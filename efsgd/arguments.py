@@ -144,7 +144,7 @@ def number_of(group: Mapping[str, Any], name: str) -> float:
     value = group[name]
     if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
         raise TypeError(f"Invalid {name}: {value!r}. Must be a number.")
-    number = float(value)
+    number = float(value.detach() if isinstance(value, Tensor) else value)
     if not math.isfinite(number):
         raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
     return number

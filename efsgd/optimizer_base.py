@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
+import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
@@ -84,6 +85,11 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
 
     def _take_step(self) -> bool:
         """Runs `exchange` with the workers of the process group."""
+        if torch.compiler.is_compiling():  # there is nothing to gain outside of `efsgd.fusion`
+            return bool(torch.compiler.disable(self._run_exchange)())
+        return self._run_exchange()
+
+    def _run_exchange(self) -> bool:
         transport = self._meet()
         step = self.param_groups[0]["step"]
         try:

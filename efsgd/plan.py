@@ -107,9 +107,11 @@ class Plan:
         self.members, self.states = list(members(groups, self.sparse)), {}
         for member in self.members:
             if member.parameter.is_meta:
+                fused = "`fused=True` requires all the params to have values, but "
                 raise RuntimeError(
-                    f"{member.name} is on the meta device: it has no values that a step could "
-                    f"change. Give it some first, for example by module.to_empty(device='cpu')."
+                    f"{fused if member.group.get('fused') else ''}{member.name} is on the meta "
+                    f"device: there is nothing that a step could change. Give it values first, for "
+                    f"example by module.to_empty(device='cpu')."
                 )
             if member.parameter.requires_grad:
                 complete_(state[member.parameter], member, self._compressor)
