@@ -30,7 +30,7 @@ def compare(
     Only digests of fixed size are gathered; lines and checksums only if the digests differ.
 
     Args:
-        lines: a description of what will be exchanged, without newlines within a line.
+        lines: a description of what will be exchanged, without control characters.
         device: where buffers may live.
         values: what must be equal on all workers, by names for the error message.
 
@@ -39,7 +39,7 @@ def compare(
             value that differs, and the workers.
     """
     named = {} if values is None else values
-    text = "\n".join([*lines, *(f"there is {name}" for name in named)]).encode()
+    text = "\0".join(["\n".join(lines), "\n".join(f"there is {name}" for name in named)]).encode()
     checksums = [checksum(value.detach()) for value in named.values()]
     summary = [_digest(text), len(text), _digest(repr(checksums).encode())]
     summaries = yield _gather(summary, device, "digests of settings, parameters and state")
@@ -140,10 +140,11 @@ def _name_different_line(
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     gathered = yield AllGather(padded, "parameter lists")
     texts = [
-        bytes(row[:length].tolist()).decode().split("\n")
+        [part.split("\n") for part in bytes(row[:length].tolist()).decode().split("\0")]
         for row, length in zip(gathered.cpu(), lengths, strict=True)
     ]
-    raise WorkerMismatchError(_first_difference(texts))
+    described, held = ([parts[n] for parts in texts] for n in (0, 1))
+    raise WorkerMismatchError(_first_difference(described) or _first_difference(held))
 
 
 def _name_different_value(names: Sequence[str], checksums: Tensor) -> Never:
@@ -158,7 +159,7 @@ def _name_different_value(names: Sequence[str], checksums: Tensor) -> Never:
     )
 
 
-def _first_difference(texts: Sequence[Sequence[str]]) -> str:
+def _first_difference(texts: Sequence[Sequence[str]]) -> str | None:
     longest = max(len(text) for text in texts)
     for position in range(longest):
         lines = [text[position] if position < len(text) else "nothing" for text in texts]
@@ -172,7 +173,7 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str:
                 f"optimizer with the same parameters, in the same order, and the same settings, "
                 f"and change them alike; and with compile=True all of them need a compiler."
             )
-    raise AssertionError("equal texts have equal digests")
+    return None
 
 
 def _workers(workers: Sequence[int]) -> str:

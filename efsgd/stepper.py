@@ -4,7 +4,6 @@ The workers come to terms about what they train, run Algorithm 2 on each section
 the step only once every section of every worker is known to be good.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efsgd.agreement import broadcast_values, compare
-from efsgd.collectives import Collective, Exchange, intercept
+from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
 from efsgd.error_feedback import Outcome, exchange_gradients
@@ -23,10 +22,11 @@ from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatch
 from efsgd.phases import Phases
 from efsgd.plan import Plan
 from efsgd.rules import Rules
+from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, drop_foreign_errors_, members, show_errors_
 from efsgd.statistics import Ledger
-from efsgd.terms import Schedule, Terms, describe_change
+from efsgd.terms import Terms, describe_change
 from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
@@ -213,19 +213,14 @@ class Stepper:
         """Algorithm 2, lines 7 to 10, for each section."""
         outcomes, schedules = [], []
         for section in self.plan.sections:
-            seen: list[Collective] = []
-
-            def outgoing(collective: Collective, seen: list[Collective] = seen) -> None:
-                self.ledger.record(collective)
-                if self._terms.schedules is None:
-                    shape = torch.empty_like(collective.buffer, device="meta")
-                    seen.append(dataclasses.replace(collective, buffer=shape))
-
+            schedule = Schedule(section.device)
+            note = schedule.note if self._terms.schedules is None else None
             exchange = exchange_gradients(
                 section, step, scaling.factor * weight, has_overflowed=scaling.has_overflowed
             )
-            outcomes.append((yield from intercept(exchange, outgoing)))
-            schedules.append(Schedule(section.control, tuple(seen), section.device))
+            outcomes.append((yield from intercept(exchange, self.ledger.record, asking=note)))
+            schedule.end()
+            schedules.append((section.control, schedule))
         if self._terms.schedules is None:
             self._terms.schedules = schedules
         return outcomes
