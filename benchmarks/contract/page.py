@@ -21,7 +21,7 @@ PAGE, RESULTS = DOCS / "contract.md", DOCS / "benchmarks" / "contract.json"
 Result = Mapping[str, Any]
 
 INTRODUCTION = """\
-<!-- Made by `make bench-contract` from docs/benchmarks/contract.json. Changes here will be lost. -->
+<!-- Made by `make bench-contract` from docs/benchmarks/contract.json, not to be edited. -->
 
 # Swapping in for SGD
 
