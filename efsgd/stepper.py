@@ -98,6 +98,25 @@ class Stepper:
         self._terms.forget()
         self._has_loaded = True
 
+    def settle_errors(
+        self, groups: Groups, state: MutableMapping[Tensor, State], world_size: int, worker: int
+    ) -> str | None:
+        """Once after loading: errors of another worker are left out.
+
+        Args:
+            groups: parameter groups.
+            state: of the parameters (modified in place).
+            world_size: the number of workers.
+            worker: this worker's place among them, from 0.
+
+        Returns:
+            What to warn of, once no other worker is waiting.
+        """
+        if not self._has_loaded:
+            return None
+        self._has_loaded = False
+        return drop_foreign_errors_(groups, state, world_size, worker)
+
     @torch.no_grad()
     def exchange(
         self,
@@ -128,8 +147,7 @@ class Stepper:
         """
         self._validate(groups)
         step, rules = groups[0]["step"], self._rules(groups)
-        note = drop_foreign_errors_(groups, state, world_size, worker) if self._has_loaded else None
-        self._has_loaded = False
+        note = self.settle_errors(groups, state, world_size, worker)
         self.ledger.begin_check()
         terms = self._come_to_terms(groups, state, (world_size, worker), rules)
         yield from intercept(terms, outgoing=self.ledger.record)
