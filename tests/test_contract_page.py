@@ -95,8 +95,8 @@ def test_what_a_probe_raises_is_the_answer(
 def test_reasons_name_no_machine() -> None:
     refused = RuntimeError("[/home/me/gloo/pair.cc:537] Read error [127.0.0.1]:3979: reset")
     assert describe_error(refused) == "RuntimeError: Read error : reset"
-    log = "terminate called\n  what():  [enforce fail at /home/me/gloo/pair.cc:456] a < b. Why?\n"
-    assert describe_abort(log) == "a < b. Why?"
+    log = "stage: one\nterminate called\n  what():  [enforce fail at /home/gloo/pair.cc:4] a < b.\n"
+    assert describe_abort(log) == "one: a worker was aborted: a < b."
     with pytest.raises(AssertionError) as caught:
         raise AssertionError
     assert "raise AssertionError (test_contract_page.py)" in describe_error(caught.value)

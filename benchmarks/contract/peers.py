@@ -190,6 +190,10 @@ class Epfml(Adapter):
         """See `Adapter.revive`."""
         return _EpfmlLoop(model, *parts)
 
+    def in_backward(self, model: nn.Module, apply: Callable[..., None]) -> nn.Module:
+        """See `Adapter.in_backward`."""
+        raise NotApplicable("its step is a function that is called after the backward pass")
+
     def step_of(self, optimizer: Optimizer, params: list[Tensor]) -> Callable[[], Any]:
         """See `Adapter.step_of`."""
         powersgd = importlib.import_module("powersgd")

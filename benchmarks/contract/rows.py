@@ -2,6 +2,7 @@
 
 import linecache
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ __all__ = [
     "require",
     "row",
     "rows",
+    "stage",
 ]
 
 #: Headings of the table, by the letter with which a row's key begins.
@@ -126,6 +128,11 @@ def require(condition: object, otherwise: str) -> None:
         raise Missed(otherwise)
 
 
+def stage(text: str) -> None:
+    """Says what a probe does next: if the process is aborted, that is part of the reason."""
+    print(f"stage: {text}", file=sys.stderr, flush=True)
+
+
 def answer_of(asked: Row, adapter: Any) -> Answer:
     """Runs the probe of a row on a candidate, in this process."""
     with warnings.catch_warnings():
@@ -156,9 +163,11 @@ def describe_error(error: BaseException) -> str:
 
 def describe_abort(log: str) -> str:
     """Why a process was aborted, from what it has printed: the text of a C++ exception."""
-    _, _, words = _NOISE.sub("", log).rpartition("what():")
+    before, _, words = _NOISE.sub("", log).rpartition("what():")
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    return _shortened(lines[0]) if lines else "nobody knows why"
+    stages = [line[len("stage: ") :] for line in before.splitlines() if line.startswith("stage: ")]
+    where = f"{stages[-1]}: " if stages else ""
+    return f"{where}a worker was aborted: {_shortened(lines[0]) if lines else 'no words'}"
 
 
 def _shortened(text: str) -> str:

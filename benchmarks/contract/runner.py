@@ -53,7 +53,7 @@ def ask(key: str, candidate: str, clones: Sequence[str] = (), limit: float | Non
         found = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
         last_words = [(Path(folder) / f"{n}.log").read_text() for n in aborted]
     if last_words:
-        return Answer("no", f"a worker was aborted: {describe_abort(last_words[0])}")
+        return Answer("no", describe_abort(last_words[0]))
     return summary(found, count, limit if hung else None)
 
 

@@ -20,7 +20,7 @@ from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, require_equal_workers, require_finite, same
 from benchmarks.contract.probes.copies import trained
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import describe_error, require, row
+from benchmarks.contract.rows import NotApplicable, describe_error, require, row
 
 __all__: list[str] = []
 
@@ -165,6 +165,8 @@ def sharded_or_in_backward(adapter: Adapter) -> str:
             train = make(adapter, model)
             for step in range(4):
                 train(noise(model, step, dist.get_rank()))
+        except NotApplicable as reason:
+            remarks.append(f"{what}: {reason}")
         except Exception as error:
             is_late = isinstance(error, dist.DistError) or "imed out" in str(error)
             require(not is_late, f"{what}: {describe_error(error)}")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, require_equal_workers, same
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import Missed, describe_error, require, row
+from benchmarks.contract.rows import Missed, describe_error, require, row, stage
 
 __all__: list[str] = []
 
@@ -44,6 +44,7 @@ def require_distributed(model: nn.Module, loop: Loop, what: str, gaps: bool) -> 
 )
 def equal_workers(adapter: Adapter) -> None:
     for gaps, what in ((False, "with all gradients"), (True, "with gradients missing")):
+        stage(what)
         model = given()
         loop = adapter.loop(model, unused=gaps, momentum=0.9)
         try:
@@ -85,6 +86,7 @@ def fixed_schedule(adapter: Adapter) -> str:
             gradients = [torch.zeros_like(p) for p in model.parameters()]
         elif what == "a gradient missing" and dist.get_rank() == 1:
             gradients[0] = None
+        stage(what)
         with _Recorder() as recorder:
             try:
                 loop.train(gradients)
