@@ -46,7 +46,7 @@ USE = {
   other collectives if there are several buckets or unused parameters; so that this is not what
   the table shows, all-reduces are waited for where they are started. It keeps its errors by bucket,
   and the first bucket of a new `DistributedDataParallel` is laid out in another way than the same
-  bucket later: errors that are put back do not fit.
+  bucket later: errors that are put back do not fit (D5 to D7).
 """,
     "epfml": """\
 * **epfml/powersgd** is the authors' package, commit {epfml}, with `torch.optim.SGD`, as in its
@@ -61,7 +61,8 @@ USE = {
   in F7.
 """,
     "efsgd": """\
-* **efsgd** is `PowerSGDOptimizer`, commit {efsgd}, with `momentum_form="sgd"`, `nonfinite="skip"`.
+* **efsgd** is `PowerSGDOptimizer`, commit {efsgd}, with `momentum_form="sgd"` and
+  `nonfinite="skip"`.
 """,
 }
 
@@ -102,10 +103,10 @@ def _control(result: Result) -> str:
     refused = [key for key, answer in asked.items() if answer["answer"] == "no"]
     if not asked:
         return ""
-    verdict = f"no to {', '.join(refused)}, yes to all others" if refused else "yes to all of them"
+    verdict = f"yes but for {', '.join(refused)}" if refused else "yes"
     return (
-        f"The programs were tried on `torch.optim.SGD` itself, as far as they need one worker. Of "
-        f"these {len(asked)} lines it says {verdict}.\n"
+        "As far as they need one worker, the programs were tried on `torch.optim.SGD` itself. To "
+        f"all\nof these {len(asked)} lines it says {verdict}.\n"
     )
 
 

@@ -85,7 +85,7 @@ def guarded_step(loop: Loop) -> None:
     "B13",
     "A step with a NaN gradient can be skipped without a trace",
     "One worker has a NaN once. All workers skip that step: by themselves, or because the loop "
-    "looks at `p.grad` on all workers. Six steps later all is finite, moves, and is equal.",
+    "looks at `p.grad` on all workers. Five steps later all is finite, moves, and is equal.",
     workers=2,
 )
 def nan_gradient(adapter: Adapter) -> None:
