@@ -1,6 +1,7 @@
 """F: schedulers, mixed precision, frameworks."""
 
 import copy
+import importlib
 import inspect
 import types
 from collections.abc import Callable
@@ -10,10 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.optim import (
-    ZeroRedundancyOptimizer,
-    _apply_optimizer_in_backward,
-)
 from torch.optim import Optimizer, lr_scheduler
 
 from benchmarks.contract.adapters import Adapter, Loop
@@ -180,12 +177,14 @@ def sharded_or_in_backward(adapter: Adapter) -> str:
 
 
 def _zero(adapter: Adapter, model: Any) -> Callable[[Any], Any]:
-    factory = partial(ZeroRedundancyOptimizer, optimizer_class=adapter.optimizer_class)
+    optim = importlib.import_module("torch.distributed.optim")  # it warns when it is imported
+    factory = partial(optim.ZeroRedundancyOptimizer, optimizer_class=adapter.optimizer_class)
     return adapter.loop(model, list(model.parameters()), factory=factory).train
 
 
 def _in_backward(adapter: Adapter, model: Any) -> Callable[[Any], Any]:
-    wrapped = adapter.in_backward(model, _apply_optimizer_in_backward)
+    optim = importlib.import_module("torch.distributed.optim")
+    wrapped = adapter.in_backward(model, optim._apply_optimizer_in_backward)
     return lambda gradients: wrapped(gradients).backward()
 
 
