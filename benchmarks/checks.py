@@ -17,6 +17,8 @@ from benchmarks.timing import Quartiles, Runner, clock_for, differences, measure
 from benchmarks.workloads import WORKLOADS, made_gradients, shapes_of
 from efsgd import PowerSGDOptimizer
 from efsgd.agreement import checksum
+from efsgd.members import members
+from efsgd.plan import replicated
 
 __all__: list[str] = []
 
@@ -27,7 +29,12 @@ WARM_UP = 2
 
 def check(optimizer: PowerSGDOptimizer) -> int:
     """What a worker computes for a check, see `efsgd.agreement.compare`; the number of tensors."""
-    return len([checksum(value) for value in optimizer._stepper.plan.replicated().values()])
+    return len(
+        [
+            checksum(value)
+            for value in replicated(members(optimizer.param_groups), optimizer.state).values()
+        ]
+    )
 
 
 def report(workload: str, samples: Mapping[str, Sequence[float]]) -> None:

@@ -23,8 +23,11 @@ _CHUNK = 1 << 17  # of eight bytes: it and the weights stay in cache
 
 
 def compare(
-    lines: Sequence[str], device: torch.device, values: Mapping[str, Tensor] | None = None
-) -> Exchange[None]:
+    lines: Sequence[str],
+    device: torch.device,
+    values: Mapping[str, Tensor] | None = None,
+    flags: Sequence[bool] = (),
+) -> Exchange[list[bool]]:
     """Compares what workers train, and bit by bit what they hold, by one small collective.
 
     Only digests of fixed size are gathered; lines and checksums only if the digests differ.
@@ -33,6 +36,10 @@ def compare(
         lines: a description of what will be exchanged, without control characters.
         device: where buffers may live.
         values: what must be equal on all workers, by names for the error message.
+        flags: anything that the workers want to know of each other, at most 32 of them.
+
+    Returns:
+        For each flag, whether it is set on any worker.
 
     Raises:
         WorkerMismatchError: names the first line that differs, as each worker has it, or the first
@@ -41,14 +48,17 @@ def compare(
     named = {} if values is None else values
     text = "\0".join(["\n".join(lines), "\n".join(f"there is {name}" for name in named)]).encode()
     checksums = [checksum(value.detach()) for value in named.values()]
-    summary = [_digest(text), len(text), _digest(repr(checksums).encode())]
+    word = sum(flag << position for position, flag in enumerate(flags))
+    summary = [_digest(text), len(text) << 32 | word, _digest(repr(checksums).encode())]
     summaries = yield _gather(summary, device, "digests of settings, parameters and state")
     summaries = summaries.cpu()
-    if bool((summaries[:, :2] != summaries[0, :2]).any()):
-        yield from _name_different_line(text, summaries[:, 1].tolist(), device)
+    lengths = summaries[:, 1] >> 32
+    if bool((summaries[:, 0] != summaries[0, 0]).any()) or bool((lengths != lengths[0]).any()):
+        yield from _name_different_line(text, lengths.tolist(), device)
     if bool((summaries[:, 2] != summaries[0, 2]).any()):
         gathered = yield _gather(checksums, device, "checksums of parameters and state")
         _name_different_value(list(named), gathered.cpu())
+    return [bool((summaries[:, 1] >> position & 1).any()) for position in range(len(flags))]
 
 
 def compare_gradients(

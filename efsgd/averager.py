@@ -135,8 +135,9 @@ class GradientAverager(ErrorFeedbackOptimizer):
         )
         scale = self._scale
         for parameter in (p for group in self.param_groups for p in group["params"]):
-            if scale is not None and parameter.grad is not None:
-                parameter.grad.mul_(scale) if applied else parameter.grad.fill_(torch.inf)
+            gradient = parameter.grad if parameter.requires_grad else None
+            if scale is not None and gradient is not None:
+                gradient.mul_(scale) if applied else gradient.fill_(torch.inf)
         return applied
 
 

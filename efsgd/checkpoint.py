@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from efsgd.collectives import AllReduceMean, Exchange, run
+from efsgd.members import members
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
-from efsgd.state import State, members
+from efsgd.state import State
 from efsgd.transports import current_transport
 
 __all__ = ["average_errors_", "averaging_", "consolidated_state_dict", "consolidation"]

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.compressors import Compressor
-from efsgd.state import State, members
+from efsgd.members import members
+from efsgd.state import State
 
 __all__ = ["require_differentiable", "step_differentiably_"]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from efsgd.error_feedback import Section
-from efsgd.state import Member, compute_dtype, members, require_shape, require_tensor
+from efsgd.members import Member, compute_dtype, members
+from efsgd.state import require_shape, require_tensor
 
 __all__ = [
     "exact_copies",

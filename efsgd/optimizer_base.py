@@ -120,7 +120,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         """
         transport = self._meet()
         if transport.world_size > 1:
-            run(self._stepper.compare_all(), transport)
+            run(self._stepper.compare_all(self.param_groups, self.state), transport)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:

@@ -1,28 +1,37 @@
 """The sections of an optimizer's parameter groups, kept while the groups stay what they are."""
 
-from collections.abc import Hashable, MutableMapping
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
+from efsgd.members import Member, members
 from efsgd.phases import Phases
 from efsgd.rules import Rules
 from efsgd.sections import make_sections, signature
-from efsgd.state import (
-    Member,
-    State,
-    adopt_replaced_,
-    complete_,
-    complete_momentum_,
-    members,
-    withdraw_,
-)
+from efsgd.state import State, adopt_replaced_, complete_, complete_momentum_, withdraw_
 from efsgd.update import prepare_updates
 
-__all__ = ["Plan"]
+__all__ = ["Groups", "Plan", "Signature", "replicated"]
+
+
+Groups: TypeAlias = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a plan depends on: while it stays equal, the plan can be used again.
+
+    Attributes:
+        settings: what users change.
+        phase: what changes by itself, on all workers before the same step.
+    """
+
+    settings: Hashable
+    phase: Hashable
 
 
 class Plan:
@@ -34,6 +43,7 @@ class Plan:
         sections: of the same; empty before the first step.
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
+        signature: of the groups and the state that the sections were made for.
 
     Args:
         compressor: decides what is compressed and how far.
@@ -47,35 +57,42 @@ class Plan:
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self._compressor, self._phases = compressor, phases
-        self._signature: Hashable = None
-        self._phase: Hashable = None
+        self.signature: Signature | None = None
         self._prepared: list[Hashable] = []
 
     @property
-    def identity(self) -> Hashable:
-        """Equal for equal plans, with the same rounding."""
-        roundings = tuple(section.aggregator.rounding for section in self.sections)
-        return self._signature, self._phase, roundings
+    def roundings(self) -> tuple[str, ...]:
+        """How this worker rounds, in each section; see `efsgd.compressors.Aggregator`."""
+        return tuple(section.aggregator.rounding for section in self.sections)
 
     def forget(self) -> None:
         """Frees the sections; they are made anew by the next `update`."""
-        self.sections, self._signature, self._phase = [], None, None
+        self.sections, self.signature = [], None
 
-    def has_changed(
-        self, groups: list[dict[str, Any]], state: MutableMapping[Tensor, State]
-    ) -> bool:
-        """Whether anyone has changed the groups or the state since the last `update`."""
-        return self._signature != signature(groups, state, self._compressor)
+    def sign(self, groups: Groups, state: Mapping[Tensor, State]) -> Signature:
+        """All that a plan of these groups depends on, as it is now."""
+        phase = self.phase(groups[0]["step"], groups[0]["start_compressing_at"])
+        return Signature(signature(groups, state, self._compressor), phase)
 
-    def is_current(
-        self, groups: list[dict[str, Any]], state: MutableMapping[Tensor, State]
-    ) -> bool:
-        """Whether the sections can be used again: nothing has changed, and no time has come."""
-        return not self.has_changed(groups, state) and self._phase == self._phase_of(groups)
+    def phase(self, step: int, start: int) -> Hashable:
+        """What changes by itself, on all workers before the same step.
+
+        Args:
+            step: the number of the step, from 0.
+            start: the step at which compression starts.
+        """
+        return step >= start, frozenset(map(id, self.sparse))
+
+    def describe_roundings(self) -> Iterator[str]:
+        """How compressed parameters are rounded, a line for each."""
+        names = {member.index: member.name for member in self.members}
+        for section in self.sections:
+            for index in sorted(section.compressed):
+                yield f"{names[index]}, {section.aggregator.rounding}"
 
     def update(
         self,
-        groups: list[dict[str, Any]],
+        groups: Groups,
         state: MutableMapping[Tensor, State],
         context: tuple[int, int],
         rules: Rules,
@@ -89,10 +106,12 @@ class Plan:
             rules: by which the groups will be updated.
 
         Raises:
+            RuntimeError: a parameter has no values.
+            TypeError: an entry of the state is no tensor.
             ValueError: a tensor in the state has not the shape of its parameter.
         """
         kinds = [rule.kind for rule in rules.values()]
-        if context == self.context and self.is_current(groups, state):
+        if context == self.context and self.signature == self.sign(groups, state):
             for member in self.members:
                 if member.index in self.states:
                     complete_momentum_(self.states[member.index], member)
@@ -127,19 +146,20 @@ class Plan:
             lambda aggregator, own: prepare_updates(aggregator, own, self.states, rules),
         )
         self.context, self._prepared = context, kinds
-        self._signature = signature(groups, state, self._compressor)
-        self._phase = self._phase_of(groups)
+        self.signature = self.sign(groups, state)
 
-    def replicated(self) -> dict[str, Tensor]:
-        """What must be equal on all workers, by name: parameters and state but for errors."""
-        named = {member.name: member.parameter.detach() for member in self.members}
-        for member in self.members:
-            for key, value in sorted(self.states.get(member.index, {}).items()):
-                if key != "error" and isinstance(value, torch.Tensor):
-                    named[f"{key} of {member.name}"] = value
-        return named
 
-    def _phase_of(self, groups: list[dict[str, Any]]) -> Hashable:
-        """What changes by itself, on all workers before the same step."""
-        is_compressing = groups[0]["step"] >= groups[0]["start_compressing_at"]
-        return is_compressing, frozenset(map(id, self.sparse))
+def replicated(listed: Iterable[Member], state: Mapping[Tensor, State]) -> dict[str, Tensor]:
+    """What must be equal on all workers, by name: parameters and state but for errors.
+
+    Args:
+        listed: the parameters.
+        state: of the optimizer.
+    """
+    chosen = list(listed)
+    named = {member.name: member.parameter.detach() for member in chosen}
+    for member in chosen:
+        for key, value in sorted(state.get(member.parameter, {}).items()):
+            if key != "error" and isinstance(value, Tensor):
+                named[f"{key} of {member.name}"] = value
+    return named

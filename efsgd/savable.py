@@ -28,9 +28,11 @@ from efsgd.loading import (
     validate_structure,
     validate_type,
 )
+from efsgd.members import members
+from efsgd.plan import Groups
 from efsgd.rules import Rules
-from efsgd.state import State, complete_, members
-from efsgd.stepper import Groups, Stepper
+from efsgd.state import State, complete_
+from efsgd.stepper import Stepper
 
 __all__ = ["Handling", "SavableOptimizer", "complete_states_"]
 

@@ -10,8 +10,9 @@ from efsgd.blocks import Entry, Layout
 from efsgd.compressors import Aggregator, Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
+from efsgd.members import Member, compute_dtype
 from efsgd.phases import Phases
-from efsgd.state import Member, State, attach_, compute_dtype, release_zero_errors_
+from efsgd.state import State, attach_, release_zero_errors_
 
 __all__ = ["describe", "make_sections", "signature"]
 
@@ -98,7 +99,6 @@ def describe(
     members: Iterable[Member],
     compressor: Compressor,
     settings: Iterable[str],
-    sections: Iterable[Section] = (),
 ) -> list[str]:
     """What workers must agree on, a line for each parameter and each group.
 
@@ -106,9 +106,7 @@ def describe(
         members: the parameters, in order.
         compressor: decides what is compressed and how far.
         settings: names of the group entries that must be equal.
-        sections: of these parameters, where they are made already.
     """
-    roundings = {i: each.aggregator.rounding for each in sections for i in each.compressed}
     lines, names = [], sorted(settings)
     group: dict[str, Any] | None = None
     for member in members:
@@ -117,7 +115,6 @@ def describe(
             lines += [f"{k}={_plain(group[k])} in the group of {member.name}" for k in names]
         entry, parameter = _entry(member, compressor), member.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
-        how += f" ({roundings[member.index]})" if member.index in roundings else ""
         if not parameter.requires_grad:
             how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")

@@ -13,105 +13,33 @@ During training `error` and `q` are live views of batched buffers. Like any opti
 change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Entry, real_view
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
+from efsgd.members import Member, compute_dtype
 
 __all__ = [
-    "Member",
     "State",
     "adopt_replaced_",
     "attach_",
     "complete_",
     "complete_momentum_",
-    "compute_dtype",
     "drop_foreign_errors_",
-    "members",
     "release_zero_errors_",
     "require_shape",
     "require_tensor",
     "show_errors_",
+    "validate_states",
     "withdraw_",
 ]
 
 #: What is kept for one parameter, by name.
 State: TypeAlias = MutableMapping[str, Tensor]
-
-
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of errors and factors: float32, or float64 for a parameter of that precision."""
-    is_double = parameter.dtype in (torch.float64, torch.complex128)
-    return torch.float64 if is_double else torch.float32
-
-
-@dataclass(frozen=True)
-class Member:
-    """One parameter of an optimizer.
-
-    Attributes:
-        index: its position over all groups.
-        parameter: the tensor.
-        group: its parameter group.
-        name: for messages: its name if the optimizer knows names, and its index.
-        has_sparse_gradients: its gradients are sent uncompressed, made dense.
-    """
-
-    index: int
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str
-    has_sparse_gradients: bool = False
-
-    @property
-    def values(self) -> Tensor:
-        """What is worked on: the parameter, or the real view of a complex one."""
-        return real_view(self.parameter)
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of `values`."""
-        shape = self.parameter.shape
-        return torch.Size((*shape, 2)) if self.parameter.is_complex() else shape
-
-    def entry(self, compressor: Compressor, *, is_compressing: bool = True) -> Entry:
-        """Its place in a plan.
-
-        Args:
-            compressor: decides how far it is compressed. What is not a matrix by itself is none
-                as a real view either.
-            is_compressing: False sends it uncompressed.
-        """
-        is_matrix = self.parameter.dim() >= 2
-        is_compressing = is_compressing and is_matrix and not self.has_sparse_gradients
-        level = compressor.level(self.shape, self.group) if is_compressing else None
-        return Entry(self.index, tuple(self.shape), level)
-
-
-def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) -> Iterator[Member]:
-    """All parameters of all groups, in order; one that is listed twice appears once.
-
-    Args:
-        groups: parameter groups.
-        sparse: the parameters that are known to have sparse gradients.
-    """
-    index, seen = 0, set()
-    for group in groups:
-        names = group.get("param_names")
-        for position, parameter in enumerate(group["params"]):
-            name = f"parameter {index}"
-            if names is not None:
-                name += f" ({names[position]})"
-            if parameter not in seen:
-                yield Member(index, parameter, group, name, parameter in sparse)
-            seen.add(parameter)
-            index += 1
 
 
 def complete_(state: State, member: Member, compressor: Compressor) -> None:
@@ -140,6 +68,25 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
             shared = min(kept.shape[-1], fresh.shape[-1])
             fresh[..., :shared] = kept[..., :shared]
         state[name] = fresh
+
+
+def validate_states(listed: Iterable[Member], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Checks what users may have put into the state, before anything is changed.
+
+    Args:
+        listed: the parameters.
+        states: of the optimizer.
+
+    Raises:
+        TypeError: an entry is no tensor.
+        ValueError: it has not the shape that its parameter asks for.
+    """
+    for member in listed:
+        shapes = {"momentum_buffer": member.parameter.shape, "error": member.shape}
+        for name, value in states.get(member.parameter, {}).items():
+            if name in shapes:
+                require_tensor(value, name, member.name)
+                require_shape(value, shapes[name], name, member.name)
 
 
 def complete_momentum_(state: State, member: Member) -> None:

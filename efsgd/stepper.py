@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,20 +18,19 @@ from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
 from efsgd.error_feedback import Outcome, exchange_gradients
-from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
+from efsgd.errors import NonFiniteGradientError, WorkerMismatchError
+from efsgd.members import members
 from efsgd.phases import Phases
-from efsgd.plan import Plan
+from efsgd.plan import Groups, Plan
 from efsgd.rules import Rules
 from efsgd.schedule import Schedule
 from efsgd.sections import describe
-from efsgd.state import State, drop_foreign_errors_, members, show_errors_
+from efsgd.state import State, drop_foreign_errors_, show_errors_
 from efsgd.statistics import Ledger
 from efsgd.terms import Terms, describe_change, raise_unable
 from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
-
-Groups: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,18 @@ class Stepper:
         self._compressor, self._settings = compressor, tuple(settings)
         self._validate, self._rules = validate, rules
         self.plan = Plan(compressor, self.phases)
-        self._terms = Terms(compressor, self._settings)
+        self._terms = Terms(compressor, self._settings, validate, rules)
         self._has_loaded = False
 
     def regroup(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
         self.plan.forget()
         self._terms.forget()
-        self._terms.schedules = None
 
     def reload(self) -> None:
         """Groups and state have been loaded: plans are made, and values compared, anew."""
         self.plan.forget()
-        self._terms.forget()
+        self._terms.doubt()
         self._has_loaded = True
 
     def settle_errors(
@@ -147,8 +145,15 @@ class Stepper:
         """
         note = self.settle_errors(groups, state, world_size, worker)
         self.ledger.begin_check()
-        terms = self._come_to_terms(groups, state, (world_size, worker))
-        rules = yield from intercept(terms, outgoing=self.ledger.record)
+        context = world_size, worker
+        if world_size == 1:
+            self._find_sparse(groups)
+            self._validate(groups)
+            rules = self._rules(groups)
+            self.plan.update(groups, state, context, rules)
+        else:
+            terms = self._terms.reach(self.plan, groups, state, context)
+            rules = yield from intercept(terms, outgoing=self.ledger.record)
         step = groups[0]["step"]
         parameters = [m.parameter for m in self.plan.members if m.parameter.requires_grad]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
@@ -188,49 +193,17 @@ class Stepper:
         yield from broadcast_values([member.parameter for member in listed], source)
 
     @torch.no_grad()
-    def compare_all(self) -> Exchange[None]:
+    def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
         """Compares all that workers must have in common, as it is now.
+
+        Args:
+            groups: parameter groups.
+            state: of the parameters.
 
         Raises:
             WorkerMismatchError: names the first difference.
         """
-        if self.plan.members:
-            yield from self._terms.check(self.plan, is_due=True)
-
-    def _come_to_terms(
-        self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
-    ) -> Exchange[Rules]:
-        """Makes the plan of this step and, where there is news, compares it with the others'."""
-        plan, terms = self.plan, self._terms
-        if context != plan.context:
-            self.regroup()
-        is_due = False
-        try:
-            self._validate(groups)
-            step, every = groups[0]["step"], groups[0]["check_every"]
-            is_due = every > 0 and step > 0 and step % every == 0
-            rules = self._rules(groups)
-            if context[0] == 1:
-                self._find_sparse(groups)
-            elif terms.schedules is not None and plan.has_changed(groups, state):
-                yield from terms.announce_change(step)
-                terms.schedules = None
-            if not plan.is_current(groups, state):
-                terms.schedules = None
-            plan.update(groups, state, context, rules)
-        except (CollectiveError, WorkerMismatchError):
-            raise  # the others know
-        except Exception as obstacle:
-            if context[0] > 1:
-                device = groups[0]["params"][0].device
-                yield from terms.bow_out(obstacle, device, is_due=is_due)
-            raise
-        if context[0] == 1:
-            return rules
-        if sparse := (yield from terms.check(plan, is_due=is_due)):
-            plan.sparse |= {m.parameter for n, m in enumerate(plan.members) if n in sparse}
-            plan.update(groups, state, context, rules)
-        return rules
+        yield from self._terms.compare_all(groups, state)
 
     def _find_sparse(self, groups: Groups) -> None:
         gradients = ((p, p.grad) for group in groups for p in group["params"])
@@ -244,15 +217,15 @@ class Stepper:
         outcomes, schedules = [], []
         for section in self.plan.sections:
             schedule = Schedule(section.device)
-            note = schedule.note if self._terms.schedules is None else None
+            note = None if self._terms.is_scheduled(self.plan) else schedule.note
             exchange = exchange_gradients(
                 section, step, scaling.factor * weight, has_overflowed=scaling.has_overflowed
             )
             outcomes.append((yield from intercept(exchange, self.ledger.record, asking=note)))
             schedule.end()
             schedules.append((section.control, schedule))
-        if self._terms.schedules is None:
-            self._terms.schedules = schedules
+        if not self._terms.is_scheduled(self.plan):
+            self._terms.schedule(self.plan, schedules)
         return outcomes
 
     def _take_note_of_sparse(self, verdicts: Iterable[Verdict]) -> None:

@@ -1,58 +1,183 @@
-"""How workers come to terms before a step: what changed, on whom, and is it the same everywhere?"""
+"""How workers come to terms before a step: what is new, on whom, and is it the same everywhere?
+
+A worker cannot know by itself whether the others have news as well. So one that has, or has met an
+error, takes part in the step that the others may be about to take, with zeros, and says so in its
+control word; unless it knows that all of them begin with a comparison.
+"""
 
 import contextlib
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from efsgd.agreement import compare, compare_gradients
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
 from efsgd.control import ControlWords, Verdict
 from efsgd.errors import CollectiveError, WorkerMismatchError
-from efsgd.plan import Plan
+from efsgd.members import members
+from efsgd.plan import Groups, Plan, Signature, replicated
+from efsgd.rules import Rules
 from efsgd.schedule import Schedule
 from efsgd.sections import describe
+from efsgd.state import State, validate_states
 
-__all__ = ["Terms", "describe_change", "raise_unable"]
+__all__ = ["Agreement", "Terms", "describe_change", "raise_unable"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all workers are known to have in common.
+
+    Attributes:
+        signature: of the plans; its `settings` are this worker's own identities.
+        roundings: of the plans' sections.
+        start: the step at which compression starts.
+    """
+
+    signature: Signature
+    roundings: tuple[str, ...]
+    start: int
 
 
 class Terms:
     """What the workers have agreed on, kept between steps.
 
-    Attributes:
-        schedules: of each of the last plan's sections, with the control words that go with it;
-            None until the plan has been through a step.
-
     Args:
         compressor: decides what is compressed and how far.
         settings: names of the group entries that workers must agree on.
+        validate: checks parameter groups, which users and schedulers change between steps.
+        rules: how parameter groups are updated; see `efsgd.rules`.
     """
 
-    def __init__(self, compressor: Compressor, settings: Iterable[str]) -> None:
-        self.schedules: list[tuple[ControlWords, Schedule]] | None = None
+    def __init__(
+        self,
+        compressor: Compressor,
+        settings: Iterable[str],
+        validate: Callable[[Groups], None],
+        rules: Callable[[Groups], Rules],
+    ) -> None:
         self._compressor, self._settings = compressor, tuple(settings)
-        self._agreed_on: object = None
-        self._compared: object = None
+        self._validate, self._rules = validate, rules
+        self._agreed: Agreement | None = None
+        self._compared: Hashable = None
+        self._doubts = False
+        self._schedules: list[tuple[ControlWords, Schedule]] | None = None
+        self._scheduled: Signature | None = None
 
     def forget(self) -> None:
-        """Has workers compare all they have, at the next step."""
-        self._agreed_on = self._compared = None
+        """The workers are others: nothing is agreed on with them."""
+        self._agreed = self._compared = self._schedules = self._scheduled = None
 
-    def announce_change(self, step: int) -> Exchange[None]:
+    def doubt(self) -> None:
+        """Groups and state may have become others, on this worker at least."""
+        self._doubts = True
+        if self._agreed is not None:
+            signature = dataclasses.replace(self._agreed.signature, settings=None)
+            self._agreed = dataclasses.replace(self._agreed, signature=signature)
+
+    def is_scheduled(self, plan: Plan) -> bool:
+        """Whether the collectives of a step of this plan are known."""
+        return self._scheduled is not None and self._scheduled == plan.signature
+
+    def schedule(self, plan: Plan, schedules: list[tuple[ControlWords, Schedule]]) -> None:
+        """Remembers the collectives of a step.
+
+        Args:
+            plan: of the step.
+            schedules: of its sections, with the control words that go with each.
+        """
+        self._schedules, self._scheduled = schedules, plan.signature
+
+    def reach(
+        self,
+        plan: Plan,
+        groups: Groups,
+        state: MutableMapping[Tensor, State],
+        context: tuple[int, int],
+    ) -> Exchange[Rules]:
+        """Makes a step's plan and, where there is news, compares it with the others'.
+
+        Args:
+            plan: of this worker (modified in place).
+            groups: parameter groups.
+            state: of the parameters (modified in place).
+            context: the number of workers, and this worker.
+
+        Returns:
+            How the groups are to be updated.
+
+        Raises:
+            WorkerMismatchError: the workers do not train the same thing, or not all have changed.
+            CollectiveError: some worker could not take part.
+        """
+        if context != plan.context:
+            self.forget()
+        # Whether all workers begin with a comparison, and whether this one has news for it.
+        compares, is_new = self._agreed is None or self._schedules is None, True
+        is_due, device = False, groups[0]["params"][0].device
+        try:
+            self._validate(groups)
+            rules, step = self._rules(groups), groups[0]["step"]
+            is_due = step > 0 and groups[0]["check_every"] > 0
+            is_due = is_due and step % groups[0]["check_every"] == 0
+            is_new = self._is_new(plan.sign(groups, state))
+            compares = compares or is_due or self._is_time(step, plan)
+            if is_new or compares:
+                validate_states(members(groups), state)
+            if is_new and not compares:
+                yield from self._announce_change(step)
+                compares = True
+        except (CollectiveError, WorkerMismatchError):
+            raise  # all workers know
+        except Exception as obstacle:
+            yield from self._bow_out(obstacle, device, compares=compares)
+            raise
+        if compares:
+            is_new = yield from self._compare(plan, groups, state, context, is_new, is_due)
+        try:
+            plan.update(groups, state, context, rules)
+        except Exception as obstacle:
+            yield from self._bow_out(obstacle, device, compares=is_new)
+            raise
+        if self._agreed is not None and plan.roundings != self._agreed.roundings and not is_new:
+            yield from self._announce_change(step)
+            is_new = True
+        if is_new:
+            yield from compare(list(plan.describe_roundings()), device)
+            start = groups[0]["start_compressing_at"]
+            self._agreed = Agreement(plan.sign(groups, state), plan.roundings, start)
+        return rules
+
+    def _is_new(self, present: Signature) -> bool:
+        return self._agreed is None or present != self._agreed.signature
+
+    def _is_time(self, step: int, plan: Plan) -> bool:
+        """Whether what was agreed on changes by itself now, on all workers."""
+        if self._agreed is None:
+            return True
+        return plan.phase(step, self._agreed.start) != self._agreed.signature.phase
+
+    def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
+        """Compares all that workers must have in common, as it is now.
+
+        Raises:
+            WorkerMismatchError: names the first difference.
+        """
+        listed = list(members(groups))
+        lines = describe(listed, self._compressor, self._settings)
+        yield from compare(lines, listed[0].parameter.device, replicated(listed, state))
+
+    def _announce_change(self, step: int) -> Exchange[None]:
         """Tells the others, in a step that they may think an ordinary one.
 
         They see it in their control words and all raise, unless everyone announces a change.
-
-        Args:
-            step: the number of the step, from 0.
-
-        Raises:
-            WorkerMismatchError: some workers have not changed.
-        CollectiveError: some could not take part.
         """
         verdicts, everyone = [], True
-        for control, schedule in self.schedules or ():
+        for control, schedule in self._schedules or ():
             verdict = yield from control.announce(schedule)
             everyone = everyone and len(verdict.changed) == control.world_size
             verdicts.append(verdict)
@@ -60,49 +185,41 @@ class Terms:
         if not everyone:
             raise WorkerMismatchError(describe_change(verdicts[0].changed, step))
 
-    def bow_out(self, obstacle: Exception, device: torch.device, *, is_due: bool) -> Exchange[None]:
-        """Tells the others, who are about to take a step, that this worker cannot.
-
-        Args:
-            obstacle: why not; it is to be raised when this has returned.
-            device: where buffers may live.
-            is_due: the others begin with comparing all they have.
-        """
-        if self.schedules is not None and not is_due:
-            for control, schedule in self.schedules:
+    def _bow_out(
+        self, obstacle: Exception, device: torch.device, *, compares: bool
+    ) -> Exchange[None]:
+        """Tells the others, who are about to take a step, that this worker cannot."""
+        if not compares:
+            for control, schedule in self._schedules or ():
                 yield from control.announce(schedule, is_unable=True)
             return
         reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
         with contextlib.suppress(WorkerMismatchError):
             yield from compare([f"cannot take part: {reason}"], device)
 
-    def check(self, plan: Plan, *, is_due: bool = False) -> Exchange[frozenset[int]]:
-        """Compares the workers' plans where they are new, and their values once.
-
-        Args:
-            plan: of this worker.
-            is_due: compare all of it in any case.
-
-        Returns:
-            Positions of the parameters that turned out to have sparse gradients somewhere.
-
-        Raises:
-            WorkerMismatchError: names the first difference.
-        """
-        identity = plan.identity
-        parameters = plan.context, tuple(id(member.parameter) for member in plan.members)
+    def _compare(
+        self,
+        plan: Plan,
+        groups: Groups,
+        state: Mapping[Tensor, State],
+        context: tuple[int, int],
+        is_new: bool,
+        is_due: bool,
+    ) -> Exchange[bool]:
+        """Compares settings, and values where they are new or it is time. Who has news?"""
+        listed = list(members(groups, plan.sparse))
+        parameters: Hashable = context, tuple(id(member.parameter) for member in listed)
         is_first = parameters != self._compared
-        if self._agreed_on == identity and not is_first and not is_due:
-            return frozenset()
-        device = plan.members[0].parameter.device
-        lines = describe(plan.members, self._compressor, self._settings, plan.sections)
-        yield from compare(lines, device, plan.replicated() if is_first or is_due else None)
-        sparse: frozenset[int] = frozenset()
-        if is_first:
-            gradients = [member.parameter.grad for member in plan.members]
+        device = listed[0].parameter.device
+        lines = describe(listed, self._compressor, self._settings)
+        values = replicated(listed, state) if is_first or is_due or self._doubts else None
+        any_new, any_first = yield from compare(lines, device, values, [is_new, is_first])
+        if any_first:
+            gradients = [member.parameter.grad for member in listed]
             sparse = yield from compare_gradients(gradients, device)
-        self._agreed_on, self._compared = identity, parameters
-        return sparse
+            plan.sparse |= {m.parameter for n, m in enumerate(listed) if n in sparse}
+        self._compared, self._doubts = parameters, False
+        return any_new
 
 
 def raise_unable(verdicts: Iterable[Verdict]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from efsgd.blocks import Elementwise, real_view
 from efsgd.compressors import Aggregator, Compressed
 from efsgd.error_feedback import Section, decompress_with_
+from efsgd.members import Member
 from efsgd.rules import Rule, Rules
 from efsgd.sgd import sgd_
-from efsgd.state import Member, State
+from efsgd.state import State
 
 __all__ = ["apply_updates_", "prepare_updates", "squared_norm"]
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from efsgd import PowerSGDOptimizer, WorkerMismatchError
+from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
 from efsgd.testing import step_together
 from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with
 
@@ -95,12 +95,12 @@ def test_a_change_in_several_sections_keeps_nobody_waiting() -> None:
             parameter.grad = torch.full_like(parameter, worker)
             parameter.requires_grad_()
         workers.append(PowerSGDOptimizer(parameters, lr=0.1, rank=1))
-    assert len(step_together(workers)) == 1 + 1 + 4
+    assert len(step_together(workers)) == 3 + 4  # plans, gradients, and rounding; then the step
     workers[0].param_groups[0]["rank"] = 2
     with pytest.raises(WorkerMismatchError, match="worker 0 has changed"):
         step_together(workers)
     workers[1].param_groups[0]["rank"] = 2
-    assert len(step_together(workers)) == 4 + 1 + 4
+    assert len(step_together(workers)) == 4 + 2 + 4
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,60 @@ def test_a_check_is_one_small_collective_before_every_so_manieth_step() -> None:
         trace = step_with(workers, scenario.gradients(step % 4))
         sizes.append([traced.nbytes for traced in trace if traced.kind == "AllGather"])
     assert sizes[1:] == [[], [24], [], [24]]
-    assert len(sizes[0]) == 2
+    assert len(sizes[0]) == 3
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_on_one_worker_when_a_check_is_due_keeps_nobody_waiting(
+    change: Callable[[PowerSGDOptimizer], None],
+) -> None:
+    workers, scenario = a_run(3, check_every=2)
+    for step in range(2):
+        step_with(workers, scenario.gradients(step))
+    set_gradients(workers, scenario.gradients(2))
+    change(workers[1])
+    before = bits(snapshot(workers))
+    if change is load:  # the comparison shows that it has loaded what all have
+        step_together(workers)
+        return
+    for _ in range(2):  # nor a second time
+        with pytest.raises(WorkerMismatchError, match="Workers disagree about what they train"):
+            step_together(workers)
+    assert bits(snapshot(workers)) == before
+
+
+def test_a_change_on_one_worker_when_compression_begins_keeps_nobody_waiting() -> None:
+    workers, scenario = a_run(2, start_compressing_at=2)
+    for step in range(2):
+        step_with(workers, scenario.gradients(step))
+    set_gradients(workers, scenario.gradients(2))
+    change_rank(workers[1])
+    for _ in range(2):
+        with pytest.raises(WorkerMismatchError, match=r"worker 0: rank=2 .* worker 1: rank=1"):
+            step_together(workers)
+    change_rank(workers[0])
+    step_together(workers)
+
+
+@pytest.mark.parametrize("options", [{}, {"check_every": 2}, {"start_compressing_at": 2}], ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_an_error_on_one_worker_keeps_nobody_waiting(steps: int, options: dict[str, int]) -> None:
+    workers, scenario = a_run(3, **options)
+    for step in range(steps):
+        step_with(workers, scenario.gradients(step))
+    set_gradients(workers, scenario.gradients(steps))
+    parameter = parameters_of(workers[1])[0]
+    kept = workers[1].state[parameter]["momentum_buffer"]
+    workers[1].state[parameter]["momentum_buffer"] = torch.zeros(3)
+    before = bits(snapshot([workers[0], workers[2]]))
+    for _ in range(2):
+        with pytest.raises((CollectiveError, WorkerMismatchError), match="worker 1") as caught:
+            step_together(workers)
+        assert caught.value.__notes__[0].startswith("worker 1: ValueError: Invalid momentum_buffer")
+        assert type(caught.value).__name__ in caught.value.__notes__[1]
+    assert bits(snapshot([workers[0], workers[2]])) == before
+    workers[1].state[parameter]["momentum_buffer"] = kept
+    step_with(workers, scenario.gradients(steps))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, None, "2"])

@@ -1,0 +1,82 @@
+"""The parameters of an optimizer, one by one."""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import Entry, real_view
+from efsgd.compressors import Compressor
+
+__all__ = ["Member", "compute_dtype", "members"]
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of errors and factors: float32, or float64 for a parameter of that precision."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if is_double else torch.float32
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter of an optimizer.
+
+    Attributes:
+        index: its position over all groups.
+        parameter: the tensor.
+        group: its parameter group.
+        name: for messages: its name if the optimizer knows names, and its index.
+        has_sparse_gradients: its gradients are sent uncompressed, made dense.
+    """
+
+    index: int
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+    has_sparse_gradients: bool = False
+
+    @property
+    def values(self) -> Tensor:
+        """What is worked on: the parameter, or the real view of a complex one."""
+        return real_view(self.parameter)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of `values`."""
+        shape = self.parameter.shape
+        return torch.Size((*shape, 2)) if self.parameter.is_complex() else shape
+
+    def entry(self, compressor: Compressor, *, is_compressing: bool = True) -> Entry:
+        """Its place in a plan.
+
+        Args:
+            compressor: decides how far it is compressed. What is not a matrix by itself is none
+                as a real view either.
+            is_compressing: False sends it uncompressed.
+        """
+        is_matrix = self.parameter.dim() >= 2
+        is_compressing = is_compressing and is_matrix and not self.has_sparse_gradients
+        level = compressor.level(self.shape, self.group) if is_compressing else None
+        return Entry(self.index, tuple(self.shape), level)
+
+
+def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) -> Iterator[Member]:
+    """All parameters of all groups, in order; one that is listed twice appears once.
+
+    Args:
+        groups: parameter groups.
+        sparse: the parameters that are known to have sparse gradients.
+    """
+    index, seen = 0, set()
+    for group in groups:
+        names = group.get("param_names")
+        for position, parameter in enumerate(group["params"]):
+            name = f"parameter {index}"
+            if names is not None:
+                name += f" ({names[position]})"
+            if parameter not in seen:
+                yield Member(index, parameter, group, name, parameter in sparse)
+            seen.add(parameter)
+            index += 1
