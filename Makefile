@@ -8,6 +8,7 @@ PIP_FLAGS ?=
 JOBS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+KILL_FLAGS ?=
 # A clone of github.com/epfml/powersgd, to measure it as well, and for example
 #   make bench-network EPFML=../powersgd BENCH_FLAGS="--rounds 5"
 EPFML ?=
@@ -32,6 +33,10 @@ demo: $(VENV)/.with-examples ## train with several ranks of compression and comp
 .PHONY: test
 test: $(VENV)/.with-test ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+
+.PHONY: test-kill
+test-kill: $(VENV)/.with-test ## kill workers at random points; what resumes must end the same (minutes)
+	$(BIN)/python -m tests.kill_and_resume $(KILL_FLAGS)
 
 .PHONY: lint
 lint: $(VENV)/.with-test ## check style, formatting and types

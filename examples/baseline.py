@@ -20,8 +20,8 @@ class CountedSGD(torch.optim.SGD):
     bytes_sent = 0
 
     def communication_stats(self) -> dict[str, int]:
-        """The one figure that the examples read from either optimizer."""
-        return {"total_bytes_sent": self.bytes_sent}
+        """The figures that the examples read from either optimizer."""
+        return {"total_bytes_sent": self.bytes_sent, "check_bytes_sent": 0}
 
 
 def _count_and_average(

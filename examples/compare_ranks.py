@@ -24,11 +24,11 @@ from torch import multiprocessing, nn
 
 from efsgd import PowerSGDOptimizer
 from examples.baseline import data_parallel_sgd
-from examples.command_line import prepare
 from examples.data import digits, text
 from examples.distributed import Workers, join_workers
 from examples.models import DigitsCNN
 from examples.reporting import comparison_table, plot_runs, progress_bar, save_json
+from examples.settings import Settings
 from examples.tasks import (
     DIGITS,
     TOPICS,
@@ -37,7 +37,7 @@ from examples.tasks import (
     LanguageModeling,
     topics_model,
 )
-from examples.training import History, Settings, Task, parameter_groups, seed_worker, train
+from examples.training import History, Task, Training, parameter_groups, prepare, seed_worker
 
 RANKS = (None, 1, 2, 4)  # None is SGD
 IMAGES = "Image classification: a CNN on scikit-learn's digits"
@@ -63,7 +63,7 @@ def run(
     title = f"{name_of(rank)}, seed {seed}"
     steps = settings.epochs * task.steps_per_epoch
     with progress_bar(title, steps, visible=workers.is_first) as report:
-        return train(task, model, optimizer, settings, workers, seed, report)
+        return Training(task, model, optimizer, settings, workers, seed).run(report)
 
 
 def compare(workers: Workers, arguments: argparse.Namespace) -> None:

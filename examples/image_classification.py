@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from efsgd import PowerSGDOptimizer
 from examples.baseline import data_parallel_sgd
-from examples.command_line import parse_arguments, prepare, save_run
+from examples.command_line import parse_arguments, save_run
 from examples.data import cifar10, digits
 from examples.distributed import join_workers
 from examples.models import CifarResNet18, DigitsCNN
 from examples.reporting import progress_bar
 from examples.tasks import CIFAR10, DIGITS, ImageClassification
-from examples.training import parameter_groups, seed_worker, train
+from examples.training import Training, parameter_groups, prepare, seed_worker
 
 
 def main() -> None:
@@ -43,7 +43,9 @@ def main() -> None:
         seed_worker(arguments.seed, workers.worker)
         steps = settings.epochs * task.steps_per_epoch
         with progress_bar("images", steps, visible=workers.is_first) as report:
-            history = train(task, model, optimizer, settings, workers, arguments.seed, report)
+            checkpoints = arguments.checkpoints("image_classification", settings, workers)
+            training = Training(task, model, optimizer, settings, workers, arguments.seed)
+            history = training.run(report, checkpoints)
         if workers.is_first:
             save_run("image_classification", task.quality, history, settings, arguments)
 

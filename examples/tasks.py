@@ -1,5 +1,6 @@
 """The two kinds of tasks, and the hyper-parameters of the four trainings the examples offer."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from examples.data.images import ImageData, crop_and_flip, steps_per_epoch, trai
 from examples.data.text import Corpus, streams, windows
 from examples.distributed import Workers
 from examples.models import LSTMLanguageModel, LSTMState
-from examples.training import Settings
+from examples.settings import Settings
 
 __all__ = [
     "CIFAR10",
@@ -74,13 +75,15 @@ class ImageClassification:
         images = len(data.train_labels)
         self.steps_per_epoch = steps_per_epoch(images, batch_size, workers.world_size)
 
-    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's share of an epoch, augmented."""
         worker, world_size = self.workers.worker, self.workers.world_size
         generator = torch.Generator().manual_seed((seed * 1_000 + epoch) * 10_007 + worker)
         shares = training_batches(self.data, self.batch_size, worker, world_size, seed, epoch)
-        for images, labels in shares:
+        for number, (images, labels) in enumerate(shares):
             moved = crop_and_flip(images, self.padding, self.flip, generator)
+            if number < start:
+                continue  # it has had its share of the random numbers
             yield self._on_device(moved), labels.to(self.workers.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -96,6 +99,13 @@ class ImageClassification:
         for some, truth in zip(images.split(500), labels.split(500), strict=True):
             correct += int((model(self._on_device(some)).argmax(dim=1).cpu() == truth).sum())
         return 100 * self.workers.sum(correct)[0] / len(self.data.test_labels)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: batches do not depend on each other."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up nothing."""
 
     def _on_device(self, images: Tensor) -> Tensor:
         return self.data.normalize(images.to(self.workers.device))
@@ -128,10 +138,11 @@ class LanguageModeling:
         self.steps_per_epoch = math.ceil((len(self.train) - 1) / window)
         self._state: LSTMState | None = None
 
-    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's streams, window by window; the order is that of the text, always."""
-        self._state = None
-        for inputs, targets in windows(self.train, self.window):
+        if start == 0:
+            self._state = None
+        for inputs, targets in itertools.islice(windows(self.train, self.window), start, None):
             yield inputs.to(self.workers.device), targets.to(self.workers.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,3 +165,15 @@ class LanguageModeling:
             ).item()
         total, words = self.workers.sum(nats, self.test[1:].numel())
         return math.exp(min(total / words, 700.0))  # finite even for a model that has diverged
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The LSTM's state after the last window."""
+        return (
+            {} if self._state is None else dict(zip(("hidden", "cell"), self._state, strict=True))
+        )
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes it up for the next window."""
+        device = self.workers.device
+        if state:
+            self._state = state["hidden"].to(device), state["cell"].to(device)
