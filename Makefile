@@ -31,7 +31,7 @@ demo: $(VENV)/.with-examples ## train with several ranks of compression and comp
 	$(BIN)/python examples/compare_ranks.py $(DEMO_FLAGS)
 
 .PHONY: test
-test: $(VENV)/.with-test ## run the tests
+test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
 
 .PHONY: test-kill
@@ -115,7 +115,7 @@ bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of w
 	$(BENCH).report
 
 .PHONY: venv
-venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-docs ## make the virtual environment with everything that the other targets use
+venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-frameworks $(VENV)/.with-docs ## make the virtual environment with everything that the other targets use
 
 .PHONY: clean
 clean: ## remove what the other targets made, except the virtual environment

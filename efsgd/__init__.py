@@ -4,6 +4,8 @@
 gradients in place of full ones. See https://arxiv.org/abs/1905.13727.
 """
 
+from efsgd.averager import GradientAverager
+from efsgd.buffers import average_buffers
 from efsgd.compressors import PowerSGD
 from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
 from efsgd.optimizer import ErrorFeedbackSGD, PowerSGDOptimizer
@@ -11,11 +13,13 @@ from efsgd.optimizer import ErrorFeedbackSGD, PowerSGDOptimizer
 __all__ = [
     "CollectiveError",
     "ErrorFeedbackSGD",
+    "GradientAverager",
     "NonFiniteGradientError",
     "PowerSGD",
     "PowerSGDOptimizer",
     "WorkerMismatchError",
     "__version__",
+    "average_buffers",
 ]
 
 __version__ = "0.1.0"

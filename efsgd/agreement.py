@@ -1,86 +1,75 @@
-"""Before the first step: do all workers hold the same parameters and the same settings?
+"""Do all workers hold the same parameters, the same settings, and the same values?
 
-Otherwise the first step would hang (buffers of different lengths), or the workers would drift
-apart without a word. Both checks raise the same error on every worker.
+Otherwise a step would hang (buffers of different lengths), or the workers would drift apart without
+a word. What is found is raised on every worker, with the same text.
 """
 
 import functools
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Never
 
 import torch
 from torch import Tensor
 
+from efsgd.blocks import real_view
 from efsgd.collectives import AllGather, Broadcast, Exchange
 from efsgd.errors import WorkerMismatchError
 
-__all__ = ["broadcast_values", "check_schema", "check_values", "checksum"]
+__all__ = ["broadcast_values", "checksum", "compare", "compare_gradients"]
 
 _CHUNK = 1 << 20
 
 
-def check_schema(lines: Sequence[str], device: torch.device) -> Exchange[None]:
-    """Compares a description of what will be exchanged, line by line.
-
-    Only a digest of fixed size is gathered; the lines themselves only if the digests differ.
-
-    Args:
-        lines: this worker's description, without newlines within a line.
-        device: where buffers may live.
-
-    Raises:
-        WorkerMismatchError: names the first line that differs, as each worker has it.
-    """
-    text = "\n".join(lines).encode()
-    digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
-    summary = torch.tensor([digest, len(text)], dtype=torch.int64, device=device)
-    summaries = yield AllGather(summary, "digest of the parameter list")
-    if bool((summaries == summaries[0]).all()):
-        return
-    padded = torch.zeros(int(summaries[:, 1].max()), dtype=torch.uint8, device=device)
-    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    gathered = yield AllGather(padded, "parameter lists")
-    lengths = summaries[:, 1].tolist()
-    texts = [
-        bytes(row[:length].tolist()).decode().split("\n")
-        for row, length in zip(gathered.cpu(), lengths, strict=True)
-    ]
-    raise WorkerMismatchError(_first_difference(texts))
-
-
-def check_values(
-    named: Mapping[str, Tensor], gradients: Sequence[Tensor | None], device: torch.device
+def compare(
+    lines: Sequence[str], device: torch.device, values: Mapping[str, Tensor] | None = None
 ) -> Exchange[None]:
-    """Compares values, bit by bit through checksums.
+    """Compares what workers train, and bit by bit what they hold, by one small collective.
 
-    Warns where, on the contrary, all gradients are bitwise equal: then they have probably been
-    averaged before, and there would be nothing left to do.
+    Only digests of fixed size are gathered; lines and checksums only if the digests differ.
 
     Args:
-        named: what must be equal on all workers, by names for the error message.
-        gradients: what should not be.
+        lines: a description of what will be exchanged, without newlines within a line.
         device: where buffers may live.
+        values: what must be equal on all workers, by names for the error message.
 
     Raises:
-        WorkerMismatchError: names the first value that differs and the workers.
+        WorkerMismatchError: names the first line that differs, as each worker has it, or the first
+            value that differs, and the workers.
     """
-    own = [checksum(value.detach()) for value in named.values()]
-    own += [0 if gradient is None else checksum(gradient) for gradient in gradients]
-    checksums = torch.tensor(own, dtype=torch.int64, device=device)
-    gathered = (yield AllGather(checksums, "checksums of parameters and state")).cpu()
-    values, of_gradients = gathered.split([len(named), len(gradients)], dim=1)
-    for position, name in enumerate(named):
-        differing = (values[:, position] != values[0, position]).nonzero().flatten().tolist()
-        if differing:
-            raise WorkerMismatchError(
-                f"{name} differs between workers: its values on {_workers(differing)} are not "
-                f"those of worker 0. All workers must start from the same values: call "
-                f"optimizer.broadcast_parameters() before the first step, or load one "
-                f"consolidated checkpoint everywhere."
-            )
-    is_equal = bool((of_gradients == of_gradients[0]).all())
-    if len(gathered) > 1 and is_equal and bool(of_gradients.any()):
+    named = {} if values is None else values
+    text = "\n".join([*lines, *(f"there is {name}" for name in named)]).encode()
+    checksums = [checksum(value.detach()) for value in named.values()]
+    summary = [_digest(text), len(text), _digest(repr(checksums).encode())]
+    summaries = yield _gather(summary, device, "digests of settings, parameters and state")
+    summaries = summaries.cpu()
+    if bool((summaries[:, :2] != summaries[0, :2]).any()):
+        yield from _name_different_line(text, summaries[:, 1].tolist(), device)
+    if bool((summaries[:, 2] != summaries[0, 2]).any()):
+        gathered = yield _gather(checksums, device, "checksums of parameters and state")
+        _name_different_value(list(named), gathered.cpu())
+
+
+def compare_gradients(
+    gradients: Sequence[Tensor | None], device: torch.device
+) -> Exchange[frozenset[int]]:
+    """Warns if all workers' gradients are bitwise equal: then there is nothing left to average.
+
+    Args:
+        gradients: of all parameters, in order.
+        device: where buffers may live.
+
+    Returns:
+        Positions of the gradients that are sparse on any worker.
+    """
+    present = [gradient for gradient in gradients if gradient is not None]
+    is_sparse = [g is not None and g.layout != torch.strided for g in gradients]
+    digest = _digest(repr([checksum(gradient) for gradient in present]).encode())
+    has_any = any(bool(gradient.any()) for gradient in present)
+    own = [digest if has_any else 0, int(any(is_sparse))]
+    summaries = (yield _gather(own, device, "digests of gradients")).cpu()
+    if len(summaries) > 1 and own[0] != 0 and bool((summaries[:, 0] == own[0]).all()):
         warnings.warn(
             "All workers have bitwise equal gradients, as if they had already been averaged. "
             "Give this optimizer local gradients: use the plain model, or under "
@@ -88,6 +77,10 @@ def check_values(
             "backward within ddp.no_sync().",
             stacklevel=2,
         )
+    if not bool(summaries[:, 1].any()):
+        return frozenset()
+    flags = yield _gather(list(map(int, is_sparse)), device, "which gradients are sparse")
+    return frozenset(flags.cpu().any(dim=0).nonzero().flatten().tolist())
 
 
 def broadcast_values(tensors: Sequence[Tensor], source: int) -> Exchange[None]:
@@ -98,9 +91,8 @@ def broadcast_values(tensors: Sequence[Tensor], source: int) -> Exchange[None]:
         source: the worker whose values all take.
     """
     for tensor in tensors:
-        buffer = tensor.detach().contiguous()
-        values = yield Broadcast(buffer, "parameters", source)
-        tensor.detach().copy_(values)
+        own = real_view(tensor.detach())
+        own.copy_((yield Broadcast(own.contiguous(), "parameters", source)))
 
 
 def checksum(tensor: Tensor) -> int:
@@ -114,10 +106,7 @@ def checksum(tensor: Tensor) -> int:
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
-    if tensor.is_sparse:
-        tensor = tensor.to_dense()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+    tensor = real_view(tensor)
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = tensor.reshape(-1).view(integers[tensor.element_size()])
     weights = _weights(flat.device)
@@ -136,6 +125,39 @@ def _weights(device: torch.device) -> Tensor:
     return (drawn * 2 + 1).to(device)
 
 
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
+
+
+def _gather(numbers: Sequence[int], device: torch.device, purpose: str) -> AllGather:
+    return AllGather(torch.tensor(numbers, dtype=torch.int64, device=device), purpose)
+
+
+def _name_different_line(
+    text: bytes, lengths: Sequence[int], device: torch.device
+) -> Exchange[Never]:
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    gathered = yield AllGather(padded, "parameter lists")
+    texts = [
+        bytes(row[:length].tolist()).decode().split("\n")
+        for row, length in zip(gathered.cpu(), lengths, strict=True)
+    ]
+    raise WorkerMismatchError(_first_difference(texts))
+
+
+def _name_different_value(names: Sequence[str], checksums: Tensor) -> Never:
+    differs = checksums != checksums[0]
+    position = int(differs.any(dim=0).nonzero()[0])
+    differing = differs[:, position].nonzero().flatten().tolist()
+    raise WorkerMismatchError(
+        f"{names[position]} differs between workers: its values on {_workers(differing)} are not "
+        f"those of worker 0. All workers must start from the same values: call "
+        f"optimizer.broadcast_parameters() before the first step, or load one "
+        f"consolidated checkpoint everywhere."
+    )
+
+
 def _first_difference(texts: Sequence[Sequence[str]]) -> str:
     longest = max(len(text) for text in texts)
     for position in range(longest):
@@ -147,8 +169,8 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str:
             held = "; ".join(f"{_workers(who)}: {line}" for line, who in groups.items())
             return (
                 f"Workers disagree about what they train. {held}. All workers must construct the "
-                f"optimizer with the same parameters, in the same order, and the same settings; "
-                f"and with compile=True all of them need a compiler."
+                f"optimizer with the same parameters, in the same order, and the same settings, "
+                f"and change them alike; and with compile=True all of them need a compiler."
             )
     raise AssertionError("equal texts have equal digests")
 

@@ -1,16 +1,21 @@
 """The optimizer's arguments: torch.optim.SGD's, with its errors, and this package's own."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from efsgd.compressors import Compressor
+
 __all__ = [
+    "LOCAL",
     "SGD_SETTINGS",
     "SHARED",
-    "validate_group",
-    "validate_own_settings",
+    "validate_changes",
+    "validate_exchange",
     "validate_parameter",
+    "validate_sgd_group",
     "validate_shared",
 ]
 
@@ -29,27 +34,37 @@ SGD_SETTINGS = (
 
 #: Settings of the optimizer as a whole. They live in every group, since that is what a
 #: state_dict saves, and must be the same in all of them. A compressor may add its own.
-SHARED = ("error_feedback", "start_compressing_at", "nonfinite", "step")
+SHARED = (
+    "error_feedback",
+    "start_compressing_at",
+    "nonfinite",
+    "max_grad_norm",
+    "check_every",
+    "step",
+    "worker",
+    "world_size",
+)
+
+#: Those of them that may differ between workers: whose errors are kept, in which step's company.
+LOCAL = ("worker", "world_size")
 
 
-def validate_group(group: Mapping[str, Any]) -> None:
-    """Checks the settings of one parameter group that are not the compressor's.
+def validate_sgd_group(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks all settings of a parameter group of an SGD.
 
     Raises:
         ValueError: a value is out of range, or two settings contradict each other.
         RuntimeError: `fused` is asked for together with `differentiable` or `foreach`.
-        NotImplementedError: `differentiable=True`.
     """
     _validate_sgd(group)
-    validate_own_settings(group)
+    validate_changes(group, compressor)
 
 
-def validate_own_settings(group: Mapping[str, Any]) -> None:
-    """Checks those settings of a group that torch.optim.SGD has not, or not in this combination.
+def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks the settings of a parameter group of an SGD that torch itself does not look at again.
 
     Raises:
         ValueError: a value is out of range, or two settings contradict each other.
-        NotImplementedError: `differentiable=True`.
     """
     form = group["momentum_form"]
     if form not in ("paper", "sgd"):
@@ -65,20 +80,29 @@ def validate_own_settings(group: Mapping[str, Any]) -> None:
             "fused=True asks for torch's fused SGD kernel, but momentum_form is 'paper', which it "
             "cannot compute. Pass momentum_form='sgd', or leave fused out."
         )
-    if group["differentiable"]:
-        raise NotImplementedError(
-            "differentiable=True is not supported: a step cannot be differentiated through its "
-            "communication. Use torch.optim.SGD for that."
-        )
-    start = group["start_compressing_at"]
-    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
-        raise ValueError(
-            f"Invalid start_compressing_at: {start!r}. Must be a number of steps, at least 0."
-        )
+    validate_exchange(group, compressor)
+
+
+def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks what a parameter group says about the exchange of gradients.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range.
+    """
+    for name in ("start_compressing_at", "check_every", *LOCAL, "step"):
+        value, what = group[name], "an integer" if name in LOCAL else "a number of steps"
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"Invalid {name}: {value!r}. Must be {what}, at least 0.")
     if not isinstance(group["error_feedback"], bool):
         raise ValueError(f"Invalid error_feedback: {group['error_feedback']!r}. Must be a bool.")
     if group["nonfinite"] not in ("raise", "skip"):
         raise ValueError(f"Invalid nonfinite: {group['nonfinite']!r}. Must be 'raise' or 'skip'.")
+    norm = group["max_grad_norm"]
+    if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+        raise ValueError(
+            f"Invalid max_grad_norm: {norm!r}. Must be a positive number, or None not to clip."
+        )
+    compressor.validate(group)
 
 
 def _validate_sgd(group: Mapping[str, Any]) -> None:
@@ -123,14 +147,14 @@ def validate_parameter(parameter: Tensor, name: str) -> None:
     """Checks that a parameter is of a kind that can be exchanged.
 
     Raises:
-        NotImplementedError: complex parameters, and parameters sharded by FSDP or DTensor.
+        NotImplementedError: parameters sharded by FSDP or DTensor.
     """
-    if parameter.is_complex():
+    is_sharded = type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements")
+    # FullyShardedDataParallel marks what it has made of parameters, and the parameters themselves.
+    is_flat = type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")
+    if is_sharded or is_flat:
+        kind = "DTensor, as fully_shard makes it" if is_sharded else "FullyShardedDataParallel"
         raise NotImplementedError(
-            f"{name} is complex. Register its real view instead: torch.view_as_real(parameter)."
-        )
-    if type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements"):
-        raise NotImplementedError(
-            f"{name} is sharded (DTensor). The optimizer needs whole parameters on every worker: "
+            f"{name} is sharded ({kind}). The optimizer needs whole parameters on every worker: "
             f"use a plain model or DistributedDataParallel."
         )

@@ -15,7 +15,7 @@ from typing import Self, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Blocks", "Elementwise", "Entry", "Layout", "matrix_shape"]
+__all__ = ["Batch", "Blocks", "Elementwise", "Entry", "Layout", "matrix_shape", "real_view"]
 
 #: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
 #: of decompressed pieces, which it may modify, and for each operand the list of its like pieces. An
@@ -34,6 +34,19 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
         (64, 27)
     """
     return shape[0], math.prod(shape[1:])
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last dimension of size 2; a sparse one made dense.
+
+    Example:
+        >>> from efsgd.blocks import real_view
+        >>> real_view(torch.tensor([1 + 2j, 3 + 4j])).tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
+    """
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,71 @@ a worker's errors is only their mean: everything that is ever sent depends on th
 the mean of gradient and error alone, as far as the compressor is linear. So a dict that holds the
 mean of the errors, loaded on every worker, continues the run on any number of them: exactly but for
 rounding with PowerSGD, and with every compressor without losing anything of what was to be sent.
+`consolidated_state_dict` makes such a dict. `average_errors_` has the optimizers themselves hold
+the mean, so that what a framework saves on its own, one worker's `state_dict()`, is such a dict.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.collectives import AllReduceMean, Exchange, run
-from efsgd.optimizer_base import ErrorFeedbackSGD
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
+from efsgd.state import State, members
 from efsgd.transports import current_transport
 
-__all__ = ["consolidated_state_dict", "consolidation"]
+__all__ = ["average_errors_", "averaging_", "consolidated_state_dict", "consolidation"]
 
 
-def consolidated_state_dict(optimizer: ErrorFeedbackSGD) -> dict[str, Any]:
+def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
+    """Gives every worker the mean of all workers' errors.
+
+    Every worker of the optimizer's group must call it, between the same two steps. From then until
+    the next step any single worker's `state_dict()` is a checkpoint for any number of workers, and
+    equal to that of every other. Training goes on as it would have, but for rounding: see above.
+
+    As a hook it makes every `state_dict()` such a checkpoint, where all workers call that method
+    (a worker that calls it alone waits for the others)::
+
+        optimizer.register_state_dict_pre_hook(average_errors_)
+
+    Like all hooks of an optimizer it is neither copied nor pickled with it.
+
+    Args:
+        optimizer: whose errors are replaced (modified in place); nothing else changes.
+
+    Raises:
+        CollectiveError: a collective failed; nothing has changed on this worker.
+
+    Example:
+        >>> from efsgd import PowerSGDOptimizer
+        >>> from efsgd.checkpoint import average_errors_
+        >>> optimizer = PowerSGDOptimizer(torch.nn.Linear(32, 32).parameters(), lr=0.1)
+        >>> average_errors_(optimizer)
+        >>> hook = optimizer.register_state_dict_pre_hook(average_errors_)
+    """
+    run(averaging_(optimizer), current_transport(optimizer.process_group))
+
+
+@torch.no_grad()
+def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
+    """`average_errors_` as an exchange, for any driver."""
+    parameters = [member.parameter for member in members(optimizer.param_groups)]
+    yield from _replace_errors_([optimizer.state[p] for p in parameters if p in optimizer.state])
+    for section in optimizer._stepper.plan.sections:
+        for entry in section.layout.entries:
+            # An error that waits to be sent uncompressed is looked for where it was not zero.
+            if section.errors is None or entry.level is None:
+                error = optimizer.state.get(section.parameters[entry.index], {}).get("error")
+                if error is not None and bool(error.any()):
+                    section.leftovers[entry.index] = error
+    _disown_(optimizer.param_groups)
+
+
+def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]:
     """A state_dict that can be loaded on any number of workers.
 
     Every worker of the optimizer's group must call it, between the same two steps. All get equal
@@ -45,16 +94,35 @@ def consolidated_state_dict(optimizer: ErrorFeedbackSGD) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def consolidation(optimizer: ErrorFeedbackSGD) -> Exchange[dict[str, Any]]:
+def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
     state_dict = copy.deepcopy(optimizer.state_dict())
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    states = state_dict["state"]
+    yield from _replace_errors_([states[key] for key in dict.fromkeys(keys) if key in states])
+    _disown_(state_dict["param_groups"])
+    return state_dict
+
+
+def _disown_(groups: Iterable[dict[str, Any]]) -> None:
+    """Notes in the groups that the errors are those of no worker in particular."""
+    for group in groups:
+        group.update(worker=0, world_size=0)
+
+
+def _replace_errors_(states: Iterable[State]) -> Exchange[None]:
+    """Replaces the errors in `states` by their means, once all of these are there."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for _, state in sorted(state_dict["state"].items(), key=lambda item: str(item[0])):
+    for state in states:
         error = state.get("error")
         if error is not None:
-            kinds.setdefault((error.device, error.dtype), []).append(error)
+            state["error"] = error.contiguous()  # one may be zeros that share their memory
+            kinds.setdefault((error.device, error.dtype), []).append(state["error"])
+    means = []
     for errors in kinds.values():
-        means = yield AllReduceMean(torch.cat([e.reshape(-1) for e in errors]), "errors")
-        for error, mean in zip(errors, means.split([e.numel() for e in errors]), strict=True):
-            error.copy_(mean.view(error.shape))
-    return state_dict
+        flat = torch.cat([error.reshape(-1) for error in errors])
+        means.append((yield AllReduceMean(flat, "errors")))
+    for errors, mean in zip(kinds.values(), means, strict=True):
+        parts = mean.split([error.numel() for error in errors])
+        for error, part in zip(errors, parts, strict=True):
+            error.copy_(part.view(error.shape))

@@ -7,6 +7,7 @@ parameter and one for each worker, so they cost no collective of their own and t
 depends on them.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from efsgd.blocks import real_view
 from efsgd.collectives import Collective, Exchange, intercept
 
 __all__ = ["ControlWords", "Verdict", "all_finite", "describe_rejection"]
@@ -31,21 +33,28 @@ class Verdict:
             not finite; None where all gradients are finite but a sum or product with them is not.
         overflowed: the mean is not finite although each worker's part is.
         unable: workers that met an error of their own and sent zeros.
+        changed: workers that train something else than before, and sent zeros.
+        sparse: indices of parameters for which some worker had a sparse gradient.
     """
 
     absent: frozenset[int]
     nonfinite: dict[int, int | None]
     overflowed: bool
     unable: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+    sparse: frozenset[int] = frozenset()
 
     @property
     def is_good(self) -> bool:
         """Whether the step may be applied."""
-        return not (self.nonfinite or self.overflowed or self.unable)
+        return not (self.nonfinite or self.overflowed or self.unable or self.changed)
 
 
 class ControlWords:
     """The control words of one worker for the parameters of one section.
+
+    Attributes:
+        world_size: the number of workers.
 
     Args:
         indices: the parameters' indices, in the order of their words.
@@ -54,7 +63,8 @@ class ControlWords:
     """
 
     def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
-        self._indices, self._world_size, self._worker = tuple(indices), world_size, worker
+        self.world_size = world_size
+        self._indices, self._worker = tuple(indices), worker
 
     @staticmethod
     def count(parameters: int, world_size: int) -> int:
@@ -111,9 +121,35 @@ class ControlWords:
         result = yield from intercept(exchange, outgoing, incoming)
         return result, self._read(words, overflowed=not mean_is_finite)
 
+    def announce(
+        self, collectives: Sequence[Collective], device: torch.device
+    ) -> Exchange[Verdict]:
+        """Takes part in a step of the others with zeros, to say that this worker has changed.
+
+        Args:
+            collectives: those of the step before, of this section; their buffers may be of device
+                "meta", as their shapes and dtypes are all that matters.
+            device: where the buffers are.
+
+        Returns:
+            The verdict; `changed` has the workers that say the same.
+        """
+        words = torch.zeros(0)
+        for position, collective in enumerate(collectives):
+            buffer = torch.zeros_like(collective.buffer, device=device)
+            if position == 0:
+                buffer[len(self._indices) + self._worker] = self._changed
+            answer = yield dataclasses.replace(collective, buffer=buffer)
+            if position == 0:
+                words = answer[: len(self._indices) + self.world_size]
+        return self._read(words, overflowed=False)
+
     def _own_words(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        presence = [float(gradient is not None) for gradient in gradients]
-        words = presence + [0.0] * self._world_size
+        words = [0.0] * (len(self._indices) + self.world_size)
+        for position, gradient in enumerate(gradients):
+            if gradient is not None:  # any number of dense ones counts less than one sparse one
+                is_dense = gradient.layout == torch.strided
+                words[position] = 1.0 if is_dense else 1.0 + self.world_size
         return torch.tensor(words, dtype=torch.float64, device="cpu")
 
     @property
@@ -121,27 +157,33 @@ class ControlWords:
         """What a worker that cannot take part writes in its word."""
         return len(self._indices) + 2
 
+    @property
+    def _changed(self) -> int:
+        """What a worker writes in its word that trains something else than before."""
+        return len(self._indices) + 3
+
     def _first_nonfinite(self, gradients: Sequence[Tensor | None]) -> int:
         """1 + the position of the first gradient that is not finite; past the last if none."""
         for position, gradient in enumerate(gradients):
-            if gradient is not None and not all_finite(gradient):
+            if gradient is not None and not all_finite(real_view(gradient)):
                 return 1 + position
         return 1 + len(gradients)
 
     def _read(self, words: Tensor, *, overflowed: bool) -> Verdict:
-        means: list[float] = words.tolist()
-        presence, accused = means[: len(self._indices)], means[len(self._indices) :]
-        # One worker alone wrote each of the last words, so its mean times W is what it wrote.
-        positions = [round(mean * self._world_size) for mean in accused]
+        sums = [round(mean * self.world_size) for mean in words.tolist()]
+        # One worker alone wrote each of the last words, so their sums are what it wrote.
+        presence, positions = sums[: len(self._indices)], sums[len(self._indices) :]
         nonfinite = {
             worker: self._indices[position - 1] if position <= len(self._indices) else None
             for worker, position in enumerate(positions)
             if 0 < position < self._unable
         }
         unable = tuple(w for w, position in enumerate(positions) if position == self._unable)
-        pairs = zip(self._indices, presence, strict=True)
-        absent = frozenset(index for index, mean in pairs if mean == 0)
-        return Verdict(absent, nonfinite, overflowed, unable)
+        changed = tuple(w for w, position in enumerate(positions) if position == self._changed)
+        counts = dict(zip(self._indices, presence, strict=True))
+        absent = frozenset(index for index, count in counts.items() if count == 0)
+        sparse = frozenset(i for i, count in counts.items() if count > self.world_size)
+        return Verdict(absent, nonfinite, overflowed, unable, changed, sparse)
 
 
 def all_finite(tensor: Tensor) -> bool:

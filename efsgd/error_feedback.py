@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Blocks, Elementwise, Layout
+from efsgd.blocks import Blocks, Elementwise, Layout, real_view
 from efsgd.collectives import Exchange
 from efsgd.compressors.base import Aggregator, Compressed
 from efsgd.control import ControlWords, Verdict
@@ -39,7 +39,7 @@ class Section:
     """The tensors of one device and one dtype on one worker: what Algorithm 2 works on.
 
     Attributes:
-        parameters: by index, in the order of the layout.
+        parameters: by index, in the order of the layout; complex ones as they are.
         device: where all of it is.
         errors: the error memory e_w of the compressed tensors; None without error feedback.
         deltas: scratch for Δ_w; after line 9 it holds the next errors.
@@ -185,20 +185,14 @@ def decompress_with_(
 def add_errors_and_gradients_(deltas: Blocks, section: Section, scale: float = 1.0) -> None:
     """Δ_w = g_w + e_w for each tensor of `section`, written to `deltas` (modified in place).
 
-    A missing gradient is zero. A tensor that is sent uncompressed has no error.
-
-    Raises:
-        NotImplementedError: a gradient is sparse.
+    A missing gradient is zero, a sparse one is made dense, a complex one is its real view. A tensor
+    that is sent uncompressed has no error.
     """
     for index, parameter in section.parameters.items():
-        delta, gradient, error = deltas.views[index], parameter.grad, section.error_of(index)
+        delta, error = deltas.views[index], section.error_of(index)
+        gradient = None if parameter.grad is None else real_view(parameter.grad)
         if gradient is None:
             delta.zero_() if error is None else delta.copy_(error)
-        elif gradient.layout != torch.strided:
-            raise NotImplementedError(
-                f"The gradient of parameter {index} is sparse. Use dense gradients, for example "
-                f"torch.nn.Embedding(..., sparse=False)."
-            )
         elif error is not None:
             torch.add(error, gradient, alpha=scale, out=delta)
         elif scale == 1.0:
@@ -217,6 +211,7 @@ def descend_(
     weight_decay: float | Tensor | None = None,
     maximize: bool = False,
     together: bool = False,
+    clip: float | Tensor | None = None,
 ) -> None:
     """Algorithm 2, lines 12 and 13, with weight decay on the aggregated update.
 
@@ -231,6 +226,7 @@ def descend_(
             neither compressed nor kept in the errors.
         maximize: ascend instead.
         together: whether many tensors share a kernel, where all have one dtype: on accelerators.
+        clip: Δ' is multiplied by this first.
 
     Example:
         >>> from efsgd.error_feedback import descend_
@@ -240,7 +236,7 @@ def descend_(
         (tensor([5.]), tensor([-3.5000]))
     """
     for x, update in zip(parameters, updates, strict=True):
-        regularize_(update, x, weight_decay=weight_decay, maximize=maximize)
+        regularize_(update, x, weight_decay=weight_decay, maximize=maximize, clip=clip)
     is_uniform = len({tensor.dtype for tensor in (*parameters, *updates)}) == 1
     if together and is_uniform and isinstance(lr, float) and isinstance(momentum, float):
         deltas, steps = list(updates), list(updates if momenta is None else momenta)
@@ -259,9 +255,16 @@ def descend_(
 
 
 def regularize_(
-    update: Tensor, x: Tensor, *, weight_decay: float | Tensor | None, maximize: bool
+    update: Tensor,
+    x: Tensor,
+    *,
+    weight_decay: float | Tensor | None,
+    maximize: bool,
+    clip: float | Tensor | None = None,
 ) -> None:
-    """Turns Δ' around to ascend, and adds the multiple of x to it (modified in place)."""
+    """Clips Δ', turns it around to ascend, and adds the multiple of x to it (modified in place)."""
+    if clip is not None:
+        update.mul_(clip)
     if maximize:
         update.neg_()
     if weight_decay is not None:

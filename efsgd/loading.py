@@ -6,24 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.arguments import SHARED, validate_group, validate_shared
-from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
 from efsgd.state import Member, compute_dtype, members, require_shape
 
-__all__ = ["exact_copies", "fill_missing_settings", "refuse_overwritten", "validate_groups"]
-
-
-def validate_groups(groups: Sequence[Mapping[str, Any]], compressor: Compressor) -> None:
-    """Checks all settings of all groups.
-
-    Raises:
-        ValueError: a setting is out of range, or two contradict each other.
-    """
-    for group in groups:
-        validate_group(group)
-        compressor.validate(group)
-    validate_shared(groups, (*SHARED, *compressor.shared_settings()))
+__all__ = ["exact_copies", "fill_missing_settings", "refuse_overwritten"]
 
 
 def fill_missing_settings(
@@ -98,11 +84,13 @@ def _exact_copy(saved: Mapping[str, Any], member: Member) -> dict[str, Any]:
     for name, value in saved.items():
         if isinstance(value, Tensor):
             if name in ("momentum_buffer", "error"):
-                require_shape(value, parameter.shape, name, member.name)
+                shape = member.shape if name == "error" else parameter.shape
+                require_shape(value, shape, name, member.name)
             dtype = value.dtype
-            if value.is_floating_point():
-                is_momentum = name == "momentum_buffer"
-                dtype = parameter.dtype if is_momentum else compute_dtype(parameter)
+            if name == "momentum_buffer":
+                dtype = parameter.dtype
+            elif value.is_floating_point():
+                dtype = compute_dtype(parameter)
             device = torch.device("cpu") if name == "momentum_started" else parameter.device
             value = value.detach().to(device=device, dtype=dtype, copy=True)
         copies[name] = value

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from efsgd.compressors import PowerSGD
-from efsgd.optimizer_base import ErrorFeedbackSGD
+from efsgd.error_feedback_sgd import ErrorFeedbackSGD
 
 __all__ = ["ErrorFeedbackSGD", "PowerSGDOptimizer"]
 
@@ -34,7 +34,8 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         nesterov: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         maximize: ascend instead of descending.
         foreach: whether many tensors share a kernel; None: on accelerators.
-        differentiable: only False is supported.
+        differentiable: whether autograd goes through the step; for one worker that compresses
+            nothing (`min_compression_rate=math.inf`).
         fused: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         rank: r, at least 1. A tensor of two or more dimensions is seen as the matrix [n, m], n
             its first dimension, and compressed to rank min(n, m, rank).
@@ -47,6 +48,10 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         start_compressing_at: the number of steps that are sent uncompressed first.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed.
+        max_grad_norm: the norm of all parameters' Δ' together is clipped to it, the same on every
+            worker; None does not.
+        check_every: compare the workers' settings, parameters and replicated state before every
+            so-manieth step; 0 does so before the first alone.
         seed: of the first Q, the same on every worker. The global generator is not touched.
         compile: whether torch.compile fuses products of ranks up to 8 into the passes that use
             them, where that is faster. Results are the same to rounding. The same for all groups
@@ -90,6 +95,8 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         error_feedback: bool = True,
         start_compressing_at: int = 0,
         nonfinite: str = "raise",
+        max_grad_norm: float | None = None,
+        check_every: int = 0,
         seed: int = 0,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -110,5 +117,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             error_feedback=error_feedback,
             start_compressing_at=start_compressing_at,
             nonfinite=nonfinite,
+            max_grad_norm=max_grad_norm,
+            check_every=check_every,
             process_group=process_group,
         )

@@ -1,112 +1,86 @@
-"""Error-feedback SGD as a torch.optim.Optimizer, for any compressor."""
+"""What optimizers around error feedback have in common: groups, state, and the workers."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, Self
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeAlias
+from weakref import ref
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from efsgd.arguments import SGD_SETTINGS, SHARED, validate_group, validate_parameter
+from efsgd.arguments import LOCAL, SHARED, validate_parameter, validate_shared
 from efsgd.collectives import Exchange, run
-from efsgd.compressors import Compressor, PowerSGD
+from efsgd.compressors import Compressor
 from efsgd.errors import CollectiveError
-from efsgd.loading import (
-    exact_copies,
-    fill_missing_settings,
-    refuse_overwritten,
-    validate_groups,
-)
+from efsgd.joining import Joining
+from efsgd.loading import exact_copies, fill_missing_settings, refuse_overwritten
+from efsgd.refusals import refuse_backward_optimizer, refuse_sharding_optimizer
+from efsgd.rules import Rules
 from efsgd.state import complete_, members
-from efsgd.stepper import LossScaling, Stepper
-from efsgd.transports import current_transport
+from efsgd.stepper import Groups, LossScaling, Stepper
+from efsgd.transports import Alone, ProcessGroup, current_transport
 
-__all__ = ["ErrorFeedbackSGD"]
+__all__ = ["ErrorFeedbackOptimizer", "Handling"]
+
+Validation: TypeAlias = Callable[[Mapping[str, Any], Compressor], None]
 
 
-class ErrorFeedbackSGD(Optimizer):
-    """Distributed error-feedback SGD with momentum: Algorithm 2 of PowerSGD, any compressor.
+@dataclass(frozen=True)
+class Handling:
+    """How an optimizer treats its parameter groups.
 
-    `step()` takes each worker's own gradients, adds what was not sent before, compresses, averages
-    over the workers, and updates. What the compressor leaves alone is averaged as it is.
+    Attributes:
+        validate: checks a group that is new or loaded.
+        validate_again: checks it before each step, for users and schedulers change it.
+        rules: how groups are updated; see `efsgd.rules`.
+    """
 
-    The arguments are those of `PowerSGDOptimizer`, which is the case `compressor=PowerSGD(...)`.
+    validate: Validation
+    validate_again: Validation
+    rules: Callable[[Groups], Rules]
+
+
+class ErrorFeedbackOptimizer(Joining, Optimizer):
+    """Exchanges gradients with error feedback: Algorithm 2, up to what is done with the result.
+
+    Subclasses say how groups are handled.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
-        lr: learning rate γ.
-        momentum: λ.
-        dampening: as in torch.optim.SGD; needs `momentum_form="sgd"`.
-        weight_decay: multiple of the parameters that is added to the averaged update.
-        nesterov: as in torch.optim.SGD; needs `momentum_form="sgd"`.
-        maximize: ascend instead of descending.
-        foreach: whether many tensors share a kernel; None: on accelerators.
-        differentiable: only False is supported.
-        fused: as in torch.optim.SGD; needs `momentum_form="sgd"`.
-        compressor: what is sent; None is `PowerSGD()`.
-        momentum_form: "paper", or torch.optim.SGD's "sgd".
-        error_feedback: whether what was not sent is kept, and sent later.
-        start_compressing_at: the number of steps that are sent uncompressed first.
-        nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
-            a `NonFiniteGradientError`, or "skip" the step. Under torch.amp.GradScaler steps
-            are always skipped.
-        process_group: the workers; None is the default group, looked up at each step. It is not
-            pickled.
-
-    Raises:
-        ValueError: an argument is out of range, or two of them contradict each other.
+        defaults: of the groups' settings.
+        compressor: decides what is compressed and how far.
+        process_group: the workers; None is the default group, looked up at each step.
     """
 
-    # torch.amp.GradScaler then calls `step` on every worker, also on one whose gradients have
-    # overflowed, and the workers decide together.
-    _step_supports_amp_scaling = True
+    _handling: ClassVar[Handling]
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        compressor: Compressor | None = None,
-        momentum_form: str = "paper",
-        error_feedback: bool = True,
-        start_compressing_at: int = 0,
-        nonfinite: str = "raise",
-        process_group: dist.ProcessGroup | None = None,
+        defaults: dict[str, Any],
+        compressor: Compressor,
+        process_group: dist.ProcessGroup | None,
     ) -> None:
-        self._compressor: Compressor = PowerSGD() if compressor is None else compressor
+        refuse_sharding_optimizer()
         self._process_group = process_group
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "momentum_form": momentum_form,
-            "error_feedback": error_feedback,
-            "start_compressing_at": start_compressing_at,
-            "nonfinite": nonfinite,
-            "step": 0,
-            **self._compressor.settings(),
-        }
-        validate_group(defaults)
-        self._stepper = Stepper(self._compressor, defaults)
-        self._loading: dict[str, Any] | None = None
+        defaults |= {"step": 0, "worker": 0, "world_size": 0, **compressor.settings()}
+        self._handling.validate(defaults, compressor)
+        self._begin(compressor, defaults)
         super().__init__(params, defaults)
+
+    def _begin(self, compressor: Compressor, defaults: Mapping[str, Any]) -> None:
+        self._compressor = compressor
+        self._loading: dict[str, Any] | None = None
+        self._weight = 1.0
+        self._last_group: Callable[[], dist.ProcessGroup | None] = _no_group
+        settings = [name for name in defaults if name not in LOCAL]
+        handling = self._handling
+        again = functools.partial(_validate_groups, handling.validate_again, compressor)
+        self._stepper = Stepper(compressor, settings, again, handling.rules)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
@@ -120,7 +94,7 @@ class ErrorFeedbackSGD(Optimizer):
                 param_group.setdefault(name, self.param_groups[0][name])
         super().add_param_group(param_group)
         try:
-            validate_groups(self.param_groups, self._compressor)
+            _validate_groups(self._handling.validate, self._compressor, self.param_groups)
             for member in members(self.param_groups):
                 validate_parameter(member.parameter, member.name)
         except Exception:
@@ -128,44 +102,56 @@ class ErrorFeedbackSGD(Optimizer):
             raise
         self._complete_state()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Compresses, aggregates and applies the gradients of all workers.
-
-        Every worker of the group must call it, the same number of times. `p.grad` is not modified.
+    def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
+        """The step as an exchange, for any driver: `efsgd.collectives.run`, `testing.lockstep`.
 
         Args:
-            closure: computes the loss and its gradients; called once, before anything else.
+            world_size: the number of workers.
+            worker: this worker's place among them, from 0.
 
         Returns:
-            What `closure` returns.
-
-        Raises:
-            NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
-            WorkerMismatchError: the workers do not train the same thing; nothing has changed.
-            CollectiveError: a collective failed; nothing has changed on this worker.
+            Whether the step was applied; if not, all workers skipped it.
         """
-        loss, step = None, self.param_groups[0]["step"]
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        transport = current_transport(self._process_group)
+        scaling = LossScaling.of(self)
+        return self._stepper.exchange(
+            self.param_groups, self.state, world_size, worker, scaling, self._weight
+        )
+
+    def _take_step(self) -> bool:
+        """Runs `exchange` with the workers of the process group."""
+        transport = self._meet()
+        step = self.param_groups[0]["step"]
         try:
-            run(self.exchange(transport.world_size, transport.worker), transport)
+            return run(self.exchange(transport.world_size, transport.worker), transport)
         except CollectiveError as error:
             raise CollectiveError(
                 f"Step {step} was abandoned: {error} Parameters and optimizer state of this worker "
                 f"are as they were before step {step}."
             ) from error
-        return loss
 
-    def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[None]:
-        """The step as an exchange, for any driver: `efsgd.collectives.run`, `testing.lockstep`.
+    def _meet(self) -> Alone | ProcessGroup:
+        """The workers now; notices that they are others than at the last step."""
+        transport = current_transport(self._process_group)
+        if transport.world_size > 1:
+            refuse_backward_optimizer(self)
+        if transport.group is not self._last_group():
+            self._stepper.regroup()
+            # A weak one: a group that is held here would outlive destroy_process_group.
+            self._last_group = _no_group if transport.group is None else ref(transport.group)
+        return transport
 
-        `worker` is this worker's place among `world_size`, from 0.
+    def compare_workers(self) -> None:
+        """Compares settings, parameters and replicated state of all workers, as they are now.
+
+        Every worker of the group must call it, between the same two steps. `check_every` does the
+        same before every so-manieth step.
+
+        Raises:
+            WorkerMismatchError: names the first difference.
         """
-        return self._stepper.exchange(
-            self.param_groups, self.state, world_size, worker, LossScaling.of(self)
-        )
+        transport = self._meet()
+        if transport.world_size > 1:
+            run(self._stepper.compare_all(), transport)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -175,7 +161,22 @@ class ErrorFeedbackSGD(Optimizer):
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self._process_group = group
-        self._stepper.forget()
+
+    @property
+    def weight(self) -> float:
+        """This worker's gradients are multiplied by it before errors are added; 1.0 at first.
+
+        For the mean over all examples of batches that differ in size between workers, set it
+        before each step to the size of this worker's batch, times the number of workers, divided
+        by the sum of all batches' sizes. It is not part of a state_dict.
+        """
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: float) -> None:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"Invalid weight: {weight!r}. Must be a finite number of at least 0.")
+        self._weight = float(weight)
 
     def communication_stats(self) -> dict[str, Any]:
         """What was handed to collectives by this worker, counted from the buffers.
@@ -187,9 +188,10 @@ class ErrorFeedbackSGD(Optimizer):
             Of the last step: `collectives`; `bytes_sent`; `bytes_uncompressed`, the size of all
             gradients; `ratio` of the two. Of all steps since construction: `steps` that were
             applied and `skipped_steps` that were not; `total_bytes_sent`, of which
-            `check_bytes_sent` went into comparing workers before the first step. Bytes are those
-            of one worker's buffers: not times the number of workers, nor times what an all-reduce
-            makes of them on the wire. While `time_phases` is set, also `phase_seconds` of the last
+            `check_bytes_sent` went into comparing workers. Bytes are those of one worker's
+            buffers: not times the number of workers, nor times what an all-reduce makes of them
+            on the wire. With `max_grad_norm` also `grad_norm`, the norm of the last step's Δ'
+            before it was clipped. While `time_phases` is set, also `phase_seconds` of the last
             step, a dict whose names are those of the ranges in torch.profiler.
         """
         phases = self._stepper.phases
@@ -215,31 +217,7 @@ class ErrorFeedbackSGD(Optimizer):
         Raises:
             WorkerMismatchError: the workers do not have the same parameters.
         """
-        transport = current_transport(self._process_group)
-        run(self._stepper.broadcast(self.param_groups, source), transport)
-
-    @classmethod
-    def from_sgd(cls, sgd: SGD, **options: Any) -> Self:
-        """Takes over from a live torch.optim.SGD: same groups, same momenta, same update rule.
-
-        The momentum buffers are shared, not copied: `sgd` is not to be used any more. Learning
-        rate schedulers must be made anew, for the new optimizer.
-
-        Args:
-            sgd: the optimizer to replace.
-            options: this package's own arguments (`rank=4`, ...); `momentum_form` is "sgd".
-        """
-        if not isinstance(sgd, SGD):
-            raise TypeError(f"Invalid sgd: {type(sgd).__name__}. Must be a torch.optim.SGD.")
-        defaults = {name: sgd.defaults[name] for name in SGD_SETTINGS}
-        groups = [{**group, "params": list(group["params"])} for group in sgd.param_groups]
-        optimizer = cls(groups, **defaults, **{"momentum_form": "sgd", **options})
-        for parameter, state in sgd.state.items():
-            buffer = state.get("momentum_buffer")
-            if buffer is not None:
-                own = optimizer.state[parameter]
-                own["momentum_buffer"], own["momentum_started"] = buffer, torch.tensor(True)
-        return optimizer
+        run(self._stepper.broadcast(self.param_groups, source), self._meet())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
@@ -257,7 +235,7 @@ class ErrorFeedbackSGD(Optimizer):
         """
 
         def keep(_: Optimizer, final: dict[str, Any]) -> None:
-            refuse_overwritten(final["state"], self._stepper.sections)
+            refuse_overwritten(final["state"], self._stepper.plan.sections)
             self._loading = final
 
         handle = self.register_load_state_dict_pre_hook(keep)  # the last, so it sees what is loaded
@@ -275,7 +253,7 @@ class ErrorFeedbackSGD(Optimizer):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._process_group = self._process_group
+        twin._process_group, twin._weight = self._process_group, self._weight
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -284,16 +262,27 @@ class ErrorFeedbackSGD(Optimizer):
         defaults = (state if "defaults" in state else present)["defaults"]
         groups = state["param_groups"]
         fill_missing_settings(groups, present.get("param_groups", []), defaults)
-        validate_groups(groups, compressor)
-        if (loading := present.setdefault("_loading", None)) is not None:
+        _validate_groups(self._handling.validate, compressor, groups)
+        if (loading := present.get("_loading")) is not None:
             state["state"].update(exact_copies(groups, loading))
         present.setdefault("_process_group", None)
-        present.setdefault("_stepper", Stepper(compressor, defaults))
+        if "_stepper" not in present:
+            self._begin(compressor, defaults)
         super().__setstate__(state)
-        self._stepper.forget()
+        self._stepper.reload()
         self._complete_state()
 
     def _complete_state(self) -> None:
         for member in members(self.param_groups):
             if member.parameter.requires_grad:
                 complete_(self.state[member.parameter], member, self._compressor)
+
+
+def _no_group() -> None:
+    return None
+
+
+def _validate_groups(validate: Validation, compressor: Compressor, groups: Groups) -> None:
+    for group in groups:
+        validate(group, compressor)
+    validate_shared(groups, (*SHARED, *compressor.shared_settings()))

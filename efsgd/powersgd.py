@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -260,6 +260,15 @@ class LowRank:
             for matrices, rows in batch.pieces(views, floats):
                 M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
         self.decompress_with_(subtract_, others)
+
+    def squared_norm(self, wanted: Container[int]) -> float:
+        """That of Q, since the columns of P̂ are orthonormal: |P̂Q^T| = |Q|."""
+        total = 0.0
+        for batch, Q in zip(self.layout.batches, self.Q, strict=True):
+            norms = torch.linalg.vector_norm(Q, dim=(1, 2), dtype=torch.float64).tolist()
+            pairs = zip(batch.entries, norms, strict=True)
+            total += sum(norm**2 for entry, norm in pairs if entry.index in wanted)
+        return total
 
 
 def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:

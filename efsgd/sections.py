@@ -20,24 +20,22 @@ def signature(
     groups: Iterable[Mapping[str, Any]],
     state: Mapping[Tensor, State],
     compressor: Compressor,
-    *context: Hashable,
 ) -> Hashable:
-    """All that sections depend on; while it stays equal they can be used again.
+    """All that sections depend on, except for what changes by itself on all workers alike.
 
     Args:
         groups: of the optimizer.
         state: of its parameters.
         compressor: whose settings are read from the groups.
-        context: anything else that matters.
     """
     settings = tuple(compressor.settings())
-    return context, tuple(
+    return tuple(
         (
             id(group),
             tuple(group[name] for name in settings),
             group["error_feedback"],
-            group["momentum"] != 0,
-            group["step"] >= group["start_compressing_at"],
+            group.get("momentum", 0) != 0,
+            group["start_compressing_at"],
             tuple(
                 (id(p), id(state.get(p)), p.requires_grad, p.dtype, p.device, p.shape)
                 for p in group["params"]
@@ -132,7 +130,5 @@ def _plain(value: Any) -> Any:
 
 
 def _entry(member: Member, compressor: Compressor) -> Entry:
-    group, shape = member.group, tuple(member.parameter.shape)
-    is_compressing = group["step"] >= group["start_compressing_at"]
-    level = compressor.level(shape, group) if is_compressing else None
-    return Entry(member.index, shape, level)
+    is_compressing = member.group["step"] >= member.group["start_compressing_at"]
+    return member.entry(compressor, is_compressing=is_compressing)

@@ -7,18 +7,20 @@
     error             e_w, shape of p, float32 or float64; for compressed tensors
     q                 PowerSGD's warm-started Q, [m, r], float32 or float64; for compressed tensors
 
+A complex parameter is worked on as its real view, [..., 2], and that is its error's shape.
+
 During training `error` and `q` are live views of batched buffers. Like any optimizer's state they
 change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Entry
+from efsgd.blocks import Entry, real_view
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
 
@@ -30,6 +32,7 @@ __all__ = [
     "complete_",
     "complete_momentum_",
     "compute_dtype",
+    "drop_foreign_errors_",
     "members",
     "release_zero_errors_",
     "require_shape",
@@ -42,8 +45,9 @@ State: TypeAlias = MutableMapping[str, Tensor]
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype of errors and factors: float32, or float64 for a float64 parameter."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    """The dtype of errors and factors: float32, or float64 for a parameter of that precision."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if is_double else torch.float32
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,47 @@ class Member:
         parameter: the tensor.
         group: its parameter group.
         name: for messages: its name if the optimizer knows names, and its index.
+        has_sparse_gradients: its gradients are sent uncompressed, made dense.
     """
 
     index: int
     parameter: Tensor
     group: dict[str, Any]
     name: str
+    has_sparse_gradients: bool = False
+
+    @property
+    def values(self) -> Tensor:
+        """What is worked on: the parameter, or the real view of a complex one."""
+        return real_view(self.parameter)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of `values`."""
+        shape = self.parameter.shape
+        return torch.Size((*shape, 2)) if self.parameter.is_complex() else shape
+
+    def entry(self, compressor: Compressor, *, is_compressing: bool = True) -> Entry:
+        """Its place in a plan.
+
+        Args:
+            compressor: decides how far it is compressed. What is not a matrix by itself is none
+                as a real view either.
+            is_compressing: False sends it uncompressed.
+        """
+        is_matrix = self.parameter.dim() >= 2
+        is_compressing = is_compressing and is_matrix and not self.has_sparse_gradients
+        level = compressor.level(self.shape, self.group) if is_compressing else None
+        return Entry(self.index, tuple(self.shape), level)
 
 
-def members(groups: Sequence[dict[str, Any]]) -> Iterator[Member]:
-    """All parameters of all groups, in order; one that is listed twice appears once."""
+def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) -> Iterator[Member]:
+    """All parameters of all groups, in order; one that is listed twice appears once.
+
+    Args:
+        groups: parameter groups.
+        sparse: the parameters that are known to have sparse gradients.
+    """
     index, seen = 0, set()
     for group in groups:
         names = group.get("param_names")
@@ -73,7 +108,7 @@ def members(groups: Sequence[dict[str, Any]]) -> Iterator[Member]:
             if names is not None:
                 name += f" ({names[position]})"
             if parameter not in seen:
-                yield Member(index, parameter, group, name)
+                yield Member(index, parameter, group, name, parameter in sparse)
             seen.add(parameter)
             index += 1
 
@@ -84,18 +119,16 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
     Raises:
         ValueError: a tensor in it has not the shape that the parameter asks for.
     """
-    parameter, group = member.parameter, member.group
+    parameter, group, entry = member.parameter, member.group, member.entry(compressor)
     complete_momentum_(state, member)
-    level = compressor.level(parameter.shape, group)
     dtype, device = compute_dtype(parameter), parameter.device
     if "error" in state:
-        require_shape(state["error"], parameter.shape, "error", member.name)
+        require_shape(state["error"], member.shape, "error", member.name)
         state["error"] = state["error"].to(device=device, dtype=dtype)
-    elif group["error_feedback"] and level is not None:
-        state["error"] = torch.zeros(parameter.shape, dtype=dtype, device=device)
-    if level is None:
+    elif group["error_feedback"] and entry.level is not None:
+        state["error"] = torch.zeros(member.shape, dtype=dtype, device=device)
+    if entry.level is None:
         return
-    entry = Entry(member.index, tuple(parameter.shape), level)
     for name, initial in compressor.initial_state(entry, group).items():
         kept, fresh = state.get(name), initial.to(device=device, dtype=dtype)
         if kept is not None:  # of another rank, perhaps: keep the columns that both have
@@ -113,8 +146,10 @@ def complete_momentum_(state: State, member: Member) -> None:
     """
     parameter, present = member.parameter, state.get("momentum_buffer")
     if present is not None and _is_like(present, parameter) and "momentum_started" in state:
+        if not state["momentum_started"] and bool(present.any()):  # given by the user
+            state["momentum_started"].fill_(True)
         return
-    if member.group["momentum"] == 0 and present is None:
+    if member.group.get("momentum", 0) == 0 and present is None:
         return
     if present is not None:
         require_shape(present, parameter.shape, "momentum_buffer", member.name)
@@ -199,6 +234,40 @@ def withdraw_(state: State) -> None:
     for name, value in state.items():
         if value.untyped_storage().nbytes() > value.numel() * value.element_size():
             state[name] = value.clone()
+
+
+def drop_foreign_errors_(
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, State],
+    world_size: int,
+    worker: int,
+) -> str | None:
+    """Zeroes loaded errors that are those of another worker (modified in place).
+
+    If all workers kept them they would count several times, and in place of the workers' own.
+
+    Args:
+        groups: say whose errors these are. With one worker, they are the mean over the workers.
+        state: of all parameters.
+        world_size: the number of workers now.
+        worker: this worker.
+
+    Returns:
+        What to warn of, if it was so.
+    """
+    saved = groups[0]["worker"], groups[0]["world_size"]
+    errors = [own["error"] for own in state.values() if "error" in own]
+    if saved[1] <= 1 or saved == (worker, world_size) or not any(map(torch.any, errors)):
+        return None
+    for error in errors:
+        error.zero_()
+    return (
+        f"The errors that were loaded are those of worker {saved[0]} of {saved[1]}, and this is "
+        f"worker {worker} of {world_size}: they were left out, and what they had yet to send is "
+        f"lost. Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
+        f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "
+        f"worker save and load a state_dict of its own."
+    )
 
 
 def require_shape(value: Tensor, shape: torch.Size, name: str, owner: str) -> None:

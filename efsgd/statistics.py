@@ -11,12 +11,20 @@ class Ledger:
     """Counts the buffers one worker hands to collectives.
 
     A step's own collectives are kept apart from those of the checks before it.
+
+    Attributes:
+        steps: that were applied.
+        skipped_steps: that were left out.
+        total_bytes_sent: in all steps and checks.
+        check_bytes_sent: in checks.
+        grad_norm: of the last step's Δ', if it was asked for.
     """
 
     def __init__(self) -> None:
         self.steps = self.skipped_steps = 0
         self.total_bytes_sent = 0
         self.check_bytes_sent = 0
+        self.grad_norm: float | None = None
         self._uncompressed = 0
         self._in_check = False
         self._sizes: list[int] = []
@@ -24,6 +32,7 @@ class Ledger:
     def begin_step(self, bytes_uncompressed: int) -> None:
         """What follows belongs to a step whose gradients have this many bytes."""
         self._uncompressed, self._in_check, self._sizes = bytes_uncompressed, False, []
+        self.grad_norm = None
 
     def begin_check(self) -> None:
         """What follows, up to the next step, belongs to checks between workers."""
@@ -58,4 +67,5 @@ class Ledger:
             "skipped_steps": self.skipped_steps,
             "total_bytes_sent": self.total_bytes_sent,
             "check_bytes_sent": self.check_bytes_sent,
+            **({} if self.grad_norm is None else {"grad_norm": self.grad_norm}),
         }

@@ -1,40 +1,37 @@
 """One step over all tensors of an optimizer, as one exchange.
 
-It makes the sections when the parameter groups have changed, lets the workers compare what they
-train, runs Algorithm 2 on each section, and applies the step only once every section of every
-worker is known to be good.
+The workers come to terms about what they train, run Algorithm 2 on each section of it, and apply
+the step only once every section of every worker is known to be good.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, MutableMapping, Sequence
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
-from efsgd.agreement import broadcast_values, check_schema, check_values
-from efsgd.arguments import SHARED, validate_own_settings, validate_shared
-from efsgd.collectives import Exchange, intercept
+from efsgd.agreement import broadcast_values, compare
+from efsgd.collectives import Collective, Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
-from efsgd.error_feedback import Outcome, Section, exchange_gradients
-from efsgd.errors import CollectiveError, NonFiniteGradientError
+from efsgd.error_feedback import Outcome, exchange_gradients
+from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
 from efsgd.phases import Phases
-from efsgd.sections import describe, make_sections, signature
-from efsgd.state import (
-    Member,
-    State,
-    adopt_replaced_,
-    complete_,
-    complete_momentum_,
-    members,
-    show_errors_,
-    withdraw_,
-)
+from efsgd.plan import Plan
+from efsgd.rules import Rules
+from efsgd.sections import describe
+from efsgd.state import State, drop_foreign_errors_, members, show_errors_
 from efsgd.statistics import Ledger
-from efsgd.update import Rule, apply_updates_, prepare_updates, rules_of
+from efsgd.terms import Schedule, Terms, describe_change
+from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
+
+Groups: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class LossScaling:
     """
 
     factor: float
-    has_overflowed: bool
+    has_overflowed: bool = False
 
     @classmethod
     def of(cls, optimizer: object) -> Self | None:
@@ -64,40 +61,53 @@ class Stepper:
     """Steps an optimizer, and keeps what is derived from its groups between steps.
 
     Attributes:
-        sections: of the present parameter groups; empty before the first step.
         ledger: what was handed to collectives.
         phases: of a step, and how long they take.
+        plan: the sections of the present parameter groups.
 
     Args:
         compressor: decides what is compressed and how far.
         settings: names of the group entries that workers must agree on.
+        validate: checks parameter groups, which users and schedulers change between steps.
+        rules: how parameter groups are updated; see `efsgd.rules`.
     """
 
-    def __init__(self, compressor: Compressor, settings: Iterable[str]) -> None:
-        self.sections: list[Section] = []
+    def __init__(
+        self,
+        compressor: Compressor,
+        settings: Iterable[str],
+        validate: Callable[[Groups], None],
+        rules: Callable[[Groups], Rules],
+    ) -> None:
         self.ledger, self.phases = Ledger(), Phases()
         self._compressor, self._settings = compressor, tuple(settings)
-        self._members: list[Member] = []
-        self._states: dict[int, State] = {}
-        self._signature: Hashable = None
-        self._prepared: list[Hashable] = []
-        self._agreed_on: Hashable = None
-        self._compared: Hashable = None
+        self._validate, self._rules = validate, rules
+        self.plan = Plan(compressor, self.phases)
+        self._terms = Terms(compressor, self._settings)
+        self._has_loaded = False
 
-    def forget(self) -> None:
-        """Has sections made anew, and workers compare all they have, at the next step."""
-        self.sections, self._signature = [], None
-        self._agreed_on = self._compared = None
+    def regroup(self) -> None:
+        """What follows is with other workers: nothing is agreed on with them."""
+        self.plan.forget()
+        self._terms.forget()
+        self._terms.schedules = None
+
+    def reload(self) -> None:
+        """Groups and state have been loaded: plans are made, and values compared, anew."""
+        self.plan.forget()
+        self._terms.forget()
+        self._has_loaded = True
 
     @torch.no_grad()
     def exchange(
         self,
-        groups: list[dict[str, Any]],
+        groups: Groups,
         state: MutableMapping[Tensor, State],
         world_size: int,
         worker: int,
         scaling: LossScaling | None = None,
-    ) -> Exchange[None]:
+        weight: float = 1.0,
+    ) -> Exchange[bool]:
         """One step.
 
         Args:
@@ -106,46 +116,46 @@ class Stepper:
             world_size: the number of workers.
             worker: this worker's place among them, from 0.
             scaling: of the gradients, in mixed precision.
+            weight: this worker's gradients are multiplied by it.
+
+        Returns:
+            Whether it was applied; if not, it was skipped by all workers.
 
         Raises:
             NonFiniteGradientError: a worker's gradient is not finite, and the policy is "raise".
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
-        for group in groups:  # users and schedulers may have changed them
-            validate_own_settings(group)
-            self._compressor.validate(group)
-        validate_shared(groups, (*SHARED, *self._compressor.shared_settings()))
-        step, rules = groups[0]["step"], rules_of(groups)
-        self._prepare(groups, state, world_size, worker, rules)
+        self._validate(groups)
+        step, rules = groups[0]["step"], self._rules(groups)
+        note = drop_foreign_errors_(groups, state, world_size, worker) if self._has_loaded else None
+        self._has_loaded = False
         self.ledger.begin_check()
-        if world_size > 1:
-            yield from intercept(self._check(world_size), outgoing=self.ledger.record)
-        parameters = [p for section in self.sections for p in section.parameters.values()]
+        terms = self._come_to_terms(groups, state, (world_size, worker), rules)
+        yield from intercept(terms, outgoing=self.ledger.record)
+        parameters = [m.parameter for m in self.plan.members if m.parameter.requires_grad]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
         self.phases.begin_step()
-        factor, has_overflowed = 1.0, False
-        if scaling is not None:
-            factor, has_overflowed = scaling.factor, scaling.has_overflowed
-        outcomes: list[Outcome] = []
-        for section in self.sections:
-            exchange = exchange_gradients(section, step, factor, has_overflowed=has_overflowed)
-            outcomes.append((yield from intercept(exchange, outgoing=self.ledger.record)))
-        _raise_obstacles(outcomes)
-        verdicts = [outcome.verdict for outcome in outcomes]
+        scaling_or_none = scaling or LossScaling(1.0)
+        outcomes = yield from self._exchange_gradients(step, scaling_or_none, weight)
+        self._take_note_of_sparse([outcome.verdict for outcome in outcomes])
+        verdicts = _verdicts(outcomes, step)
         if not all(verdict.is_good for verdict in verdicts):
             if groups[0]["nonfinite"] == "raise" and scaling is None:
-                names = {member.index: member.name for member in self._members}
+                names = {member.index: member.name for member in self.plan.members}
                 raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
             self.ledger.skip_step()
-            return
-        self._apply(outcomes, rules)
+            return False
+        self._apply(outcomes, rules, groups[0]["max_grad_norm"])
         for group in groups:
-            group["step"] = step + 1
+            group.update(step=step + 1, world_size=world_size, worker=worker)
         self.ledger.end_step()
+        if note is not None:  # as an error, a warning must not keep the others waiting
+            warnings.warn(note, stacklevel=2)
+        return True
 
     @torch.no_grad()
-    def broadcast(self, groups: list[dict[str, Any]], source: int) -> Exchange[None]:
+    def broadcast(self, groups: Groups, source: int) -> Exchange[None]:
         """Gives all workers the parameters of one, once it is known that they have the same list.
 
         Args:
@@ -157,88 +167,103 @@ class Stepper:
         """
         listed = list(members(groups))
         lines = describe(listed, self._compressor, self._settings)
-        yield from check_schema(lines, listed[0].parameter.device)
+        yield from compare(lines, listed[0].parameter.device)
         yield from broadcast_values([member.parameter for member in listed], source)
 
-    def _apply(self, outcomes: Sequence[Outcome], rules: Mapping[int, Rule]) -> None:
-        for section, outcome in zip(self.sections, outcomes, strict=True):
-            present = section.parameters.keys() - outcome.verdict.absent
-            section.commit_(outcome.verdict.absent)
-            show_errors_(section, self._states)
-            members = [member for member in self._members if member.index in present]
-            with self.phases("Alg. 2, lines 11 to 13: update"):
-                apply_updates_(section, outcome.mean, members, self._states, rules)
+    @torch.no_grad()
+    def compare_all(self) -> Exchange[None]:
+        """Compares all that workers must have in common, as it is now.
 
-    def _prepare(
+        Raises:
+            WorkerMismatchError: names the first difference.
+        """
+        if self.plan.members:
+            yield from self._terms.check(self.plan, is_due=True)
+
+    def _come_to_terms(
         self,
-        groups: list[dict[str, Any]],
+        groups: Groups,
         state: MutableMapping[Tensor, State],
-        world_size: int,
-        worker: int,
-        rules: Mapping[int, Rule],
+        context: tuple[int, int],
+        rules: Rules,
+    ) -> Exchange[None]:
+        """Makes the plan of this step and, where there is news, compares it with the others'."""
+        plan, terms, step = self.plan, self._terms, groups[0]["step"]
+        if context != plan.context:
+            self.regroup()
+        if context[0] == 1:
+            gradients = ((p, p.grad) for group in groups for p in group["params"])
+            plan.sparse |= {p for p, g in gradients if g is not None and g.layout != torch.strided}
+            plan.update(groups, state, context, rules)
+            return
+        if terms.schedules is not None and plan.has_changed(groups, state):
+            yield from terms.announce_change(step)
+        if not plan.is_current(groups, state):
+            terms.schedules = None
+        plan.update(groups, state, context, rules)
+        every = groups[0]["check_every"]
+        is_due = every > 0 and step > 0 and step % every == 0
+        if sparse := (yield from terms.check(plan, is_due=is_due)):
+            plan.sparse |= {m.parameter for n, m in enumerate(plan.members) if n in sparse}
+            plan.update(groups, state, context, rules)
+
+    def _exchange_gradients(
+        self, step: int, scaling: LossScaling, weight: float
+    ) -> Exchange[list[Outcome]]:
+        """Algorithm 2, lines 7 to 10, for each section."""
+        outcomes, schedules = [], []
+        for section in self.plan.sections:
+            seen: list[Collective] = []
+
+            def outgoing(collective: Collective, seen: list[Collective] = seen) -> None:
+                self.ledger.record(collective)
+                if self._terms.schedules is None:
+                    shape = torch.empty_like(collective.buffer, device="meta")
+                    seen.append(dataclasses.replace(collective, buffer=shape))
+
+            exchange = exchange_gradients(
+                section, step, scaling.factor * weight, has_overflowed=scaling.has_overflowed
+            )
+            outcomes.append((yield from intercept(exchange, outgoing)))
+            schedules.append(Schedule(section.control, tuple(seen), section.device))
+        if self._terms.schedules is None:
+            self._terms.schedules = schedules
+        return outcomes
+
+    def _take_note_of_sparse(self, verdicts: Iterable[Verdict]) -> None:
+        """From the next step on, they are sent uncompressed."""
+        indices = {index for verdict in verdicts for index in verdict.sparse}
+        self.plan.sparse |= {m.parameter for m in self.plan.members if m.index in indices}
+
+    def _apply(
+        self, outcomes: Sequence[Outcome], rules: Rules, max_grad_norm: float | None
     ) -> None:
-        kinds = [rule.kind for rule in rules.values()]
-        present = signature(groups, state, self._compressor, world_size, worker)
-        if present == self._signature:
-            for member in self._members:
-                if member.index in self._states:
-                    complete_momentum_(self._states[member.index], member)
-            for section in self.sections:
-                adopt_replaced_(section, self._states)
-                if kinds != self._prepared:
-                    own = [m for m in self._members if m.index in section.parameters]
-                    prepare_updates(section.aggregator, own, self._states, rules)
-            self._prepared = kinds
-            return
-        self.sections, self._signature = [], None  # their scratch memory is free for what follows
-        self._members, self._states = list(members(groups)), {}
-        for member in self._members:
-            if member.parameter.requires_grad:
-                complete_(state[member.parameter], member, self._compressor)
-                self._states[member.index] = state[member.parameter]
-            elif member.parameter in state:
-                withdraw_(state[member.parameter])
-        self.sections = make_sections(
-            self._members,
-            self._states,
-            self._compressor,
-            world_size,
-            worker,
-            self.phases,
-            lambda aggregator, own: prepare_updates(aggregator, own, self._states, rules),
-        )
-        self._signature = signature(groups, state, self._compressor, world_size, worker)
-        self._prepared = kinds
-
-    def _check(self, world_size: int) -> Exchange[None]:
-        """Compares the workers' parameter lists when they are new, and their values once."""
-        roundings = tuple(section.aggregator.rounding for section in self.sections)
-        if self._agreed_on == (self._signature, roundings):
-            return
-        device = self._members[0].parameter.device
-        lines = describe(self._members, self._compressor, self._settings, self.sections)
-        yield from check_schema(lines, device)
-        identities = world_size, tuple(id(member.parameter) for member in self._members)
-        if identities != self._compared:
-            named = {member.name: member.parameter for member in self._members}
-            for member in self._members:
-                for key, value in self._states.get(member.index, {}).items():
-                    if key != "error":
-                        named[f"{key} of {member.name}"] = value
-            gradients = [member.parameter.grad for member in self._members]
-            yield from check_values(named, gradients, device)
-            self._compared = identities
-        self._agreed_on = self._signature, roundings
+        plan, changes = self.plan, {}
+        pairs = list(zip(plan.sections, outcomes, strict=True))
+        for section, outcome in pairs:
+            section.commit_(outcome.verdict.absent)
+            show_errors_(section, plan.states)
+        if max_grad_norm is not None:
+            squares = [squared_norm(section, o.mean, o.verdict.absent) for section, o in pairs]
+            self.ledger.grad_norm = norm = math.sqrt(sum(squares))
+            changes["clip"] = min(1.0, max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        for section, outcome in pairs:
+            present = section.parameters.keys() - outcome.verdict.absent
+            own = [member for member in plan.members if member.index in present]
+            with self.phases("Alg. 2, lines 11 to 13: update"):
+                apply_updates_(section, outcome.mean, own, plan.states, rules, **changes)
 
 
-def _raise_obstacles(outcomes: Iterable[Outcome]) -> None:
-    """Raises this worker's own error, or says that another worker had one."""
+def _verdicts(outcomes: Iterable[Outcome], step: int) -> list[Verdict]:
+    """What all workers know. Raises what keeps the step from being taken besides gradients."""
     verdicts: list[Verdict] = []
     for outcome in outcomes:
         if outcome.obstacle is not None:
             raise outcome.obstacle
         verdicts.append(outcome.verdict)
-    unable = sorted({worker for verdict in verdicts for worker in verdict.unable})
-    if unable:
+    if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
+        raise WorkerMismatchError(describe_change(changed, step))
+    if unable := sorted({worker for verdict in verdicts for worker in verdict.unable}):
         numbers = ", ".join(map(str, unable))
         raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")
+    return verdicts

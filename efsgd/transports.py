@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from efsgd.collectives import AllGather, AllReduceMean, Broadcast, Collective, Transport
+from efsgd.collectives import AllGather, AllReduceMean, Broadcast, Collective
 from efsgd.errors import CollectiveError
 
 if dist.is_available():
@@ -30,6 +30,7 @@ class Alone:
 
     world_size = 1
     worker = 0
+    group: dist.ProcessGroup | None = None
 
     def start(self, collective: Collective) -> Callable[[], Tensor]:
         """Answers at once with the buffer itself (stacked, for an `AllGather`)."""
@@ -41,6 +42,11 @@ class Alone:
 class ProcessGroup:
     """The workers of a ``torch.distributed`` process group.
 
+    Attributes:
+        group: the process group.
+        world_size: the number of its workers.
+        worker: this worker.
+
     Args:
         group: the process group; None is the default group.
 
@@ -49,7 +55,7 @@ class ProcessGroup:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+        self.group: dist.ProcessGroup | None = dist.group.WORLD if group is None else group
         self.world_size: int = dist.get_world_size(group)
         self.worker: int = dist.get_rank(group)
         if self.worker < 0:
@@ -81,7 +87,7 @@ class ProcessGroup:
         return wait
 
     def _launch(self, collective: Collective) -> tuple[Tensor, Any]:
-        buffer, group = collective.buffer, self._group
+        buffer, group = collective.buffer, self.group
         match collective:
             case AllReduceMean():
                 # A sum that is divided later: gloo has no mean.
@@ -102,7 +108,7 @@ class ProcessGroup:
         )
 
 
-def current_transport(group: dist.ProcessGroup | None = None) -> Transport:
+def current_transport(group: dist.ProcessGroup | None = None) -> Alone | ProcessGroup:
     """The transport in force: `ProcessGroup` where there are several workers, else `Alone`.
 
     Args:

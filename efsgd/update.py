@@ -1,91 +1,47 @@
-"""From averaged updates to new parameters, group by group, in the group's momentum form."""
+"""From averaged updates to new parameters, group by group."""
 
-import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd as torch_sgd_
 
-from efsgd.blocks import Elementwise
+from efsgd.blocks import Elementwise, real_view
 from efsgd.compressors import Aggregator, Compressed
-from efsgd.error_feedback import Section, add_multiple_, decompress_with_, descend_, regularize_
+from efsgd.error_feedback import Section, decompress_with_
+from efsgd.rules import Rule, Rules
+from efsgd.sgd import sgd_
 from efsgd.state import Member, State
 
-__all__ = ["Rule", "apply_updates_", "prepare_updates", "rules_of", "sgd_"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How a group updates its parameters. Made before anything is sent, so that it can be refused.
-
-    Attributes:
-        function: updates parameters and momenta.
-        options: of `function`.
-    """
-
-    function: Elementwise
-    options: Mapping[str, Any]
-
-    @property
-    def kind(self) -> Hashable:
-        """The same for rules that differ in their numbers only."""
-        flags = ((k, "a number" if type(v) is float else v) for k, v in self.options.items())
-        return self.function, tuple(flags)
-
-
-def rules_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, Rule]:
-    """The rules of parameter groups, by the groups' ids.
-
-    Raises:
-        TypeError: a setting is not a number.
-        ValueError: it is not finite.
-    """
-    rules = {}
-    for group in groups:
-        options: dict[str, Any] = {name: _number(group, name) for name in ("lr", "momentum")}
-        options["weight_decay"] = _number(group, "weight_decay") or None
-        foreach = group["foreach"]
-        on_cpu = all(parameter.is_cpu for parameter in group["params"])
-        options |= {"maximize": group["maximize"], "together": not on_cpu}
-        if foreach is not None:
-            options["together"] = foreach
-        function: Elementwise = descend_
-        if group["momentum_form"] == "sgd":
-            function = sgd_
-            options |= {name: group[name] for name in ("nesterov", "foreach", "fused")}
-            options["dampening"] = _number(group, "dampening")
-            options["together"] = options["together"] or bool(group["fused"])
-        rules[id(group)] = Rule(function, options)
-    return rules
+__all__ = ["apply_updates_", "prepare_updates", "squared_norm"]
 
 
 @dataclass(frozen=True)
 class _Job:
     """Parameters of one group that are updated alike, with their momenta, and how."""
 
-    operands: Sequence[dict[int, Tensor]]
+    operands: Sequence[Mapping[int, Tensor]]
     started: Sequence[Tensor]
     function: Elementwise
     options: dict[str, Any]
 
 
 def _jobs(
-    members: Iterable[Member], states: Mapping[int, State], rules: Mapping[int, Rule]
+    members: Iterable[Member],
+    states: Mapping[int, State],
+    rules: Rules,
+    target: Callable[[Member, Rule], Tensor],
 ) -> Iterator[_Job]:
     grouped: dict[tuple[int, bool, bool], list[Member]] = {}
     for member in members:
         state = states[member.index]
-        # In the paper's form m is kept up to date even while λ is 0, as line 12 has it.
-        is_paper = member.group["momentum_form"] == "paper"
-        has_momentum = "momentum_buffer" in state and (is_paper or member.group["momentum"] != 0)
+        has_momentum = "momentum_buffer" in state and rules[id(member.group)].keeps_momentum
         is_first = has_momentum and not state["momentum_started"]
         grouped.setdefault((id(member.group), has_momentum, is_first), []).append(member)
     for (identity, has_momentum, is_first), alike in grouped.items():
         rule, own = rules[identity], {member.index: states[member.index] for member in alike}
-        operands = [{member.index: member.parameter for member in alike}]
+        operands = [{member.index: target(member, rule) for member in alike}]
         options = dict(rule.options)
         if rule.function is sgd_:
             options["is_first"] = is_first
@@ -93,7 +49,8 @@ def _jobs(
             is_mixed = (identity, has_momentum, not is_first) in grouped
             options["together"] = options["together"] and (options["fused"] or not is_mixed)
         if has_momentum:
-            operands.append({index: state["momentum_buffer"] for index, state in own.items()})
+            momenta = {i: real_view(state["momentum_buffer"]) for i, state in own.items()}
+            operands.append(momenta)
         started = [state["momentum_started"] for state in own.values()] if is_first else []
         yield _Job(operands, started, rule.function, options)
 
@@ -103,7 +60,8 @@ def apply_updates_(
     mean: Compressed,
     members: Iterable[Member],
     states: Mapping[int, State],
-    rules: Mapping[int, Rule],
+    rules: Rules,
+    **changes: float,
 ) -> None:
     """Updates momenta and parameters.
 
@@ -113,9 +71,10 @@ def apply_updates_(
         members: those parameters of the section that are updated (modified in place).
         states: of each; holds the momenta (modified in place).
         rules: of `rules_of`.
+        changes: replace options of the rules.
     """
-    for job in _jobs(members, states, rules):
-        decompress_with_(section, mean, job.function, *job.operands, **job.options)
+    for job in _jobs(members, states, rules, _target):
+        decompress_with_(section, mean, job.function, *job.operands, **job.options | changes)
         for flag in job.started:
             flag.fill_(True)
 
@@ -124,7 +83,7 @@ def prepare_updates(
     aggregator: Aggregator,
     members: Iterable[Member],
     states: Mapping[int, State],
-    rules: Mapping[int, Rule],
+    rules: Rules,
 ) -> None:
     """Has an aggregator make ready, compile perhaps, all that `apply_updates_` will need.
 
@@ -134,98 +93,35 @@ def prepare_updates(
         states: of each.
         rules: of `rules_of`.
     """
-    for job in _jobs(members, states, rules):
+    # Gradients, which may be missing yet, are like the parameters.
+    for job in _jobs(members, states, rules, lambda member, _: member.values):
         aggregator.prepare(job.function, job.operands, job.options)
         if job.options.get("is_first"):
             later = job.options | {"is_first": False}
             aggregator.prepare(job.function, job.operands, later)
 
 
-def sgd_(
-    updates: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None = None,
-    *,
-    is_first: bool,
-    lr: float | Tensor,
-    momentum: float | Tensor,
-    dampening: float | Tensor,
-    nesterov: bool,
-    weight_decay: float | Tensor | None = None,
-    maximize: bool = False,
-    together: bool = False,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-) -> None:
-    """torch.optim.SGD's rule, to the bit except for float16 parameters.
-
-    Those are updated from float32: a sum of gradients and errors may exceed what float16 holds.
+def squared_norm(section: Section, mean: Compressed, absent: frozenset[int]) -> float:
+    """The sum of squares of Δ', over all parameters but `absent` ones.
 
     Args:
-        updates: Δ', each of the shape of its parameter (modified in place).
-        parameters: (modified in place).
-        momenta: (modified in place); None without momentum.
-        is_first: the momenta are not begun yet.
-        lr: learning rate.
-        momentum: factor of the momenta.
-        dampening: what the newest update is dampened by as it enters the momentum.
-        nesterov: whether the step looks ahead.
-        weight_decay: multiple of the parameters that is added to the updates.
-        maximize: ascend instead.
-        together: whether torch's own function does it, with its kernels for many tensors.
-        foreach: which of them; see torch.optim.SGD.
-        fused: the same.
+        section: after `commit_`.
+        mean: C(Δ).
+        absent: indices of parameters that are not updated.
     """
-    pairs = list(zip(parameters, updates, strict=True))
-    given = [u if x.dtype == torch.float16 else u.to(x.dtype) for x, u in pairs]
-    if together and all(x.dtype == u.dtype for x, u in zip(parameters, given, strict=True)):
-        kernels = {"foreach": foreach, "fused": fused}
-        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        flags = {"nesterov": nesterov, "weight_decay": weight_decay or 0, "maximize": maximize}
-        own = None if is_first else momenta
-        _by_torch_(given, list(parameters), own, momenta, **numbers, **flags, **kernels)
-        return
-    for position, (x, update) in enumerate(zip(parameters, given, strict=True)):
-        regularize_(update, x, weight_decay=weight_decay, maximize=maximize)
-        step = update
-        if momenta is not None:
-            step = m = momenta[position]
-            if is_first:
-                m.copy_(update)
-            else:
-                add_multiple_(m.mul_(momentum), 1 - dampening, update)
-            if nesterov:
-                add_multiple_(update, momentum, m)
-                step = update
-        add_multiple_(x, -lr, step)
+    total = mean.squared_norm(section.compressed.difference(absent))
+    for entry in section.layout.vectors:
+        if entry.index not in absent:
+            values = section.deltas.views[entry.index]
+            total += torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
+    return total
 
 
-def _by_torch_(
-    updates: list[Tensor],
-    parameters: list[Tensor],
-    begun: Sequence[Tensor] | None,
-    momenta: Sequence[Tensor] | None,
-    **options: Any,
-) -> None:
-    if options["fused"]:  # takes no other strides than the parameter's
-        pairs = zip(updates, parameters, strict=True)
-        updates = [
-            u if u.stride() == x.stride() else torch.empty_like(x).copy_(u) for u, x in pairs
-        ]
-    buffers: list[Tensor | None] = [None] * len(updates) if begun is None else list(begun)
-    torch_sgd_(parameters, updates, buffers, **options)
-    if begun is None and momenta is not None:  # torch makes a first momentum anew
-        for momentum_buffer, made in zip(momenta, buffers, strict=True):
-            assert made is not None
-            momentum_buffer.copy_(made)
-
-
-def _number(group: Mapping[str, Any], name: str) -> float:
-    value = group[name]
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid {name}: {value!r}. Must be a number.") from None
-    if not math.isfinite(number):
-        raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
-    return number
+def _target(member: Member, rule: Rule) -> Tensor:
+    """What `rule` writes to, besides momenta."""
+    parameter, gradient = member.parameter, member.parameter.grad
+    if not rule.writes_gradients:
+        return member.values
+    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride():
+        gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
+    return real_view(gradient)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
-from efsgd.agreement import broadcast_values, check_schema, check_values, checksum
+from efsgd.agreement import broadcast_values, checksum, compare
 from efsgd.collectives import (
     AllGather,
     AllReduceMean,
@@ -115,7 +115,7 @@ def test_failures_are_raised_at_the_line_that_asked() -> None:
 
 
 def test_schemas_that_differ_are_named() -> None:
-    same = lockstep([check_schema(["a", "b"], CPU) for _ in range(3)])
+    same = lockstep([compare(["a", "b"], CPU) for _ in range(3)])
     assert [traced.kind for traced in same.trace] == ["AllGather"]
     for others, words in [
         (["a", "x"], "workers 0, 2: b; worker 1: x"),
@@ -123,7 +123,7 @@ def test_schemas_that_differ_are_named() -> None:
         (["a", "b", "ü"], "workers 0, 2: nothing; worker 1: ü"),
     ]:
         with pytest.raises(WorkerMismatchError, match=words) as caught:
-            lockstep([check_schema(x, CPU) for x in (["a", "b"], others, ["a", "b"])])
+            lockstep([compare(x, CPU) for x in (["a", "b"], others, ["a", "b"])])
         assert all(str(caught.value) in note for note in caught.value.__notes__)
 
 
@@ -135,8 +135,14 @@ def test_values_that_differ_in_one_bit_are_named() -> None:
         return {"first": first, "second": second}
 
     with pytest.raises(WorkerMismatchError, match=r"second differs .* on worker 1"):
-        lockstep([check_values(values(w == 1), [], CPU) for w in range(3)])
-    assert lockstep([check_values(values(True), [], CPU)] * 1).results == [None]
+        lockstep([compare(["a"], CPU, values(w == 1)) for w in range(3)])
+    assert lockstep([compare(["a"], CPU, values(True)) for _ in range(2)]).results == [None] * 2
+
+
+def test_values_that_one_worker_lacks_are_named() -> None:
+    both = {"first": torch.zeros(3), "second": torch.zeros(3)}
+    with pytest.raises(WorkerMismatchError, match="worker 1: nothing"):
+        lockstep([compare([], CPU, both), compare([], CPU, {"first": torch.zeros(3)})])
 
 
 def test_equal_gradients_are_suspicious_unless_zero() -> None:

@@ -184,12 +184,12 @@ def test_settings_that_toggle_compile_and_send_nothing_but_the_step() -> None:
     workers = make_workers(start(), 2, lr=0.1, momentum=0.9, compile=True)
     step_with(workers, [gradients(0, worker) for worker in range(2)])
     for step, weight_decay in enumerate((0.1, 0.0, 0.2)):
-        sections = [id(section) for section in workers[0]._stepper.sections]
+        sections = [id(section) for section in workers[0]._stepper.plan.sections]
         for worker in workers:
             worker.param_groups[0]["weight_decay"] = weight_decay
         trace = step_with(workers, [gradients(step, worker) for worker in range(2)])
         assert len(trace) == 2
-        assert [id(section) for section in workers[0]._stepper.sections] == sections
+        assert [id(section) for section in workers[0]._stepper.plan.sections] == sections
 
 
 def test_missing_gradients_compile_nothing_and_leave_their_parameters_alone() -> None:

@@ -32,16 +32,27 @@ from tests.strategies import Scenario, gaussian
 # ---- one worker alone ---------------------------------------------------------------------------
 
 
+class Unreadable(torch.Tensor):
+    """A gradient that cannot be added to anything."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.add:
+            raise NotImplementedError("unreadable")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def test_an_error_of_one_worker_s_own_reaches_all_and_changes_nothing() -> None:
     workers, scenario = a_run()
     step_with(workers, scenario.gradients(0))
     before = bits(snapshot(workers))
     set_gradients(workers, scenario.gradients(1))
-    parameters_of(workers[1])[0].grad = torch.ones(12, 10, dtype=torch.float64).to_sparse()
+    parameters_of(workers[1])[0].grad = Unreadable(parameters_of(workers[1])[0].grad)
     # Each worker raises; lockstep shows worker 0's, and notes what the others raised.
     with pytest.raises(CollectiveError, match="say themselves why: worker 1") as caught:
         step_together(workers)
     assert any("worker 1: NotImplementedError" in note for note in caught.value.__notes__)
+    parameters_of(workers[1])[0].grad = None  # it cannot be copied either
     assert bits(snapshot(workers)) == before
     twins, _ = a_run()
     step_with(twins, scenario.gradients(0))
@@ -80,7 +91,8 @@ def test_the_number_of_workers_may_change_in_mid_run() -> None:
     newcomer = make_workers([p.detach() for p in parameters_of(workers[0])], 1, lr=9.0)[0]
     newcomer.load_state_dict(copy.deepcopy(workers[0].state_dict()))
     workers.append(newcomer)
-    trace = step_with(workers, scenario_of_three().gradients(1))
+    with pytest.warns(UserWarning, match="those of worker 0 of 2, and this is worker 2 of 3"):
+        trace = step_with(workers, scenario_of_three().gradients(1))
     assert [t.kind for t in trace] == ["AllGather"] * 2 + ["AllReduceMean"] * 2
     assert bits(parameters_of(workers[0])) == bits(parameters_of(newcomer))
 

@@ -8,7 +8,7 @@ import torch
 
 from efsgd import PowerSGDOptimizer
 from efsgd.error_feedback import descend_
-from efsgd.update import sgd_
+from efsgd.sgd import sgd_
 
 
 @pytest.mark.parametrize("kernels", [{}, {"foreach": True}, {"fused": True}], ids=str)

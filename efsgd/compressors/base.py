@@ -1,6 +1,6 @@
 """What Algorithm 2 asks of a compressor. It names none."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +32,9 @@ class Compressed(Protocol):
     def subtract_from_(self, blocks: Blocks) -> None:
         """Subtracts the decompressed matrices from `blocks` (modified in place)."""
 
+    def squared_norm(self, wanted: Container[int]) -> float:
+        """The sum of squares of all elements of the decompressed matrices with these indices."""
+
 
 class Aggregator(Protocol):
     """Algorithm 2, lines 8 and 10, for the tensors of one layout.
@@ -40,8 +43,9 @@ class Aggregator(Protocol):
     the layout alone; what is kept from step to step changes in `commit_` and nowhere else.
 
     Attributes:
-        vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
-            called and their mean once `aggregate` has returned.
+        vectors: flat buffer [layout.vector_floats], the head of the first collective's buffer.
+            Holds this worker's values when `compress` is called and their mean once `aggregate`
+            has returned.
         rounding: a word for how this worker rounds, where that may differ from another's with the
             same settings. Workers with different words refuse to train together.
         phases: names the phases of a step; set by the section that the aggregator works for.

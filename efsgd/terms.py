@@ -1,0 +1,117 @@
+"""How workers come to terms before a step: what changed, on whom, and is it the same everywhere?"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from efsgd.agreement import compare, compare_gradients
+from efsgd.collectives import Collective, Exchange
+from efsgd.compressors import Compressor
+from efsgd.control import ControlWords
+from efsgd.errors import WorkerMismatchError
+from efsgd.plan import Plan
+from efsgd.sections import describe
+
+__all__ = ["Schedule", "Terms", "describe_change"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The collectives of one section in a step, which are the same in every step.
+
+    Attributes:
+        control: writes and reads the words at the head of the first one's buffer.
+        collectives: in order; their buffers are of device "meta".
+        device: where the buffers were.
+    """
+
+    control: ControlWords
+    collectives: tuple[Collective, ...]
+    device: torch.device
+
+
+class Terms:
+    """What the workers have agreed on, kept between steps.
+
+    Attributes:
+        schedules: of the last plan's sections; None until it has been through a step.
+
+    Args:
+        compressor: decides what is compressed and how far.
+        settings: names of the group entries that workers must agree on.
+    """
+
+    def __init__(self, compressor: Compressor, settings: Iterable[str]) -> None:
+        self.schedules: list[Schedule] | None = None
+        self._compressor, self._settings = compressor, tuple(settings)
+        self._agreed_on: object = None
+        self._compared: object = None
+
+    def forget(self) -> None:
+        """Has workers compare all they have, at the next step."""
+        self._agreed_on = self._compared = None
+
+    def announce_change(self, step: int) -> Exchange[None]:
+        """Tells the others, in a step that they may think an ordinary one.
+
+        They see it in their control words and all raise, unless everyone announces a change.
+
+        Args:
+            step: the number of the step, from 0.
+
+        Raises:
+            WorkerMismatchError: some workers have not changed.
+        """
+        changed: set[int] = set()
+        everyone: set[int] = set()
+        for schedule in self.schedules or ():
+            verdict = yield from schedule.control.announce(schedule.collectives, schedule.device)
+            changed |= set(verdict.changed)
+            everyone |= set(range(schedule.control.world_size))
+        if changed != everyone:
+            raise WorkerMismatchError(describe_change(sorted(changed), step))
+
+    def check(self, plan: Plan, *, is_due: bool = False) -> Exchange[frozenset[int]]:
+        """Compares the workers' plans where they are new, and their values once.
+
+        Args:
+            plan: of this worker.
+            is_due: compare all of it in any case.
+
+        Returns:
+            Positions of the parameters that turned out to have sparse gradients somewhere.
+
+        Raises:
+            WorkerMismatchError: names the first difference.
+        """
+        identity = plan.identity
+        parameters = plan.context, tuple(id(member.parameter) for member in plan.members)
+        is_first = parameters != self._compared
+        if self._agreed_on == identity and not is_first and not is_due:
+            return frozenset()
+        device = plan.members[0].parameter.device
+        lines = describe(plan.members, self._compressor, self._settings, plan.sections)
+        yield from compare(lines, device, plan.replicated() if is_first or is_due else None)
+        sparse: frozenset[int] = frozenset()
+        if is_first:
+            gradients = [member.parameter.grad for member in plan.members]
+            sparse = yield from compare_gradients(gradients, device)
+        self._agreed_on, self._compared = identity, parameters
+        return sparse
+
+
+def describe_change(workers: Iterable[int], step: int) -> str:
+    """Says that these workers, and not all, have changed what they train.
+
+    Args:
+        workers: who has.
+        step: the number of the step, from 0.
+    """
+    who = ", ".join(map(str, workers))
+    return (
+        f"Step {step} was abandoned: worker {who} has changed what it trains since the last step, "
+        f"and the others have not. Nothing has changed on any worker. Ranks and other settings of "
+        f"the compressor, frozen parameters, parameter groups and loaded state_dicts must change "
+        f"on all workers before the same step."
+    )

@@ -1,0 +1,159 @@
+"""The mean of the errors in every worker's place: what changes, and all that does not."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from efsgd import PowerSGDOptimizer
+from efsgd.checkpoint import average_errors_, averaging_, consolidation
+from efsgd.errors import CollectiveError
+from efsgd.testing import Traced, lockstep
+from tests.simulation import (
+    a_run,
+    bits,
+    difference,
+    errors_of,
+    make_workers,
+    parameters_of,
+    replicated,
+    snapshot,
+    step_with,
+)
+from tests.strategies import Scenario
+
+
+def trained(steps: int = 4, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
+    workers, scenario = a_run(**options)
+    for step in range(steps):
+        step_with(workers, scenario.gradients(step))
+    return workers, scenario
+
+
+def average(workers: list[PowerSGDOptimizer], **options: Any) -> list[Traced]:
+    return lockstep([averaging_(optimizer) for optimizer in workers], **options).trace
+
+
+def test_every_worker_has_what_consolidation_has() -> None:
+    workers, _ = trained()
+    consolidated = lockstep([consolidation(optimizer) for optimizer in workers]).results
+    assert bits(errors_of(workers[0])) != bits(errors_of(workers[1]))
+    average(workers)
+    for optimizer, expected in zip(workers, consolidated, strict=True):
+        assert bits(optimizer.state_dict()) == bits(expected)
+
+
+def test_nothing_but_errors_changes_and_views_stay_views() -> None:
+    workers, _ = trained()
+    before = bits([replicated(optimizer) for optimizer in workers])
+    errors = [optimizer.state[parameters_of(optimizer)[0]]["error"] for optimizer in workers]
+    nobody = {"params": 0, "worker": 0, "world_size": 0}
+    groups = copy.deepcopy([[g | nobody for g in o.param_groups] for o in workers])
+    sent = [optimizer.communication_stats() for optimizer in workers]
+    average(workers)
+    assert bits([replicated(optimizer) for optimizer in workers]) == before
+    assert [[g | {"params": 0} for g in o.param_groups] for o in workers] == groups
+    assert [optimizer.communication_stats() for optimizer in workers] == sent
+    for optimizer, error in zip(workers, errors, strict=True):
+        assert optimizer.state[parameters_of(optimizer)[0]]["error"] is error
+
+
+@pytest.mark.parametrize("options", [{}, {"warm_start": False}, {"momentum_form": "sgd"}], ids=str)
+def test_training_goes_on_as_it_would_have(options: dict[str, Any]) -> None:
+    workers, scenario = trained(**options)
+    others, _ = trained(**options)
+    average(workers)
+    for step in range(4, 9):
+        step_with(workers, scenario.gradients(step))
+        step_with(others, scenario.gradients(step))
+        assert all(bits(parameters_of(o)) == bits(parameters_of(workers[0])) for o in workers)
+        for mine, plain in zip(parameters_of(workers[0]), parameters_of(others[0]), strict=True):
+            # Both are right to float64's rounding, which power iteration amplifies a little.
+            assert difference(mine, plain) < 1e-10
+
+
+def test_one_worker_s_state_dict_continues_on_all_of_any_number() -> None:
+    workers, scenario = trained()
+    average(workers)
+    saved = copy.deepcopy(workers[2].state_dict())
+    values = [p.detach().clone() for p in parameters_of(workers[0])]
+    for world_size in (1, 4):
+        resumed = make_workers(values, world_size, lr=99.0)
+        uninterrupted = copy.deepcopy(workers)
+        for optimizer in resumed:
+            optimizer.load_state_dict(saved)
+        for step in range(4, 7):
+            each = zip(*scenario.gradients(step), strict=True)
+            mean = [torch.stack(own).mean(dim=0) for own in each]
+            step_with(resumed, [mean] * world_size)
+            step_with(uninterrupted, [mean] * 3)
+        pairs = zip(parameters_of(resumed[0]), parameters_of(uninterrupted[0]), strict=True)
+        assert all(difference(a, b) < 1e-10 for a, b in pairs)  # sums of 1, 3 and 4 round apart
+
+
+def test_averaged_and_resumed_is_uninterrupted_to_the_bit() -> None:
+    workers, scenario = trained()
+    average(workers)
+    saved = copy.deepcopy(workers[0].state_dict())
+    resumed = make_workers([p.detach().clone() for p in parameters_of(workers[0])], 3, rank=1)
+    for optimizer in resumed:
+        optimizer.load_state_dict(saved)
+    for step in range(4, 9):
+        step_with(workers, scenario.gradients(step))
+        step_with(resumed, scenario.gradients(step))
+    assert bits(snapshot(resumed)) == bits(snapshot(workers))
+
+
+def test_before_the_first_step_and_without_errors() -> None:
+    for steps, options in [
+        (0, {}),
+        (2, {"error_feedback": False}),
+        (2, {"rank": 12}),
+        (0, {"rank": 12}),
+    ]:
+        workers, _ = trained(steps, **options)
+        before = bits([optimizer.state_dict()["state"] for optimizer in workers])
+        trace = average(workers)
+        assert bits([optimizer.state_dict()["state"] for optimizer in workers]) == before
+        assert len(trace) == (steps == 0 and not options)
+
+
+def test_a_failed_collective_changes_nothing() -> None:
+    workers, _ = trained()
+    before = bits(snapshot(workers))
+    with pytest.raises(CollectiveError, match="injected failure of errors"):
+        average(workers, fail_at=0)
+    assert bits(snapshot(workers)) == before
+
+
+def test_errors_that_wait_to_be_sent_uncompressed_are_averaged_too() -> None:
+    workers, _ = trained(1)
+    for error in errors_of(workers[0]):
+        error.zero_()  # a worker that had no error when compression ended
+    total = [sum(each) / 3 for each in zip(*map(errors_of, workers), strict=True)]
+    for optimizer in workers:
+        optimizer.param_groups[0].update(
+            min_compression_rate=1e9, momentum=0, momentum_form="sgd", lr=1.0
+        )
+    step_with(workers, [[None] * 3] * 3)  # nobody has a gradient: all errors still wait
+    average(workers)
+    before = [p.detach().clone() for p in parameters_of(workers[0])]
+    step_with(workers, [[torch.zeros_like(p) for p in before]] * 3)
+    for parameter, old, error in zip(parameters_of(workers[0]), before, total, strict=True):
+        assert difference(old - error, parameter) < 1e-14  # a sum of three, in float64
+
+
+def test_as_a_hook_of_state_dict_with_one_worker() -> None:
+    workers, scenario = a_run(1)
+    optimizer = workers[0]
+    calls: list[Any] = []
+    optimizer.register_state_dict_pre_hook(average_errors_)
+    optimizer.register_state_dict_pre_hook(calls.append)
+    step_with(workers, scenario.gradients(0))
+    before = bits(errors_of(optimizer))
+    saved = optimizer.state_dict()
+    assert calls == [optimizer]
+    assert bits(errors_of(optimizer)) == before
+    assert any(bool(error.any()) for error in errors_of(optimizer))
+    make_workers(parameters_of(optimizer), 1)[0].load_state_dict(saved)
