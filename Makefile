@@ -30,6 +30,10 @@ help: ## print this list
 demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them
 	$(BIN)/python examples/compare_ranks.py $(DEMO_FLAGS)
 
+.PHONY: demo-adamw
+demo-adamw: $(VENV)/.with-examples ## the same for AdamW, on gradients that were compressed and averaged
+	$(BIN)/python examples/any_optimizer.py $(DEMO_FLAGS)
+
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 __all__ = ["Workers", "join_workers"]
 
@@ -46,15 +45,6 @@ class Workers:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
-
-    def average_buffers_(self, model: nn.Module) -> None:
-        """Gives all workers the average of their BatchNorm statistics, hence one model to test."""
-        if self.world_size == 1:
-            return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world_size
 
 
 @contextmanager

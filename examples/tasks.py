@@ -1,4 +1,4 @@
-"""The two kinds of tasks, and the hyper-parameters of the four trainings the examples offer."""
+"""The two kinds of tasks, and the hyper-parameters of the PowerSGD paper for them."""
 
 import itertools
 import math
@@ -11,29 +11,10 @@ from torch.nn import functional
 from examples.data.images import ImageData, crop_and_flip, steps_per_epoch, training_batches
 from examples.data.text import Corpus, streams, windows
 from examples.distributed import Workers
-from examples.models import LSTMLanguageModel, LSTMState
+from examples.models import LSTMState
 from examples.settings import Settings
 
-__all__ = [
-    "CIFAR10",
-    "DIGITS",
-    "TOPICS",
-    "WIKITEXT2",
-    "WINDOW",
-    "ImageClassification",
-    "LanguageModeling",
-    "topics_model",
-]
-
-# For four workers; all ranks use them unchanged. The learning rate is the best of a few for
-# torch.optim.SGD.
-DIGITS = Settings(
-    epochs=20, batch_size=16, lr=0.01, warmup_epochs=2, decay_at=(0.6, 0.85), momentum=0.9,
-    nesterov=True, weight_decay=1e-4,
-)  # fmt: skip
-# Without momentum, as the paper trains its language model. (With Nesterov's momentum and longer
-# training SGD gets further on this small text than a rank of 4 does.)
-TOPICS = Settings(epochs=5, batch_size=8, lr=3.0, warmup_epochs=1, decay_at=(0.6, 0.85))
+__all__ = ["CIFAR10", "WIKITEXT2", "ImageClassification", "LanguageModeling"]
 
 # Those of the PowerSGD paper, with its form of momentum.
 CIFAR10 = Settings(
@@ -44,14 +25,6 @@ WIKITEXT2 = Settings(
     epochs=90, batch_size=64, lr=1.25, warmup_epochs=5, decay_at=(60 / 90, 80 / 90), clip=0.4,
     momentum_form="paper",
 )  # fmt: skip
-
-#: Words per stream and step of the built-in text, through which gradients flow back.
-WINDOW = 16
-
-
-def topics_model(corpus: Corpus) -> LSTMLanguageModel:
-    """The language model for the built-in text."""
-    return LSTMLanguageModel(len(corpus.vocabulary), 64, 64, 1, dropout=0.2)
 
 
 class ImageClassification:

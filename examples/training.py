@@ -9,8 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from efsgd import average_buffers
 from examples.checkpointing import Checkpoints
 from examples.distributed import Workers
+from examples.optimizers import Optimizer
 from examples.settings import Settings
 
 __all__ = ["History", "Progress", "Task", "Training", "parameter_groups", "prepare", "seed_worker"]
@@ -37,27 +39,6 @@ class Task(Protocol):
         """What `loss` keeps from one batch of an epoch to the next."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes that up again."""
-
-
-class Optimizer(Protocol):
-    """What the loop asks of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-
-    def step(self) -> Any:
-        """Updates the parameters."""
-
-    def communication_stats(self) -> dict[str, Any]:
-        """Figures of what was sent: `total_bytes_sent`, of which `check_bytes_sent` by checks."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes that up again."""
 
 
@@ -237,7 +218,7 @@ class Training:
     def _test(self, loss: float) -> None:
         """Adds an entry to the history; `loss` is the mean over the epoch."""
         history = self.progress.history
-        self.workers.average_buffers_(self.model)
+        average_buffers(self.model)
         self.model.eval()
         with torch.no_grad():
             history.quality.append(self.task.evaluate(self.model))

@@ -142,19 +142,25 @@ def test_missing_files_are_named() -> None:
     assert "data_batch_1.bin" in done.stderr.splitlines()[-1]
 
 
-def test_the_comparison(tmp_path: Path) -> None:
-    script = "examples/compare_ranks.py"
+@pytest.mark.parametrize(
+    ("name", "methods", "tasks"),
+    [
+        ("compare_ranks", ["SGD", "Rank 1", "Rank 2", "Rank 4"], 2),
+        ("any_optimizer", ["AdamW", "Rank 4", "Rank 8"], 1),
+    ],
+)
+def test_the_comparisons(name: str, methods: list[str], tasks: int, tmp_path: Path) -> None:
     short = ["--workers", "2", "--epochs", "1", "--seeds", "2", "--output", str(tmp_path)]
-    done = run(script, *short)
+    done = run(f"examples/{name}.py", *short)
     assert done.returncode == 0, done.stderr
-    for words in ("Algorithm", "SGD", "Rank 4", "Data sent per epoch", "Time per batch", "±"):
+    for words in ("Algorithm", *methods, "Data sent per epoch", "Time per batch", "±"):
         assert words in done.stdout
-    runs = results_of(tmp_path, "compare_ranks")["runs"]
-    assert len(runs) == 2
+    runs = results_of(tmp_path, name)["runs"]
+    assert len(runs) == tasks
     for of_task in runs.values():
-        assert list(of_task) == ["SGD", "Rank 1", "Rank 2", "Rank 4"]
+        assert list(of_task) == methods
         assert all(len(histories) == 2 for histories in of_task.values())
-        sent = [histories[0]["bytes_per_epoch"] for histories in of_task.values()]
-        assert sent[0] > sent[3] > sent[2] > sent[1]
+        sent = [of_task[method][0]["bytes_per_epoch"] for method in methods]
+        assert [*sent[1:], sent[0]] == sorted(set(sent))  # the baseline sends the most
         steps = {tuple(history["steps"]) for each in of_task.values() for history in each}
         assert len(steps) == 1  # equal steps for all
