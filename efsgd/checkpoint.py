@@ -11,8 +11,9 @@ the mean, so that what a framework saves on its own, one worker's `state_dict()`
 """
 
 import copy
+import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from efsgd.state import State, members
 from efsgd.transports import current_transport
 
 __all__ = ["average_errors_", "averaging_", "consolidated_state_dict", "consolidation"]
+
+T = TypeVar("T")
 
 
 def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
@@ -40,7 +43,8 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     Like all hooks of an optimizer it is neither copied nor pickled with it.
 
     Args:
-        optimizer: whose errors are replaced (modified in place); nothing else changes.
+        optimizer: whose errors are replaced (modified in place). Its groups note that these are
+            no worker's own; nothing else changes.
 
     Raises:
         CollectiveError: a collective failed; nothing has changed on this worker.
@@ -52,7 +56,7 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
         >>> average_errors_(optimizer)
         >>> hook = optimizer.register_state_dict_pre_hook(average_errors_)
     """
-    run(averaging_(optimizer), current_transport(optimizer.process_group))
+    _run(averaging_(optimizer), optimizer)
 
 
 @torch.no_grad()
@@ -90,7 +94,7 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
         >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
         >>> optimizer.load_state_dict(consolidated_state_dict(optimizer))
     """
-    return run(consolidation(optimizer), current_transport(optimizer.process_group))
+    return _run(consolidation(optimizer), optimizer)
 
 
 @torch.no_grad()
@@ -102,6 +106,16 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     yield from _replace_errors_([states[key] for key in dict.fromkeys(keys) if key in states])
     _disown_(state_dict["param_groups"])
     return state_dict
+
+
+def _run(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer) -> T:
+    """Runs an exchange about errors, of which those of other workers are left out."""
+    transport = current_transport(optimizer.process_group)
+    note = optimizer.settle_errors(transport.world_size, transport.worker)
+    result = run(exchange, transport)
+    if note is not None:  # as an error, a warning must not keep the others waiting
+        warnings.warn(note, stacklevel=3)
+    return result
 
 
 def _disown_(groups: Iterable[dict[str, Any]]) -> None:

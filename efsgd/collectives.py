@@ -132,6 +132,7 @@ def intercept(
     exchange: Exchange[T],
     outgoing: Callable[[Collective], None],
     incoming: Callable[[Tensor], None] | None = None,
+    asking: Callable[[Request], None] | None = None,
 ) -> Exchange[T]:
     """The same exchange, watched.
 
@@ -139,6 +140,7 @@ def intercept(
         exchange: the exchange to pass on.
         outgoing: called with each collective before it is handed over; may change its buffer.
         incoming: called with each answer before `exchange` receives it.
+        asking: called with each request as it is passed on.
 
     Returns:
         The result of `exchange`.
@@ -156,6 +158,8 @@ def intercept(
             outgoing(request.collective)
         elif not isinstance(request, InFlight):
             outgoing(request)
+        if asking is not None:
+            asking(request)
         try:
             answer = yield request
         except Exception as error:

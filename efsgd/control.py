@@ -7,7 +7,6 @@ parameter and one for each worker, so they cost no collective of their own and t
 depends on them.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from efsgd.blocks import real_view
 from efsgd.collectives import Collective, Exchange, intercept
+from efsgd.schedule import Schedule
 
 __all__ = ["ControlWords", "Verdict", "all_finite", "describe_rejection"]
 
@@ -121,28 +121,19 @@ class ControlWords:
         result = yield from intercept(exchange, outgoing, incoming)
         return result, self._read(words, overflowed=not mean_is_finite)
 
-    def announce(
-        self, collectives: Sequence[Collective], device: torch.device
-    ) -> Exchange[Verdict]:
+    def announce(self, schedule: Schedule) -> Exchange[Verdict]:
         """Takes part in a step of the others with zeros, to say that this worker has changed.
 
         Args:
-            collectives: those of the step before, of this section; their buffers may be of device
-                "meta", as their shapes and dtypes are all that matters.
-            device: where the buffers are.
+            schedule: of the section that these words are for.
 
         Returns:
             The verdict; `changed` has the workers that say the same.
         """
-        words = torch.zeros(0)
-        for position, collective in enumerate(collectives):
-            buffer = torch.zeros_like(collective.buffer, device=device)
-            if position == 0:
-                buffer[len(self._indices) + self._worker] = self._changed
-            answer = yield dataclasses.replace(collective, buffer=buffer)
-            if position == 0:
-                words = answer[: len(self._indices) + self.world_size]
-        return self._read(words, overflowed=False)
+        words = torch.zeros(len(self._indices) + self.world_size)
+        words[len(self._indices) + self._worker] = self._changed
+        answer = yield from schedule.replay(words)
+        return self._read(answer[: len(words)], overflowed=False)
 
     def _own_words(self, gradients: Sequence[Tensor | None]) -> Tensor:
         words = [0.0] * (len(self._indices) + self.world_size)

@@ -117,6 +117,18 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
             self.param_groups, self.state, world_size, worker, scaling, self._weight
         )
 
+    def settle_errors(self, world_size: int, worker: int) -> str | None:
+        """Leaves out loaded errors that are another worker's, as the next step would.
+
+        Args:
+            world_size: the number of workers.
+            worker: this worker's place among them, from 0.
+
+        Returns:
+            What to warn of, if it was so.
+        """
+        return self._stepper.settle_errors(self.param_groups, self.state, world_size, worker)
+
     def _take_step(self) -> bool:
         """Runs `exchange` with the workers of the process group."""
         transport = self._meet()
@@ -141,10 +153,9 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
         return transport
 
     def compare_workers(self) -> None:
-        """Compares settings, parameters and replicated state of all workers, as they are now.
+        """Compares the workers' settings, parameters and replicated state, as they are now.
 
-        Every worker of the group must call it, between the same two steps. `check_every` does the
-        same before every so-manieth step.
+        Every worker of the group must call it, between the same two steps. See `check_every`.
 
         Raises:
             WorkerMismatchError: names the first difference.
@@ -276,6 +287,8 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
         for member in members(self.param_groups):
             if member.parameter.requires_grad:
                 complete_(self.state[member.parameter], member, self._compressor)
+        if not self.state:  # all are frozen: torch.distributed.checkpoint steps what has no state
+            self.state[self.param_groups[0]["params"][0]] = {}
 
 
 def _no_group() -> None:

@@ -262,7 +262,7 @@ class LowRank:
         self.decompress_with_(subtract_, others)
 
     def squared_norm(self, wanted: Container[int]) -> float:
-        """That of Q, since the columns of P̂ are orthonormal: |P̂Q^T| = |Q|."""
+        """That of Q: the columns of P̂ are orthonormal."""
         total = 0.0
         for batch, Q in zip(self.layout.batches, self.Q, strict=True):
             norms = torch.linalg.vector_norm(Q, dim=(1, 2), dtype=torch.float64).tolist()

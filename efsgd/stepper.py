@@ -4,7 +4,6 @@ The workers come to terms about what they train, run Algorithm 2 on each section
 the step only once every section of every worker is known to be good.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efsgd.agreement import broadcast_values, compare
-from efsgd.collectives import Collective, Exchange, intercept
+from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
 from efsgd.error_feedback import Outcome, exchange_gradients
@@ -23,10 +22,11 @@ from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatch
 from efsgd.phases import Phases
 from efsgd.plan import Plan
 from efsgd.rules import Rules
+from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, drop_foreign_errors_, members, show_errors_
 from efsgd.statistics import Ledger
-from efsgd.terms import Schedule, Terms, describe_change
+from efsgd.terms import Terms, describe_change
 from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
@@ -98,6 +98,25 @@ class Stepper:
         self._terms.forget()
         self._has_loaded = True
 
+    def settle_errors(
+        self, groups: Groups, state: MutableMapping[Tensor, State], world_size: int, worker: int
+    ) -> str | None:
+        """Once after loading: errors of another worker are left out.
+
+        Args:
+            groups: parameter groups.
+            state: of the parameters (modified in place).
+            world_size: the number of workers.
+            worker: this worker's place among them, from 0.
+
+        Returns:
+            What to warn of, once no other worker is waiting.
+        """
+        if not self._has_loaded:
+            return None
+        self._has_loaded = False
+        return drop_foreign_errors_(groups, state, world_size, worker)
+
     @torch.no_grad()
     def exchange(
         self,
@@ -128,8 +147,7 @@ class Stepper:
         """
         self._validate(groups)
         step, rules = groups[0]["step"], self._rules(groups)
-        note = drop_foreign_errors_(groups, state, world_size, worker) if self._has_loaded else None
-        self._has_loaded = False
+        note = self.settle_errors(groups, state, world_size, worker)
         self.ledger.begin_check()
         terms = self._come_to_terms(groups, state, (world_size, worker), rules)
         yield from intercept(terms, outgoing=self.ledger.record)
@@ -213,19 +231,14 @@ class Stepper:
         """Algorithm 2, lines 7 to 10, for each section."""
         outcomes, schedules = [], []
         for section in self.plan.sections:
-            seen: list[Collective] = []
-
-            def outgoing(collective: Collective, seen: list[Collective] = seen) -> None:
-                self.ledger.record(collective)
-                if self._terms.schedules is None:
-                    shape = torch.empty_like(collective.buffer, device="meta")
-                    seen.append(dataclasses.replace(collective, buffer=shape))
-
+            schedule = Schedule(section.device)
+            note = schedule.note if self._terms.schedules is None else None
             exchange = exchange_gradients(
                 section, step, scaling.factor * weight, has_overflowed=scaling.has_overflowed
             )
-            outcomes.append((yield from intercept(exchange, outgoing)))
-            schedules.append(Schedule(section.control, tuple(seen), section.device))
+            outcomes.append((yield from intercept(exchange, self.ledger.record, asking=note)))
+            schedule.end()
+            schedules.append((section.control, schedule))
         if self._terms.schedules is None:
             self._terms.schedules = schedules
         return outcomes

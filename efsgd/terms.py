@@ -1,41 +1,25 @@
 """How workers come to terms before a step: what changed, on whom, and is it the same everywhere?"""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-
-import torch
 
 from efsgd.agreement import compare, compare_gradients
-from efsgd.collectives import Collective, Exchange
+from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
 from efsgd.control import ControlWords
 from efsgd.errors import WorkerMismatchError
 from efsgd.plan import Plan
+from efsgd.schedule import Schedule
 from efsgd.sections import describe
 
-__all__ = ["Schedule", "Terms", "describe_change"]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The collectives of one section in a step, which are the same in every step.
-
-    Attributes:
-        control: writes and reads the words at the head of the first one's buffer.
-        collectives: in order; their buffers are of device "meta".
-        device: where the buffers were.
-    """
-
-    control: ControlWords
-    collectives: tuple[Collective, ...]
-    device: torch.device
+__all__ = ["Terms", "describe_change"]
 
 
 class Terms:
     """What the workers have agreed on, kept between steps.
 
     Attributes:
-        schedules: of the last plan's sections; None until it has been through a step.
+        schedules: of each of the last plan's sections, with the control words that go with it;
+            None until the plan has been through a step.
 
     Args:
         compressor: decides what is compressed and how far.
@@ -43,7 +27,7 @@ class Terms:
     """
 
     def __init__(self, compressor: Compressor, settings: Iterable[str]) -> None:
-        self.schedules: list[Schedule] | None = None
+        self.schedules: list[tuple[ControlWords, Schedule]] | None = None
         self._compressor, self._settings = compressor, tuple(settings)
         self._agreed_on: object = None
         self._compared: object = None
@@ -65,10 +49,10 @@ class Terms:
         """
         changed: set[int] = set()
         everyone: set[int] = set()
-        for schedule in self.schedules or ():
-            verdict = yield from schedule.control.announce(schedule.collectives, schedule.device)
+        for control, schedule in self.schedules or ():
+            verdict = yield from control.announce(schedule)
             changed |= set(verdict.changed)
-            everyone |= set(range(schedule.control.world_size))
+            everyone |= set(range(control.world_size))
         if changed != everyone:
             raise WorkerMismatchError(describe_change(sorted(changed), step))
 

@@ -39,7 +39,6 @@ Reports = list[dict[str, Any]]
 
 def launch(script: str, task: str, folder: Path) -> Reports:
     """What two workers report that train, or resume in new processes."""
-    (folder / task).mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={common.WORKERS}"]
     command += [str(ROOT / f"tests/frameworks/{script}_worker.py"), task, str(folder)]
@@ -140,6 +139,15 @@ def test_steps_rates_and_norms_are_those_asked_for(case: Case) -> None:
             assert (norm == pytest.approx(common.CLIP, rel=1e-4)) == is_clipped
 
 
+def test_the_average_is_clipped_in_full_and_in_mixed_precision(
+    run_of: Callable[[str], Run],
+) -> None:
+    """By what, the ordinary loop has shown; here, that the norms ask for it."""
+    for report in run_of("lightning").trained:
+        for name in ("unwrapped", "wrapped"):
+            assert report[name]["stats"]["grad_norm"] > 0.2
+
+
 def test_lightning_ignores_ddp_comm_hook_without_cuda_and_the_optimizer_says_so(
     run_of: Callable[[str], Run],
 ) -> None:
@@ -160,8 +168,16 @@ def test_lightning_s_loss_scaling_skips_a_step_on_all_workers(run_of: Callable[[
 
 def test_lightning_does_not_clip_under_mixed_precision(run_of: Callable[[str], Run]) -> None:
     for report in run_of("lightning").trained:
-        for kind in ("scaled_and_clipped", "bfloat16_and_clipped"):
-            assert "does not allow for gradient clipping" in report[kind]["error"]
+        for words in report["clipped"]:
+            assert "PowerSGDOptimizer, does not allow for gradient clipping" in words
+
+
+def test_accelerate_s_loss_scaling_skips_a_step_on_all_workers(
+    run_of: Callable[[str], Run],
+) -> None:
+    for report in (report["overflow"] for report in run_of("accelerate").trained):
+        assert report["is_untouched"] and report["skipped_steps"] == 1
+        assert not report["step_was_skipped"]  # as the page on frameworks says
 
 
 def test_trainer_saves_averaged_errors_after_the_best_evaluation(

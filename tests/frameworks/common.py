@@ -19,7 +19,7 @@ from efsgd.testing import lockstep, step_together
 WORKERS = 2
 BATCH = 16  # examples of one worker in one backward pass
 ACCUMULATE = 2  # backward passes of a step
-CLIP = 0.3  # of each worker's own gradient
+CLIP = 0.3  # the norm of each worker's own gradient
 EPOCHS = 3
 SAVED_AFTER = 2  # epochs
 EXAMPLES = 192  # of which two workers make three steps in an epoch
@@ -58,6 +58,7 @@ def plain(
     *,
     averaged_after: Sequence[int],
     clip: float | None = None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """What two workers report of nine steps of an ordinary loop, in this thread.
 
@@ -66,11 +67,10 @@ def plain(
         losses: of a model, a worker and a step, one for each backward pass.
         averaged_after: the numbers of steps after which errors are averaged.
         clip: largest norm of a worker's own gradient.
+        options: of the optimizer.
     """
-    optimizers = [
-        PowerSGDOptimizer(model.parameters(), momentum=0.9, rank=2, momentum_form="sgd")
-        for model in models
-    ]
+    options = {"momentum": 0.9, "rank": 2, "momentum_form": "sgd", **options}
+    optimizers = [PowerSGDOptimizer(model.parameters(), **options) for model in models]
     watches = [Watch(optimizer) for optimizer in optimizers]
     for step, rate in enumerate(RATES):
         for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
@@ -89,14 +89,14 @@ def plain(
 
 
 def plain_digits(
-    order: Callable[[int, int], Sequence[int]], *, precision: torch.dtype, clip: float | None
+    order: Callable[[int, int], Sequence[int]], *, precision: torch.dtype, **options: Any
 ) -> list[dict[str, Any]]:
     """`plain` with the network and the digits.
 
     Args:
         order: of the examples of a worker in an epoch.
         precision: of the forward pass.
-        clip: see `plain`.
+        options: see `plain`.
     """
     inputs, targets = digits().tensors
     per_epoch = EXAMPLES // (WORKERS * BATCH)
@@ -110,7 +110,7 @@ def plain_digits(
             yield torch.nn.functional.cross_entropy(outputs.float(), targets[own]) / ACCUMULATE
 
     models = [network() for _ in range(WORKERS)]
-    return plain(models, losses, averaged_after=[3 * SAVED_AFTER], clip=clip)
+    return plain(models, losses, averaged_after=[3 * SAVED_AFTER], **options)
 
 
 class Watch:
@@ -154,4 +154,5 @@ def warned(caught: list[warnings.WarningMessage], words: str) -> bool:
 
 def write(folder: Path, worker: int, report: dict[str, Any]) -> None:
     """Leaves the report of one worker for the test."""
+    folder.mkdir(exist_ok=True)
     (folder / f"{worker}.json").write_text(json.dumps(report))

@@ -41,7 +41,12 @@ class Digits(pl.LightningModule):
     # [optimizer]
     def configure_optimizers(self) -> Any:
         optimizer = PowerSGDOptimizer(
-            self.named_parameters(), lr=0.1, momentum=0.9, rank=2, momentum_form="sgd"
+            self.named_parameters(),
+            lr=0.1,
+            momentum=0.9,
+            rank=2,
+            momentum_form="sgd",
+            max_grad_norm=0.2,
         )
         optimizer.broadcast_parameters()  # DistributedDataParallel does this, too
         optimizer.register_state_dict_pre_hook(average_errors_)
@@ -73,9 +78,28 @@ class LocalGradients(pl.Callback):
 # [end]
 
 
-def trainer(folder: Path, **options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(accelerator="cpu", devices=2, default_root_dir=folder, **quiet, **options)
+def unwrapped(**options: Any) -> pl.Trainer:
+    # [unwrapped trainer]
+    strategy = Unwrapped(timeout=timedelta(seconds=30))
+    return pl.Trainer(strategy=strategy, devices=2, precision="bf16-mixed", **options)
+    # [end]
+
+
+def wrapped(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+    # [wrapped trainer]
+    strategy = DDPStrategy(timeout=timedelta(seconds=30))
+    callbacks = [LocalGradients(), *callbacks]
+    return pl.Trainer(strategy=strategy, devices=2, callbacks=callbacks, **options)
+    # [end]
+
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+ONCE: dict[str, Any] = {**QUIET, "devices": 2, "enable_checkpointing": False}
 
 
 def loader() -> DataLoader[Any]:
@@ -84,28 +108,20 @@ def loader() -> DataLoader[Any]:
 
 def fit(case: str, folder: Path, *, is_resumed: bool) -> dict[str, Any]:
     """All epochs in one of two ways, or those after the checkpoint."""
-    # [trainer]
-    unwrapped = {"strategy": Unwrapped(process_group_backend="gloo", timeout=LIMIT)}
-    wrapped = {
-        "strategy": DDPStrategy(process_group_backend="gloo", timeout=LIMIT),
-        "callbacks": [LocalGradients()],
-    }
-    # [end]
-    options: dict[str, Any] = {"unwrapped": unwrapped, "wrapped": wrapped}[case]
-    kind = {
-        "unwrapped": {"precision": "bf16-mixed"},
-        "wrapped": {"gradient_clip_val": common.CLIP},
-    }[case]
     saving = ModelCheckpoint(folder / case, "{epoch}", every_n_epochs=common.SAVED_AFTER)
-    digits, watch = Digits(), Noting()
-    trainer(
-        folder,
-        strategy=options["strategy"],
-        callbacks=[*options.get("callbacks", []), saving, watch],
-        max_epochs=common.EPOCHS,
-        accumulate_grad_batches=common.ACCUMULATE,
-        **kind,
-    ).fit(digits, loader(), ckpt_path=next((folder / case).iterdir()) if is_resumed else None)
+    watch = Noting()
+    options: dict[str, Any] = {
+        **QUIET,
+        "callbacks": [saving, watch],
+        "max_epochs": common.EPOCHS,
+        "accumulate_grad_batches": common.ACCUMULATE,
+    }
+    if case == "unwrapped":
+        trainer = unwrapped(**options)
+    else:
+        trainer = wrapped(gradient_clip_val=common.CLIP, **options)
+    checkpoint = next((folder / case).iterdir()) if is_resumed else None
+    trainer.fit(Digits(), loader(), ckpt_path=checkpoint)
     return watch.report()
 
 
@@ -122,9 +138,10 @@ class Noting(pl.Callback):
 
 def plain() -> dict[str, Any]:
     """The same training without Lightning."""
+    options: dict[str, Any] = {"order": order, "max_grad_norm": 0.2}
     return {
-        "unwrapped": common.plain_digits(order, precision=torch.bfloat16, clip=None),
-        "wrapped": common.plain_digits(order, precision=torch.float32, clip=common.CLIP),
+        "unwrapped": common.plain_digits(precision=torch.bfloat16, **options),
+        "wrapped": common.plain_digits(precision=torch.float32, clip=common.CLIP, **options),
     }
 
 
@@ -135,15 +152,14 @@ def order(worker: int, epoch: int) -> list[int]:
     return list(sampler)
 
 
-def averaged_twice(folder: Path) -> dict[str, Any]:
+def averaged_twice() -> dict[str, Any]:
     """Lightning registers `ddp_comm_hook` on CUDA devices only: on others it is ignored."""
     strategy = DDPStrategy(ddp_comm_hook=noop_hook, process_group_backend="gloo", timeout=LIMIT)
     watch = Noting()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(
-            folder, strategy=strategy, callbacks=[watch], max_steps=1, enable_checkpointing=False
-        ).fit(Digits(), loader())
+        trainer = pl.Trainer(strategy=strategy, callbacks=[watch], max_steps=1, **ONCE)
+        trainer.fit(Digits(), loader())
     words = "All workers have bitwise equal gradients"
     return {**watch.report(), "warned": common.warned(caught, words)}
 
@@ -156,22 +172,27 @@ class Overflows(Digits):
         return loss * (1e30 if dist.get_rank() == 1 and batch_idx == 1 else 1.0)
 
 
-def scaled(folder: Path, **options: Any) -> dict[str, Any]:
+def scaled(**options: Any) -> dict[str, Any]:
     """float16 with loss scaling."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    strategy, watch = Unwrapped(process_group_backend="gloo", timeout=LIMIT), Noting()
-    options = {
-        "plugins": [plugin],
-        "strategy": strategy,
-        "max_steps": 4,
-        "enable_checkpointing": False,
-        **options,
-    }
-    try:
-        trainer(folder, callbacks=[watch], **options).fit(Overflows(), loader())
-    except RuntimeError as error:
-        return {"error": str(error)}
+    watch = Noting()
+    trainer = pl.Trainer(
+        strategy=Unwrapped(timeout=LIMIT), plugins=[plugin], callbacks=[watch], max_steps=4, **ONCE
+    )
+    trainer.fit(Overflows(), loader())
     return {**watch.report(), "scale": plugin.scaler.get_scale()}
+
+
+def clipped(plugin: MixedPrecision) -> str:
+    """What Lightning says when it is asked to clip under mixed precision."""
+    trainer = pl.Trainer(
+        strategy=Unwrapped(timeout=LIMIT), plugins=[plugin], gradient_clip_val=1.0, **ONCE
+    )
+    try:
+        trainer.fit(Digits(), loader())
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def main() -> None:
@@ -183,13 +204,10 @@ def main() -> None:
         case: fit(case, folder, is_resumed=task == "resume") for case in cases
     }
     if task == "train":
-        results["averaged_twice"] = averaged_twice(folder)
-        results["scaled"] = scaled(folder)
-        results["scaled_and_clipped"] = scaled(folder, gradient_clip_val=common.CLIP)
-        bfloat16 = MixedPrecision("bf16-mixed", "cpu")
-        results["bfloat16_and_clipped"] = scaled(
-            folder, plugins=[bfloat16], gradient_clip_val=common.CLIP
-        )
+        results["averaged_twice"], results["scaled"] = averaged_twice(), scaled()
+        scaler = torch.amp.GradScaler("cpu")
+        plugins = MixedPrecision("bf16-mixed", "cpu"), MixedPrecision("16-mixed", "cpu", scaler)
+        results["clipped"] = [clipped(plugin) for plugin in plugins]
         results["plain"] = plain()
     common.write(folder / task, dist.get_rank(), results)
     dist.destroy_process_group()

@@ -36,8 +36,8 @@ SAVED_AFTER = 5  # steps, in the middle of an epoch
 class LocalGradients(TrainerCallback):
     """Leaves averaging to the optimizer, and has it average its errors before it is saved."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer, optimizer: PowerSGDOptimizer) -> None:
+        self.trainer, self.optimizer = trainer, optimizer
         self.hooked: torch.nn.Module | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -48,13 +48,13 @@ class LocalGradients(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
-            average_errors_(kwargs["optimizer"].optimizer)  # in Accelerate's wrapper
+            average_errors_(self.optimizer)
 
     on_epoch_end = on_step_end
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.save_strategy == "best":  # decided after the evaluation
-            average_errors_(kwargs["optimizer"].optimizer)
+            average_errors_(self.optimizer)
 
 
 # [end]
@@ -110,7 +110,7 @@ def fit(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
     )
     scheduler = StepLR(optimizer, 3, gamma=0.5)
     trainer = Trainer(model, training, train_dataset=sentences(), optimizers=(optimizer, scheduler))
-    trainer.add_callback(LocalGradients(trainer))
+    trainer.add_callback(LocalGradients(trainer, optimizer))
     # [end]
     watch = common.Watch(optimizer)
     checkpoint = str(folder / "saved" / f"checkpoint-{SAVED_AFTER}") if is_resumed else None
@@ -145,7 +145,7 @@ def best(folder: Path) -> dict[str, Any]:
     optimizer = PowerSGDOptimizer(model.named_parameters(), lr=0.1, rank=2)
     data = {"train_dataset": sentences(), "eval_dataset": sentences()[:4]}
     trainer = Trainer(model, training, **data, optimizers=(optimizer, StepLR(optimizer, 9)))
-    trainer.add_callback(LocalGradients(trainer))
+    trainer.add_callback(LocalGradients(trainer, optimizer))
     trainer.train()
     return {"trained": common.fingerprint(optimizer)}
 

@@ -1,0 +1,232 @@
+"""GradientAverager: the same exchange as the optimizer's, with Δ' written to the gradients."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efsgd import ErrorFeedbackSGD, GradientAverager, NonFiniteGradientError, PowerSGD
+from efsgd.checkpoint import consolidation
+from efsgd.testing import lockstep, step_together
+from tests.simulation import bits, parameters_of, set_gradients
+from tests.strategies import gaussian
+
+SHAPES = [(12, 10), (10,), (6, 4, 3, 3), (), (9, 9)]
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [gaussian(shape, seed).to(dtype) for seed, shape in enumerate(SHAPES)]
+
+
+def gradients(step: int, worker: int) -> list[Tensor | None]:
+    made: list[Tensor | None]
+    made = [gaussian(shape, 97 * step + 11 * worker + i + 5) for i, shape in enumerate(SHAPES)]
+    if (step + worker) % 3 == 0:
+        made[step % len(SHAPES)] = None
+    return made
+
+
+def averagers(world_size: int, **options: Any) -> list[GradientAverager]:
+    compressor = PowerSGD(rank=2, seed=3)
+    return [
+        GradientAverager([p.requires_grad_() for p in parameters()], compressor, **options)
+        for _ in range(world_size)
+    ]
+
+
+def step(workers: list[GradientAverager], number: int) -> None:
+    set_gradients(workers, [gradients(number, worker) for worker in range(len(workers))])
+    step_together(workers)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sgd_on_averaged_gradients_is_the_optimizer(world_size: int) -> None:
+    workers = averagers(world_size)
+    sgds = [torch.optim.SGD(parameters_of(w), lr=0.1, momentum=0.9) for w in workers]
+    ours = [
+        ErrorFeedbackSGD(
+            [p.requires_grad_() for p in parameters()],
+            lr=0.1,
+            momentum=0.9,
+            momentum_form="sgd",
+            compressor=PowerSGD(rank=2, seed=3),
+        )
+        for _ in range(world_size)
+    ]
+    for number in range(6):
+        step(workers, number)
+        for sgd in sgds:
+            sgd.step()
+        set_gradients(ours, [gradients(number, worker) for worker in range(world_size)])
+        step_together(ours)
+        for worker, optimizer in zip(workers, ours, strict=True):
+            assert bits(parameters_of(worker)) == bits(parameters_of(optimizer))
+            for mine, other in zip(parameters_of(worker), parameters_of(optimizer), strict=True):
+                for key in ("error", "q"):
+                    assert bits(worker.state[mine].get(key)) == bits(
+                        optimizer.state[other].get(key)
+                    )
+
+
+def test_workers_get_equal_gradients_and_nothing_is_lost() -> None:
+    workers = averagers(3)
+    applied = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    given = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    for number in range(8):
+        for worker in range(3):
+            for total, gradient in zip(given, gradients(number, worker), strict=True):
+                total += 0 if gradient is None else gradient / 3
+        step(workers, number)
+        averaged = [[p.grad for p in parameters_of(worker)] for worker in workers]
+        assert bits(averaged[0]) == bits(averaged[1]) == bits(averaged[2])
+        for total, gradient in zip(applied, averaged[0], strict=True):
+            total += 0 if gradient is None else gradient
+    for index in range(len(SHAPES)):
+        errors = [w.state[parameters_of(w)[index]].get("error") for w in workers]
+        left = sum(error / 3 for error in errors if error is not None)
+        # Sums of 24 terms in float64.
+        assert torch.allclose(applied[index] + left, given[index], rtol=1e-10, atol=1e-12)
+
+
+def test_who_has_no_gradient_gets_the_others_and_nobody_s_stays_none() -> None:
+    workers = averagers(2)
+    set_gradients(workers, [gradients(1, 0), gradients(1, 1)])
+    for worker in workers:
+        parameters_of(worker)[4].grad = None
+    parameters_of(workers[0])[1].grad = None
+    step_together(workers)
+    assert all(parameters_of(worker)[4].grad is None for worker in workers)
+    expected = gradients(1, 1)[1]
+    assert expected is not None
+    assert torch.equal(parameters_of(workers[0])[1].grad, expected / 2)
+
+
+def test_expanded_and_sparse_gradients_are_replaced_by_ordinary_ones() -> None:
+    table, row = torch.zeros(6, 5, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
+    places = torch.tensor([[1, 1, 3]])
+    table.grad = torch.sparse_coo_tensor(places, torch.ones(3, 5), (6, 5), check_invariants=True)
+    row.grad = torch.ones(4).expand(5, 4)
+    assert GradientAverager([table, row]).average_()
+    assert table.grad.layout == torch.strided
+    assert table.grad.sum(dim=1).tolist() == [0, 10, 0, 5, 0, 0]
+    assert row.grad.is_contiguous()
+    assert torch.allclose(row.grad, torch.ones(5, 4))  # rank 1, in float32
+
+
+def test_not_finite_gradients_change_nothing_anywhere() -> None:
+    for policy in ("raise", "skip"):
+        workers = averagers(2, nonfinite=policy)
+        step(workers, 0)
+        set_gradients(workers, [gradients(2, 0), gradients(2, 1)])
+        parameters_of(workers[1])[0].grad[0, 0] = math.nan
+        before = bits([([p.grad for p in parameters_of(w)], w.state_dict()) for w in workers])
+        exchanges = [worker.exchange(2, index) for index, worker in enumerate(workers)]
+        if policy == "raise":
+            with pytest.raises(NonFiniteGradientError, match="worker 1 the gradient of para"):
+                lockstep(exchanges)
+        else:
+            assert lockstep(exchanges).results == [False, False]
+        after = bits([([p.grad for p in parameters_of(w)], w.state_dict()) for w in workers])
+        assert after == before
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_scaler_sees_the_same_on_all_workers_and_errors_are_unscaled(overflows: bool) -> None:
+    plain, scaled = averagers(2), averagers(2)
+    step(plain, 1)
+    set_gradients(scaled, [gradients(1, 0), gradients(1, 1)])
+    scales = [2.0**10, 2.0**12]  # they may differ
+    for worker, scale in zip(scaled, scales, strict=True):
+        for parameter in parameters_of(worker):
+            if parameter.grad is not None:
+                parameter.grad *= scale
+    if overflows:
+        parameters_of(scaled[0])[2].grad[0] = math.inf
+    before = bits([worker.state_dict()["state"] for worker in scaled])
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in scales]
+    sgds = [torch.optim.SGD(parameters_of(worker), lr=0.1) for worker in scaled]
+    for worker, scaler in zip(scaled, scalers, strict=True):
+        scaler.scale(torch.zeros(()))  # as the loss was: it makes its scale then
+        worker._scale = scaler.get_scale()  # what average_(scaler) does around its exchange
+    results = lockstep([worker.exchange(2, index) for index, worker in enumerate(scaled)]).results
+    assert results == [not overflows] * 2
+    if not overflows:
+        for mine, other in zip(scaled, plain, strict=True):
+            assert bits([mine.state[p] for p in parameters_of(mine)]) == bits(
+                [other.state[p] for p in parameters_of(other)]
+            )
+    else:
+        assert bits([worker.state_dict()["state"] for worker in scaled]) == before
+    for sgd, scaler in zip(sgds, scalers, strict=True):
+        values = copy.deepcopy(sgd.param_groups[0]["params"])
+        scaler.unscale_(sgd)
+        scaler.step(sgd)
+        scaler.update()
+        stayed = bits(values) == bits(sgd.param_groups[0]["params"])
+        assert stayed == overflows
+    assert [scaler.get_scale() for scaler in scalers] == [s / (1 + overflows) for s in scales]
+
+
+def test_average_takes_the_scaler_s_scale() -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+    averager = GradientAverager([parameter])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(parameter.sum()).backward()
+    assert averager.average_(scaler)
+    assert parameter.grad.tolist() == [8.0] * 3
+    parameter.grad[0] = math.nan
+    assert not averager.average_(scaler)
+    assert parameter.grad.tolist() == [math.inf] * 3
+
+
+@pytest.mark.parametrize("norm", [0.5, 1e6])
+def test_the_norm_of_all_gradients_together_is_clipped(norm: float) -> None:
+    free, clipped = averagers(2), averagers(2, max_grad_norm=norm)
+    for workers in (free, clipped):
+        step(workers, 1)
+    expected = [p.grad for p in parameters_of(free[0])]
+    flat = torch.cat([gradient.reshape(-1) for gradient in expected if gradient is not None])
+    # P's columns are orthonormal to rounding.
+    assert math.isclose(clipped[0].communication_stats()["grad_norm"], flat.norm(), rel_tol=1e-12)
+    factor = min(1.0, norm / (float(flat.norm()) + 1e-6))
+    for gradient, parameter in zip(expected, parameters_of(clipped[0]), strict=True):
+        assert torch.allclose(gradient * factor, parameter.grad, rtol=1e-12, atol=0)
+    errors = [[w.state[p].get("error") for p in parameters_of(w)] for w in (free[1], clipped[1])]
+    assert bits(errors[0]) == bits(errors[1])
+
+
+def test_it_is_saved_and_goes_on_to_the_bit() -> None:
+    workers = averagers(2)
+    for number in range(3):
+        step(workers, number)
+    fresh = averagers(2)
+    for worker, twin in zip(workers, fresh, strict=True):
+        twin.load_state_dict(copy.deepcopy(worker.state_dict()))
+    for both in (workers, fresh):
+        step(both, 3)
+    for worker, twin in zip(workers, fresh, strict=True):
+        assert bits(worker.state_dict()) == bits(twin.state_dict())
+        assert bits([p.grad for p in parameters_of(worker)]) == bits(
+            [p.grad for p in parameters_of(twin)]
+        )
+    consolidated = lockstep([consolidation(worker) for worker in workers]).results
+    assert bits(consolidated[0]) == bits(consolidated[1])
+
+
+def test_hooks_fire_around_it_and_a_closure_comes_first() -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+    averager = GradientAverager([parameter])
+    seen = []
+    averager.register_step_pre_hook(lambda *_: seen.append("before"))
+    averager.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure() -> None:
+        parameter.grad = torch.ones(3)
+        seen.append("closure")
+
+    assert averager.step(closure) is True
+    assert averager.average_()
+    assert seen == ["before", "closure", "after", "before", "after"]

@@ -1,0 +1,157 @@
+"""What workers tell each other before a step: changes on some of them, and values that drifted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from efsgd import PowerSGDOptimizer, WorkerMismatchError
+from efsgd.testing import step_together
+from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with
+
+
+def change_rank(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["rank"] = 1
+
+
+def freeze(optimizer: PowerSGDOptimizer) -> None:
+    parameters_of(optimizer)[0].requires_grad_(False)
+
+
+def add_group(optimizer: PowerSGDOptimizer) -> None:
+    parameter = torch.ones(6, 5, dtype=torch.float64, requires_grad=True)
+    parameter.grad = torch.ones(6, 5, dtype=torch.float64)
+    optimizer.add_param_group({"params": [parameter]})
+
+
+def load(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+CHANGES: list[Callable[[PowerSGDOptimizer], None]] = [change_rank, freeze, add_group, load]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_change_on_one_worker_alone_is_an_error_on_all(
+    change: Callable[[PowerSGDOptimizer], None], world_size: int
+) -> None:
+    workers, scenario = a_run(world_size)
+    step_with(workers, scenario.gradients(0))
+    set_gradients(workers, scenario.gradients(1))
+    change(workers[1])
+    before = bits(snapshot(workers))
+    # All of them raise, or lockstep would say that some wait for ever.
+    with pytest.raises(WorkerMismatchError, match="worker 1 has changed what it trains") as caught:
+        step_together(workers)
+    assert "on all workers before the same step" in str(caught.value)
+    assert all(str(caught.value) in note for note in caught.value.__notes__)
+    assert len(caught.value.__notes__) == world_size - 1
+    assert bits(snapshot(workers)) == before
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_on_all_workers_is_announced_once(
+    change: Callable[[PowerSGDOptimizer], None],
+) -> None:
+    workers, scenario = a_run(3)
+    for step in range(2):
+        usual = step_with(workers, scenario.gradients(step))
+    set_gradients(workers, scenario.gradients(2))
+    for optimizer in workers:
+        change(optimizer)
+    kinds = [traced.kind for traced in step_together(workers)]
+    # The collectives of the step before, full of zeros; then plans are compared; then the step.
+    assert kinds[:3] == ["AllReduceMean"] * 2 + ["AllGather"]
+    assert kinds[-2:] == ["AllReduceMean"] * 2
+    stats = workers[0].communication_stats()
+    assert stats["collectives"] == 2
+    assert stats["check_bytes_sent"] >= sum(traced.nbytes for traced in usual)
+    assert [traced.kind for traced in step_together(workers)] == ["AllReduceMean"] * 2
+
+
+def test_a_change_that_is_undone_was_none() -> None:
+    workers, scenario = a_run(2)
+    twins, _ = a_run(2)
+    for run in (workers, twins):
+        step_with(run, scenario.gradients(0))
+    workers[0].param_groups[0]["rank"] = 1
+    set_gradients(workers, scenario.gradients(1))
+    with pytest.raises(WorkerMismatchError, match="worker 0"):
+        step_together(workers)
+    workers[0].param_groups[0]["rank"] = twins[0].param_groups[0]["rank"]
+    assert len(step_with(workers, scenario.gradients(1))) == 2
+    step_with(twins, scenario.gradients(1))
+    assert bits(snapshot(workers)) == bits(snapshot(twins))
+
+
+def test_a_change_in_several_sections_keeps_nobody_waiting() -> None:
+    # Two dtypes make two sections, each with collectives of its own.
+    workers = []
+    for worker in range(2):
+        parameters = [torch.ones(8, 6), torch.ones(8, 6, dtype=torch.float64), torch.ones(3)]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, worker)
+            parameter.requires_grad_()
+        workers.append(PowerSGDOptimizer(parameters, lr=0.1, rank=1))
+    assert len(step_together(workers)) == 1 + 1 + 4
+    workers[0].param_groups[0]["rank"] = 2
+    with pytest.raises(WorkerMismatchError, match="worker 0 has changed"):
+        step_together(workers)
+    workers[1].param_groups[0]["rank"] = 2
+    assert len(step_together(workers)) == 4 + 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("parameter", "parameter 2 differs"),
+        ("momentum_buffer", "momentum_buffer of parameter 2 differs"),
+        ("q", "q of parameter 2 differs"),
+        ("lr", r"worker 0: lr=0\.05 .* worker 1: lr=0\.06"),
+        ("nonfinite", "worker 1: nonfinite=skip"),
+    ],
+)
+def test_what_drifted_is_found_when_the_check_is_due(key: str, words: str) -> None:
+    workers, scenario = a_run(2, check_every=3)
+    for step in range(3):
+        step_with(workers, scenario.gradients(step))
+    last, parameter = workers[1], parameters_of(workers[1])[2]
+    if key == "parameter":
+        parameter.data[0, 0] += 1e-12
+    elif key in last.state[parameter]:
+        last.state[parameter][key][0, 0] += 1e-12
+    else:
+        last.param_groups[0][key] = {"lr": 0.06, "nonfinite": "skip"}[key]
+    set_gradients(workers, scenario.gradients(3))
+    before = bits(snapshot(workers))
+    with pytest.raises(WorkerMismatchError, match=words):
+        step_together(workers)
+    assert bits(snapshot(workers)) == before
+
+
+def test_what_drifted_is_not_found_before_that() -> None:
+    workers, scenario = a_run(2, check_every=3)
+    step_with(workers, scenario.gradients(0))
+    parameters_of(workers[1])[2].data[0, 0] += 1e-12
+    for step in (1, 2):
+        assert len(step_with(workers, scenario.gradients(step))) == 2
+    with pytest.raises(WorkerMismatchError, match="parameter 2 differs"):
+        step_with(workers, scenario.gradients(3))
+
+
+def test_a_check_is_one_small_collective_before_every_so_manieth_step() -> None:
+    workers, scenario = a_run(2, check_every=2)
+    sizes = []
+    for step in range(5):
+        trace = step_with(workers, scenario.gradients(step % 4))
+        sizes.append([traced.nbytes for traced in trace if traced.kind == "AllGather"])
+    assert sizes[1:] == [[], [24], [], [24]]
+    assert len(sizes[0]) == 2
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, None, "2"])
+def test_intervals_that_make_no_sense_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid check_every: .* Must be a number of steps"):
+        PowerSGDOptimizer([torch.zeros(3, requires_grad=True)], check_every=value)
