@@ -12,7 +12,9 @@ __all__ = ["AveragedOptimizer", "Optimizer", "Wrapped"]
 class Optimizer(Protocol):
     """What the loop asks of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters, whose entry "lr" is set before each step."""
 
     def zero_grad(self) -> None:
         """Forgets the gradients."""
