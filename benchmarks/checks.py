@@ -7,7 +7,7 @@ One worker, where nothing is sent; what a check sends besides is 24 bytes.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -25,10 +25,29 @@ CHECK = "check"
 WARM_UP = 2
 
 
-def check(optimizer: PowerSGDOptimizer) -> None:
-    """What a worker computes for a check: see `efsgd.agreement.compare`."""
-    for value in optimizer._stepper.plan.replicated().values():
-        checksum(value)
+def check(optimizer: PowerSGDOptimizer) -> int:
+    """What a worker computes for a check, see `efsgd.agreement.compare`; the number of tensors."""
+    return len([checksum(value) for value in optimizer._stepper.plan.replicated().values()])
+
+
+def report(workload: str, samples: Mapping[str, Sequence[float]]) -> None:
+    """Shows the table.
+
+    Args:
+        workload: what was stepped.
+        samples: seconds by name: of the floor, of steps, and of checks.
+    """
+    steps = differences(samples[STEP.name], samples[FLOOR.name])
+    cost = in_times(Quartiles.of(ratios(samples[CHECK], steps)))
+    floats = sum(map(math.prod, shapes_of(workload)))
+    show(
+        f"{workload}, {floats:,} parameters, rank 4, SGD's momentum; median (quartiles)",
+        ["", "ms", "of a step"],
+        [
+            ["a step", in_milliseconds(Quartiles.of(steps)), ""],
+            ["a check", in_milliseconds(Quartiles.of(samples[CHECK])), cost],
+        ],
+    )
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
@@ -40,27 +59,13 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=31, help="measured steps and checks")
     arguments = parser.parse_args(command_line)
     torch.set_num_threads(1)
-    shapes = shapes_of(arguments.workload)
-    bench = Bench(made_gradients(shapes))
+    bench = Bench(made_gradients(shapes_of(arguments.workload)))
     runners = {each.name: bench.runner(each) for each in (FLOOR, STEP)}
     [optimizer] = bench.optimizers.values()
     runners[CHECK] = Runner(lambda: check(optimizer))
     clock = clock_for(bench.device)
     samples = measure(runners, arguments.rounds, warm_up=WARM_UP, clock=clock)
-    steps = differences(samples[STEP.name], samples[FLOOR.name])
-    floats = sum(map(math.prod, shapes))
-    show(
-        f"{arguments.workload}, {floats:,} parameters, rank 4, SGD's momentum; median (quartiles)",
-        ["", "ms", "of a step"],
-        [
-            ["a step", in_milliseconds(Quartiles.of(steps)), ""],
-            [
-                "a check",
-                in_milliseconds(Quartiles.of(samples[CHECK])),
-                in_times(Quartiles.of(ratios(samples[CHECK], steps))),
-            ],
-        ],
-    )
+    report(arguments.workload, samples)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from torch.optim.optimizer import ParamsT
 from efsgd.arguments import validate_exchange
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor, PowerSGD
-from efsgd.optimizer_base import ErrorFeedbackOptimizer, Handling
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.rules import Rule, Rules
+from efsgd.savable import Handling
 from efsgd.stepper import LossScaling
 
 __all__ = ["GradientAverager", "replace_"]

@@ -12,8 +12,9 @@ from torch.optim.optimizer import ParamsT
 from efsgd.arguments import SGD_SETTINGS, validate_changes, validate_sgd_group
 from efsgd.compressors import Compressor, PowerSGD
 from efsgd.differentiation import require_differentiable, step_differentiably_
-from efsgd.optimizer_base import ErrorFeedbackOptimizer, Handling
+from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.rules import rules_of
+from efsgd.savable import Handling
 from efsgd.transports import current_transport
 
 __all__ = ["ErrorFeedbackSGD"]

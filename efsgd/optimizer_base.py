@@ -1,50 +1,30 @@
-"""What optimizers around error feedback have in common: groups, state, and the workers."""
+"""What optimizers around error feedback have in common: workers, and steps with them."""
 
-import copy
-import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from collections.abc import Callable
+from typing import Any
 from weakref import ref
 
 import torch.distributed as dist
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from efsgd.arguments import LOCAL, SHARED, validate_parameter, validate_shared
 from efsgd.collectives import Exchange, run
 from efsgd.compressors import Compressor
 from efsgd.errors import CollectiveError
 from efsgd.joining import Joining
-from efsgd.loading import exact_copies, fill_missing_settings, refuse_overwritten
 from efsgd.refusals import refuse_backward_optimizer, refuse_sharding_optimizer
-from efsgd.rules import Rules
-from efsgd.state import complete_, members
-from efsgd.stepper import Groups, LossScaling, Stepper
+from efsgd.savable import SavableOptimizer
+from efsgd.stepper import LossScaling
 from efsgd.transports import Alone, ProcessGroup, current_transport
 
-__all__ = ["ErrorFeedbackOptimizer", "Handling"]
-
-Validation: TypeAlias = Callable[[Mapping[str, Any], Compressor], None]
+__all__ = ["ErrorFeedbackOptimizer"]
 
 
-@dataclass(frozen=True)
-class Handling:
-    """How an optimizer treats its parameter groups.
-
-    Attributes:
-        validate: checks a group that is new or loaded.
-        validate_again: checks it before each step, for users and schedulers change it.
-        rules: how groups are updated; see `efsgd.rules`.
-    """
-
-    validate: Validation
-    validate_again: Validation
-    rules: Callable[[Groups], Rules]
+def _no_group() -> None:
+    return None
 
 
-class ErrorFeedbackOptimizer(Joining, Optimizer):
+class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
     """Exchanges gradients with error feedback: Algorithm 2, up to what is done with the result.
 
     Subclasses say how groups are handled.
@@ -56,7 +36,8 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
         process_group: the workers; None is the default group, looked up at each step.
     """
 
-    _handling: ClassVar[Handling]
+    # The group of the last step; a weak reference, as it would outlive destroy_process_group.
+    _last_group: Callable[[], dist.ProcessGroup | None] = staticmethod(_no_group)
 
     def __init__(
         self,
@@ -66,41 +47,7 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
         process_group: dist.ProcessGroup | None,
     ) -> None:
         refuse_sharding_optimizer()
-        self._process_group = process_group
-        defaults |= {"step": 0, "worker": 0, "world_size": 0, **compressor.settings()}
-        self._handling.validate(defaults, compressor)
-        self._begin(compressor, defaults)
-        super().__init__(params, defaults)
-
-    def _begin(self, compressor: Compressor, defaults: Mapping[str, Any]) -> None:
-        self._compressor = compressor
-        self._loading: dict[str, Any] | None = None
-        self._weight = 1.0
-        self._last_group: Callable[[], dist.ProcessGroup | None] = _no_group
-        settings = [name for name in defaults if name not in LOCAL]
-        handling = self._handling
-        again = functools.partial(_validate_groups, handling.validate_again, compressor)
-        self._stepper = Stepper(compressor, settings, again, handling.rules)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group; on every worker the same, and between the same two steps.
-
-        Raises:
-            ValueError: a setting is out of range, or differs from the other groups' though it
-                belongs to the optimizer as a whole.
-        """
-        if self.param_groups and isinstance(param_group, dict):
-            for name in (*SHARED, *self._compressor.shared_settings()):
-                param_group.setdefault(name, self.param_groups[0][name])
-        super().add_param_group(param_group)
-        try:
-            _validate_groups(self._handling.validate, self._compressor, self.param_groups)
-            for member in members(self.param_groups):
-                validate_parameter(member.parameter, member.name)
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._complete_state()
+        super().__init__(params, defaults, compressor, process_group)
 
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
         """The step as an exchange, for any driver: `efsgd.collectives.run`, `testing.lockstep`.
@@ -148,7 +95,6 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
             refuse_backward_optimizer(self)
         if transport.group is not self._last_group():
             self._stepper.regroup()
-            # A weak one: a group that is held here would outlive destroy_process_group.
             self._last_group = _no_group if transport.group is None else ref(transport.group)
         return transport
 
@@ -229,73 +175,3 @@ class ErrorFeedbackOptimizer(Joining, Optimizer):
             WorkerMismatchError: the workers do not have the same parameters.
         """
         run(self._stepper.broadcast(self.param_groups, source), self._meet())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
-
-        Tensors are copied in this package's own dtypes: errors of bfloat16 parameters stay
-        float32. What the dict lacks (all of ours, in an SGD's) keeps its present setting, or
-        starts from nothing. Works without and before torch.distributed's initialisation.
-
-        Args:
-            state_dict: from `state_dict()`, possibly saved and loaded by torch.
-
-        Raises:
-            ValueError: groups do not match, settings contradict each other, or the dict's errors
-                have been overwritten by later steps. Nothing has changed then.
-        """
-
-        def keep(_: Optimizer, final: dict[str, Any]) -> None:
-            refuse_overwritten(final["state"], self._stepper.plan.sections)
-            self._loading = final
-
-        handle = self.register_load_state_dict_pre_hook(keep)  # the last, so it sees what is loaded
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._loading = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A process group cannot be pickled: what is unpickled uses the default group.
-        return {**super().__getstate__(), "_compressor": self._compressor}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._process_group, twin._weight = self._process_group, self._weight
-        return twin
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        present = self.__dict__
-        compressor: Compressor = (state if "_compressor" in state else present)["_compressor"]
-        defaults = (state if "defaults" in state else present)["defaults"]
-        groups = state["param_groups"]
-        fill_missing_settings(groups, present.get("param_groups", []), defaults)
-        _validate_groups(self._handling.validate, compressor, groups)
-        if (loading := present.get("_loading")) is not None:
-            state["state"].update(exact_copies(groups, loading))
-        present.setdefault("_process_group", None)
-        if "_stepper" not in present:
-            self._begin(compressor, defaults)
-        super().__setstate__(state)
-        self._stepper.reload()
-        self._complete_state()
-
-    def _complete_state(self) -> None:
-        for member in members(self.param_groups):
-            if member.parameter.requires_grad:
-                complete_(self.state[member.parameter], member, self._compressor)
-        if not self.state:  # all are frozen: torch.distributed.checkpoint steps what has no state
-            self.state[self.param_groups[0]["params"][0]] = {}
-
-
-def _no_group() -> None:
-    return None
-
-
-def _validate_groups(validate: Validation, compressor: Compressor, groups: Groups) -> None:
-    for group in groups:
-        validate(group, compressor)
-    validate_shared(groups, (*SHARED, *compressor.shared_settings()))

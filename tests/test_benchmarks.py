@@ -15,6 +15,7 @@ import torch
 from benchmarks import (
     alpha_beta,
     candidates,
+    checks,
     local,
     memory,
     namespaces,
@@ -184,6 +185,17 @@ def test_candidates_of_one_worker_step() -> None:
         runner.step()
     assert all(o.communication_stats()["steps"] == 1 for o in bench.optimizers.values())
     assert len(bench.optimizers) == 4
+
+
+def test_a_check_reads_all_that_workers_have_in_common(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(made_gradients(SHAPES))
+    runner = bench.runner(checks.STEP)
+    runner.prepare()
+    runner.step()
+    [optimizer] = bench.optimizers.values()
+    assert checks.check(optimizer) == 3 * (1 + 2)  # x, m, and whether m has begun: nothing here is compressed
+    checks.report("resnet18", {"floor": [1.0], checks.STEP.name: [3.0], checks.CHECK: [1.0]})
+    assert "0.5×" in capsys.readouterr().out
 
 
 def test_names_are_unique_and_survive_json() -> None:

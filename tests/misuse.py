@@ -1,0 +1,96 @@
+"""A table of what users may do wrong, and what every row of it is held to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from efsgd import PowerSGDOptimizer
+from tests.simulation import a_run, bits, snapshot, step_with
+from tests.strategies import Scenario
+
+__all__ = ["Case", "Run", "a_parameter", "ids", "invalid"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to misuse an optimizer.
+
+    Attributes:
+        name: of the test.
+        act: does it; takes what `Run` offers.
+        error: what must be raised, exactly.
+        given: part of the message: what was given.
+        remedy: part of the message: what must hold, or what to do.
+    """
+
+    name: str
+    act: Callable[..., object]
+    error: type[Exception]
+    given: str
+    remedy: str
+
+    def check(self, *arguments: Any) -> pytest.ExceptionInfo[Exception]:
+        """Runs `act`: it must raise this error, with these words."""
+        with pytest.raises(self.error) as caught:
+            self.act(*arguments)
+        assert type(caught.value) is self.error
+        text = str(caught.value)
+        assert self.given in text, text
+        assert self.remedy in text, text
+        return caught
+
+
+class Run:
+    """Some workers in the middle of training, which must come out of a misuse as they went in."""
+
+    def __init__(self, world_size: int = 1, *, steps: int = 2, **options: Any) -> None:
+        self.workers, self.scenario = self._trained(world_size, steps, options)
+        self.twins, _ = self._trained(world_size, steps, options)
+        self._steps = steps
+
+    @staticmethod
+    def _trained(
+        world_size: int, steps: int, options: dict[str, Any]
+    ) -> tuple[list[PowerSGDOptimizer], Scenario]:
+        workers, scenario = a_run(world_size, **options)
+        for step in range(steps):
+            step_with(workers, scenario.gradients(step))
+        return workers, scenario
+
+    @property
+    def optimizer(self) -> PowerSGDOptimizer:
+        """Of the first worker."""
+        return self.workers[0]
+
+    def step(self) -> None:
+        """Another step of all workers."""
+        step_with(self.workers, self.scenario.gradients(self._steps))
+
+    def assert_unchanged(self) -> None:
+        """Parameters and all state are bitwise those of workers that were not misused."""
+        assert bits(snapshot(self.workers)) == bits(snapshot(self.twins))
+
+    def assert_goes_on(self) -> None:
+        """Nor is anything else wrong: the next steps are theirs, too."""
+        for step in range(self._steps, self._steps + 2):
+            for workers in (self.workers, self.twins):
+                step_with(workers, self.scenario.gradients(step))
+        self.assert_unchanged()
+
+
+def invalid(name: str, value: Any, remedy: str, act: Callable[..., object], error: type) -> Case:
+    """A case whose message begins as usual: "Invalid name: value. Must be ..."."""
+    return Case(f"{name}={value!r}", act, error, f"Invalid {name}: {value!r}", remedy)
+
+
+def ids(cases: Sequence[Case]) -> list[Any]:
+    """The cases as parameters of a test."""
+    return [pytest.param(case, id=case.name.replace(" ", "-")) for case in cases]
+
+
+def a_parameter() -> torch.Tensor:
+    """A matrix that is worth compressing."""
+    return torch.ones(12, 10, requires_grad=True)
