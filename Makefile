@@ -12,6 +12,8 @@ KILL_FLAGS ?=
 # A clone of github.com/epfml/powersgd, to measure it as well, and for example
 #   make bench-network EPFML=../powersgd BENCH_FLAGS="--rounds 5"
 EPFML ?=
+# A clone of github.com/microsoft/dion, for "make bench-contract".
+DION ?=
 BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
@@ -113,6 +115,12 @@ bench-growth: $(VENV)/.with-examples ## measure growth with the workers (Linux, 
 .PHONY: bench-kernels
 bench-kernels: $(VENV)/.with-examples ## measure single operations of a step, every way they could be done
 	$(BENCH).kernels --output $(RESULTS)/kernels.json
+
+.PHONY: bench-contract
+bench-contract: $(VENV)/.with-examples ## ask efsgd and its peers what a swap-in for SGD has to do
+	$(BENCH).contract $(if $(EPFML),--epfml $(EPFML)) $(if $(DION),--dion $(DION)) \
+		--output $(RESULTS)/contract.json
+	$(BENCH).contract.page
 
 .PHONY: bench-docs
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured

@@ -100,6 +100,10 @@ def write_results(
 def command_of(benchmark: str, arguments: Sequence[str]) -> str:
     """The command to measure the same elsewhere: without this machine's paths.
 
+    Args:
+        benchmark: name of the module.
+        arguments: of the command line.
+
     Example:
         >>> command_of("local", ["--epfml", "/home/me/powersgd", "--output", "a.json"])
         'python -m benchmarks.local --epfml DIR'
@@ -107,7 +111,7 @@ def command_of(benchmark: str, arguments: Sequence[str]) -> str:
     words = ["python", "-m", f"benchmarks.{benchmark}"]
     for before, word in zip(["", *arguments], arguments, strict=False):
         if word != "--output" and before != "--output":
-            words.append("DIR" if before == "--epfml" else word)
+            words.append("DIR" if before in ("--epfml", "--dion") else word)
     return shlex.join(words)
 
 

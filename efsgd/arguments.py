@@ -1,9 +1,11 @@
 """The optimizer's arguments: torch.optim.SGD's, with its errors, and this package's own."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.compressors import Compressor
@@ -12,9 +14,12 @@ __all__ = [
     "LOCAL",
     "SGD_SETTINGS",
     "SHARED",
+    "number_of",
     "validate_changes",
+    "validate_compressor",
     "validate_exchange",
     "validate_parameter",
+    "validate_process_group",
     "validate_sgd_group",
     "validate_shared",
 ]
@@ -66,6 +71,7 @@ def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
     Raises:
         ValueError: a value is out of range, or two settings contradict each other.
     """
+    _require(group, (*SGD_SETTINGS, "momentum_form"))
     form = group["momentum_form"]
     if form not in ("paper", "sgd"):
         raise ValueError(f"Invalid momentum_form: {form!r}. Must be 'paper' or 'sgd'.")
@@ -87,8 +93,9 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
     """Checks what a parameter group says about the exchange of gradients.
 
     Raises:
-        ValueError: a value is of the wrong type or out of range.
+        ValueError: a value is missing, of the wrong type or out of range.
     """
+    _require(group, (*SHARED, *compressor.settings()))
     for name in ("start_compressing_at", "check_every", *LOCAL, "step"):
         value, what = group[name], "an integer" if name in LOCAL else "a number of steps"
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -107,9 +114,12 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
 
 def _validate_sgd(group: Mapping[str, Any]) -> None:
     """torch.optim.SGD's own checks, with its texts, so that code which matches them goes on."""
+    _require(group, SGD_SETTINGS)
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        number_of(group, name)
     if lr < 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
     if group["momentum"] < 0.0:
@@ -122,6 +132,31 @@ def _validate_sgd(group: Mapping[str, Any]) -> None:
         raise RuntimeError("`fused` does not support `differentiable`")
     if group["fused"] and group["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def number_of(group: Mapping[str, Any], name: str) -> float:
+    """A setting that must be a finite number, or a tensor of one.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is not finite.
+    """
+    value = group[name]
+    if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+        raise TypeError(f"Invalid {name}: {value!r}. Must be a number.")
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not math.isfinite(number):
+        raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
+    return number
+
+
+def _require(group: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in group:
+            raise ValueError(
+                f"Invalid parameter group: it has no {name!r}. A parameter group must keep all the "
+                f"settings that the constructor has put there: set it again."
+            )
 
 
 def validate_shared(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
@@ -141,6 +176,37 @@ def validate_shared(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -
                 f"Invalid {name}: {values} in the parameter groups. It belongs to the optimizer as "
                 f"a whole and must be the same in every group; pass it to the constructor."
             )
+
+
+def validate_compressor(compressor: object) -> None:
+    """Checks that a compressor is one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    needed = ("settings", "shared_settings", "validate", "level", "initial_state", "aggregator")
+    if isinstance(compressor, type) or not all(hasattr(compressor, name) for name in needed):
+        raise TypeError(
+            f"Invalid compressor: {compressor!r}. Must be an efsgd.compressors.Compressor, for "
+            f"example efsgd.PowerSGD(rank=4)."
+        )
+
+
+def validate_process_group(group: object) -> None:
+    """Checks that a process group is one, or what torch gives those that are not in it.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if group is None or (
+        dist.is_available()
+        and (isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER)
+    ):
+        return
+    raise TypeError(
+        f"Invalid process_group: {group!r}. Must be what torch.distributed.new_group() returned, "
+        f"or None for the default group."
+    )
 
 
 def validate_parameter(parameter: Tensor, name: str) -> None:

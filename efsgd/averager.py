@@ -63,7 +63,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, arXiv 1905.13727.
     """
 
-    _handling = Handling(validate_exchange, validate_exchange, _rules_of)
+    _handling = Handling(validate_exchange, validate_exchange, _rules_of, ("error_feedback",))
 
     def __init__(
         self,

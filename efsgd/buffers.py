@@ -38,10 +38,9 @@ def average_buffers(
 def buffer_exchange(module: torch.nn.Module) -> Exchange[None]:
     """`average_buffers` as an exchange, for any driver."""
     named = dict(module.named_buffers())
-    if not named:
-        return
     lines = [f"buffer {n}, {list(b.shape)}, {b.dtype}" for n, b in named.items()]
-    yield from compare(lines, next(iter(named.values())).device)
+    tensors = [*named.values(), *module.parameters(), torch.zeros(0)]
+    yield from compare(lines, tensors[0].device)
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for buffer in named.values():
         if buffer.is_floating_point():

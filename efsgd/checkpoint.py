@@ -108,8 +108,13 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     return state_dict
 
 
-def _run(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer) -> T:
+def _run(exchange: Exchange[T], optimizer: object) -> T:
     """Runs an exchange about errors, of which those of other workers are left out."""
+    if not isinstance(optimizer, ErrorFeedbackOptimizer):
+        raise TypeError(
+            f"Invalid optimizer: {type(optimizer).__name__}. Must be one of this package, which "
+            f"keeps errors."
+        )
     transport = current_transport(optimizer.process_group)
     note = optimizer.settle_errors(transport.world_size, transport.worker)
     result = run(exchange, transport)

@@ -121,17 +121,19 @@ class ControlWords:
         result = yield from intercept(exchange, outgoing, incoming)
         return result, self._read(words, overflowed=not mean_is_finite)
 
-    def announce(self, schedule: Schedule) -> Exchange[Verdict]:
+    def announce(self, schedule: Schedule, *, is_unable: bool = False) -> Exchange[Verdict]:
         """Takes part in a step of the others with zeros, to say that this worker has changed.
 
         Args:
             schedule: of the section that these words are for.
+            is_unable: says instead that it has met an error and cannot take part.
 
         Returns:
-            The verdict; `changed` has the workers that say the same.
+            The verdict; `changed` has the workers that have changed.
         """
         words = torch.zeros(len(self._indices) + self.world_size)
-        words[len(self._indices) + self._worker] = self._changed
+        code = self._unable if is_unable else self._changed
+        words[len(self._indices) + self._worker] = code
         answer = yield from schedule.replay(words)
         return self._read(answer[: len(words)], overflowed=False)
 

@@ -55,7 +55,7 @@ def step_differentiably_(
         scale = weight * (groups[0]["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
     for group in groups:
         parameters = [p for p in group["params"] if p.grad is not None]
-        gradients = [p.grad * scale if needs_scale else p.grad for p in parameters]
+        gradients = [p.grad * scale if needs_scale else p.grad.clone() for p in parameters]
         buffers = [_momentum(state[p]) for p in parameters]
         update_ = _descend_ if group["momentum_form"] == "paper" else _torch_step_
         update_(group, parameters, gradients, buffers)
@@ -94,7 +94,7 @@ def _descend_(
     """Algorithm 2, lines 12 and 13; see `efsgd.error_feedback.descend_`."""
     for position, (x, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         update = -gradient if group["maximize"] else gradient
-        update = update + group["weight_decay"] * x
+        update = update + group["weight_decay"] * x.clone()
         m = buffers[position]
         m = update.clone() if m is None else m.mul_(group["momentum"]).add_(update)
         if group["momentum"] != 0:

@@ -61,7 +61,9 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
     # overflowed, and the workers decide together.
     _step_supports_amp_scaling = True
 
-    _handling = Handling(validate_sgd_group, validate_changes, rules_of)
+    _handling = Handling(
+        validate_sgd_group, validate_changes, rules_of, ("dampening", "error_feedback")
+    )
 
     def __init__(
         self,

@@ -1,15 +1,21 @@
 """Loading a state_dict: what is filled in, what is checked, and in which dtypes it is copied."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.error_feedback import Section
-from efsgd.state import Member, compute_dtype, members, require_shape
+from efsgd.state import Member, compute_dtype, members, require_shape, require_tensor
 
-__all__ = ["exact_copies", "fill_missing_settings", "refuse_overwritten"]
+__all__ = [
+    "exact_copies",
+    "fill_missing_settings",
+    "refuse_overwritten",
+    "validate_structure",
+    "validate_type",
+]
 
 
 def fill_missing_settings(
@@ -56,6 +62,50 @@ def exact_copies(
     }
 
 
+_MUST = "Must be what state_dict() returned, of this class or of torch.optim.SGD."
+
+
+def validate_type(state_dict: object) -> None:
+    """Checks that what is loaded is a dict.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"Invalid state_dict: {state_dict!r}. {_MUST}")
+
+
+def validate_structure(state_dict: Mapping[str, Any], settings: Iterable[str]) -> None:
+    """Checks that what is loaded is a state_dict of an optimizer of the right kind.
+
+    Args:
+        state_dict: what is loaded.
+        settings: names of which every group must have one: they tell the right kinds of optimizers.
+
+    Raises:
+        ValueError: it is not built as `state_dict()` builds it, or is another optimizer's.
+    """
+    for name, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), kind):
+            raise ValueError(
+                f"Invalid state_dict: its {name!r} is no {kind.__name__.lower()}. It has "
+                f"{sorted(map(str, state_dict))[:9]}. {_MUST}"
+            )
+    state = state_dict["state"]
+    for group in state_dict["param_groups"]:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"Invalid state_dict: a group without 'params'. {_MUST}")
+        own = [state[key] for key in group["params"] if key in state]
+        if strange := [value for value in own if not isinstance(value, Mapping)]:
+            raise ValueError(f"Invalid state_dict: a parameter's state is {strange[0]!r}. {_MUST}")
+        if not any(name in group for name in settings):
+            keys = sorted({str(key) for value in own for key in value})
+            raise ValueError(
+                f"Invalid state_dict: it is another optimizer's. Its parameters' state has {keys}, "
+                f"its groups {sorted(map(str, group))}. {_MUST}"
+            )
+
+
 def refuse_overwritten(saved: Mapping[Any, Any], sections: Sequence[Section]) -> None:
     """Refuses a state_dict that was kept without copying it while training went on.
 
@@ -82,6 +132,10 @@ def _exact_copy(saved: Mapping[str, Any], member: Member) -> dict[str, Any]:
     copies: dict[str, Any] = {}
     parameter = member.parameter
     for name, value in saved.items():
+        if name == "momentum_buffer" and value is None:  # as earlier versions of torch save it
+            continue
+        if name in ("momentum_buffer", "momentum_started", "error"):
+            require_tensor(value, name, member.name)
         if isinstance(value, Tensor):
             if name in ("momentum_buffer", "error"):
                 shape = member.shape if name == "error" else parameter.shape

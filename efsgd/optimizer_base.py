@@ -1,13 +1,14 @@
 """What optimizers around error feedback have in common: workers, and steps with them."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
+import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
+from efsgd.arguments import number_of, validate_process_group
 from efsgd.collectives import Exchange, run
 from efsgd.compressors import Compressor
 from efsgd.errors import CollectiveError
@@ -59,6 +60,12 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         Returns:
             Whether the step was applied; if not, all workers skipped it.
         """
+        if world_size < 1:
+            raise ValueError(f"Invalid world_size: {world_size}. Must be at least 1.")
+        if not 0 <= worker < world_size:
+            raise ValueError(
+                f"Invalid worker: {worker}. Must be a place among {world_size} workers, from 0."
+            )
         scaling = LossScaling.of(self)
         return self._stepper.exchange(
             self.param_groups, self.state, world_size, worker, scaling, self._weight
@@ -78,6 +85,11 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
 
     def _take_step(self) -> bool:
         """Runs `exchange` with the workers of the process group."""
+        if torch.compiler.is_compiling():  # there is nothing to gain outside of `efsgd.fusion`
+            return bool(torch.compiler.disable(self._run_exchange)())
+        return self._run_exchange()
+
+    def _run_exchange(self) -> bool:
         transport = self._meet()
         step = self.param_groups[0]["step"]
         try:
@@ -117,6 +129,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
+        validate_process_group(group)
         self._process_group = group
 
     @property
@@ -131,9 +144,10 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        if not 0 <= weight < math.inf:
+        number = number_of({"weight": weight}, "weight")
+        if number < 0:
             raise ValueError(f"Invalid weight: {weight!r}. Must be a finite number of at least 0.")
-        self._weight = float(weight)
+        self._weight = number
 
     def communication_stats(self) -> dict[str, Any]:
         """What was handed to collectives by this worker, counted from the buffers.
@@ -165,7 +179,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         self._stepper.phases.is_timing = is_timing
         self._stepper.phases.begin_step()
 
-    def broadcast_parameters(self, source: int = 0) -> None:
+    def broadcast_parameters(self, source: Any = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.
 
         Args:
@@ -174,4 +188,10 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         Raises:
             WorkerMismatchError: the workers do not have the same parameters.
         """
-        run(self._stepper.broadcast(self.param_groups, source), self._meet())
+        transport = self._meet()
+        if not (isinstance(source, int) and 0 <= source < transport.world_size):
+            raise ValueError(
+                f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
+                f"{transport.world_size - 1}."
+            )
+        run(self._stepper.broadcast(self.param_groups, source), transport)

@@ -106,6 +106,13 @@ class Plan:
         self.forget()  # its scratch memory is free for what follows
         self.members, self.states = list(members(groups, self.sparse)), {}
         for member in self.members:
+            if member.parameter.is_meta:
+                fused = "`fused=True` requires all the params to have values, but "
+                raise RuntimeError(
+                    f"{fused if member.group.get('fused') else ''}{member.name} is on the meta "
+                    f"device: there is nothing that a step could change. Give it values first, for "
+                    f"example by module.to_empty(device='cpu')."
+                )
             if member.parameter.requires_grad:
                 complete_(state[member.parameter], member, self._compressor)
                 self.states[member.index] = state[member.parameter]

@@ -1,10 +1,10 @@
 """How each parameter group updates its parameters, read from its settings before a step."""
 
-import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from efsgd.arguments import number_of
 from efsgd.blocks import Elementwise
 from efsgd.error_feedback import descend_
 from efsgd.sgd import sgd_
@@ -54,8 +54,8 @@ def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
                 "differentiable=True: an exchange cannot be differentiated. Call step(), with one "
                 "worker."
             )
-        options: dict[str, Any] = {name: _number(group, name) for name in ("lr", "momentum")}
-        options["weight_decay"] = _number(group, "weight_decay") or None
+        options: dict[str, Any] = {name: number_of(group, name) for name in ("lr", "momentum")}
+        options["weight_decay"] = number_of(group, "weight_decay") or None
         foreach = group["foreach"]
         on_cpu = all(parameter.is_cpu for parameter in group["params"])
         options |= {"maximize": group["maximize"], "together": not on_cpu}
@@ -65,7 +65,7 @@ def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
         if group["momentum_form"] == "sgd":
             function = sgd_
             options |= {name: group[name] for name in ("nesterov", "foreach", "fused")}
-            options["dampening"] = _number(group, "dampening")
+            options["dampening"] = number_of(group, "dampening")
             options["together"] = options["together"] or bool(group["fused"])
         if group["max_grad_norm"] is not None:
             options["clip"] = 1.0
@@ -73,14 +73,3 @@ def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
         keeps_momentum = group["momentum_form"] == "paper" or group["momentum"] != 0
         rules[id(group)] = Rule(function, options, keeps_momentum)
     return rules
-
-
-def _number(group: Mapping[str, Any], name: str) -> float:
-    value = group[name]
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"Invalid {name}: {value!r}. Must be a number.") from None
-    if not math.isfinite(number):
-        raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
-    return number

@@ -2,22 +2,37 @@
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from efsgd.arguments import LOCAL, SHARED, validate_parameter, validate_shared
+from efsgd.arguments import (
+    LOCAL,
+    SHARED,
+    validate_compressor,
+    validate_parameter,
+    validate_process_group,
+    validate_shared,
+)
 from efsgd.compressors import Compressor
-from efsgd.loading import exact_copies, fill_missing_settings, refuse_overwritten
+from efsgd.loading import (
+    exact_copies,
+    fill_missing_settings,
+    refuse_overwritten,
+    validate_structure,
+    validate_type,
+)
 from efsgd.rules import Rules
-from efsgd.state import complete_, members
+from efsgd.state import State, complete_, members
 from efsgd.stepper import Groups, Stepper
 
-__all__ = ["Handling", "SavableOptimizer"]
+__all__ = ["Handling", "SavableOptimizer", "complete_states_"]
 
 Validation: TypeAlias = Callable[[Mapping[str, Any], Compressor], None]
 
@@ -30,11 +45,13 @@ class Handling:
         validate: checks a group that is new or loaded.
         validate_again: checks it before each step, for users and schedulers change it.
         rules: how groups are updated; see `efsgd.rules`.
+        telling_settings: a group that has none of them is of another kind of optimizer.
     """
 
     validate: Validation
     validate_again: Validation
     rules: Callable[[Groups], Rules]
+    telling_settings: tuple[str, ...]
 
 
 class SavableOptimizer(Optimizer):
@@ -56,6 +73,8 @@ class SavableOptimizer(Optimizer):
         compressor: Compressor,
         process_group: dist.ProcessGroup | None,
     ) -> None:
+        validate_compressor(compressor)
+        validate_process_group(process_group)
         defaults |= {"step": 0, "worker": 0, "world_size": 0, **compressor.settings()}
         self._handling.validate(defaults, compressor)
         self._begin(compressor, defaults, process_group)
@@ -94,7 +113,7 @@ class SavableOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._complete_state()
+        complete_states_(self.param_groups, self.state, self._compressor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
@@ -110,8 +129,10 @@ class SavableOptimizer(Optimizer):
             ValueError: groups do not match, settings contradict each other, or the dict's errors
                 have been overwritten by later steps. Nothing has changed then.
         """
+        validate_type(state_dict)
 
         def keep(_: Optimizer, final: dict[str, Any]) -> None:
+            validate_structure(final, self._handling.telling_settings)
             refuse_overwritten(final["state"], self._stepper.plan.sections)
             self._loading = final
 
@@ -144,16 +165,30 @@ class SavableOptimizer(Optimizer):
             state["state"].update(exact_copies(groups, loading))
         if "_stepper" not in present:
             self._begin(compressor, defaults)
+        complete_states_(groups, state["state"], compressor)  # it raises before anything changes
         super().__setstate__(state)
         self._stepper.reload()
-        self._complete_state()
 
-    def _complete_state(self) -> None:
-        for member in members(self.param_groups):
-            if member.parameter.requires_grad:
-                complete_(self.state[member.parameter], member, self._compressor)
-        if not self.state:  # all are frozen: torch.distributed.checkpoint steps what has no state
-            self.state[self.param_groups[0]["params"][0]] = {}
+
+def complete_states_(
+    groups: Groups, states: defaultdict[Tensor, State], compressor: Compressor
+) -> None:
+    """Adds to all parameters' states what is missing in them, and fits the rest.
+
+    Args:
+        groups: parameter groups.
+        states: of the parameters (modified in place).
+        compressor: decides what is compressed and how far.
+
+    Raises:
+        TypeError: an entry is no tensor.
+        ValueError: a tensor has not the shape that its parameter asks for.
+    """
+    for member in members(groups):
+        if member.parameter.requires_grad:
+            complete_(states[member.parameter], member, compressor)
+    if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
+        states[groups[0]["params"][0]] = {}
 
 
 def _validate_groups(validate: Validation, compressor: Compressor, groups: Groups) -> None:

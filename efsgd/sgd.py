@@ -53,7 +53,10 @@ def sgd_(
         updates = [update.mul_(clip) for update in updates]
     pairs = list(zip(parameters, updates, strict=True))
     given = [u if x.dtype == torch.float16 else u.to(x.dtype) for x, u in pairs]
-    if together and all(x.dtype == u.dtype for x, u in zip(parameters, given, strict=True)):
+    # torch's fused kernel for CPUs leaves parts of bfloat16 parameters as they were (torch 2.13).
+    is_safe = not fused or all(x.dtype.itemsize >= 4 or not x.is_cpu for x in parameters)
+    is_uniform = all(x.dtype == u.dtype for x, u in zip(parameters, given, strict=True))
+    if together and is_safe and is_uniform:
         kernels = {"foreach": foreach, "fused": fused}
         numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}
         flags = {"nesterov": nesterov, "weight_decay": weight_decay or 0, "maximize": maximize}

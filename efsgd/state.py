@@ -36,6 +36,7 @@ __all__ = [
     "members",
     "release_zero_errors_",
     "require_shape",
+    "require_tensor",
     "show_errors_",
     "withdraw_",
 ]
@@ -123,6 +124,7 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
     complete_momentum_(state, member)
     dtype, device = compute_dtype(parameter), parameter.device
     if "error" in state:
+        require_tensor(state["error"], "error", member.name)
         require_shape(state["error"], member.shape, "error", member.name)
         state["error"] = state["error"].to(device=device, dtype=dtype)
     elif group["error_feedback"] and entry.level is not None:
@@ -132,7 +134,9 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
     for name, initial in compressor.initial_state(entry, group).items():
         kept, fresh = state.get(name), initial.to(device=device, dtype=dtype)
         if kept is not None:  # of another rank, perhaps: keep the columns that both have
-            require_shape(kept[..., :0], fresh[..., :0].shape, name, member.name)
+            require_tensor(kept, name, member.name)
+            if kept.dim() != fresh.dim() or kept.shape[:-1] != fresh.shape[:-1]:
+                require_shape(kept, fresh.shape, name, member.name)
             shared = min(kept.shape[-1], fresh.shape[-1])
             fresh[..., :shared] = kept[..., :shared]
         state[name] = fresh
@@ -142,23 +146,30 @@ def complete_momentum_(state: State, member: Member) -> None:
     """The part of `complete_` for m, which users may replace between steps (modified in place).
 
     Raises:
+        TypeError: it is no tensor.
         ValueError: its shape is not the parameter's.
     """
+    if "momentum" not in member.group:
+        return
     parameter, present = member.parameter, state.get("momentum_buffer")
-    if present is not None and _is_like(present, parameter) and "momentum_started" in state:
-        if not state["momentum_started"] and bool(present.any()):  # given by the user
-            state["momentum_started"].fill_(True)
+    has_started = state.get("momentum_started")
+    if has_started is not None:
+        require_tensor(has_started, "momentum_started", member.name)
+        require_shape(has_started, torch.Size(), "momentum_started", member.name)
+    if present is None:
+        if has_started is None or has_started:  # it goes with the buffer
+            state["momentum_started"] = torch.tensor(False, device="cpu")
+        if member.group["momentum"] != 0:
+            state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         return
-    if member.group.get("momentum", 0) == 0 and present is None:
-        return
-    if present is not None:
-        require_shape(present, parameter.shape, "momentum_buffer", member.name)
-    if present is None or "momentum_started" not in state:
-        state["momentum_started"] = torch.tensor(present is not None, device="cpu")
-    if present is None or not _is_like(present, parameter):
+    require_tensor(present, "momentum_buffer", member.name)
+    require_shape(present, parameter.shape, "momentum_buffer", member.name)
+    # One that is there, without a word or in place of our zeros, was given by the user.
+    if has_started is None or (not has_started and not present.is_meta and bool(present.any())):
+        state["momentum_started"] = torch.tensor(True, device="cpu")
+    if not _is_like(present, parameter):
         state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        if present is not None:
-            state["momentum_buffer"].copy_(present)
+        state["momentum_buffer"].copy_(present)
 
 
 def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
@@ -224,6 +235,7 @@ def adopt_replaced_(section: Section, states: Mapping[int, State]) -> None:
             value = state.get(name)
             if value is not view:
                 if value is not None:
+                    require_tensor(value, name, f"parameter {index}")
                     require_shape(value, view.shape, name, f"parameter {index}")
                     view.copy_(value)
                 state[name] = view
@@ -238,7 +250,7 @@ def withdraw_(state: State) -> None:
 
 def drop_foreign_errors_(
     groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Tensor, State],
+    state: Mapping[Any, Any],
     world_size: int,
     worker: int,
 ) -> str | None:
@@ -256,7 +268,8 @@ def drop_foreign_errors_(
         What to warn of, if it was so.
     """
     saved = groups[0]["worker"], groups[0]["world_size"]
-    errors = [own["error"] for own in state.values() if "error" in own]
+    states = [own for own in state.values() if isinstance(own, Mapping)]
+    errors = [own["error"] for own in states if "error" in own]
     if saved[1] <= 1 or saved == (worker, world_size) or not any(map(torch.any, errors)):
         return None
     for error in errors:
@@ -268,6 +281,15 @@ def drop_foreign_errors_(
         f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "
         f"worker save and load a state_dict of its own."
     )
+
+
+def require_tensor(value: object, name: str, owner: str) -> None:
+    """Raises TypeError unless an entry of the state of `owner` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"Invalid {name} of {owner}: {value!r}. Must be a tensor, as state_dict() has it; or "
+            f"delete it, to start anew."
+        )
 
 
 def require_shape(value: Tensor, shape: torch.Size, name: str, owner: str) -> None:

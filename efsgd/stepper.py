@@ -26,7 +26,7 @@ from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, drop_foreign_errors_, members, show_errors_
 from efsgd.statistics import Ledger
-from efsgd.terms import Terms, describe_change
+from efsgd.terms import Terms, describe_change, raise_unable
 from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
@@ -145,12 +145,11 @@ class Stepper:
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
-        self._validate(groups)
-        step, rules = groups[0]["step"], self._rules(groups)
         note = self.settle_errors(groups, state, world_size, worker)
         self.ledger.begin_check()
-        terms = self._come_to_terms(groups, state, (world_size, worker), rules)
-        yield from intercept(terms, outgoing=self.ledger.record)
+        terms = self._come_to_terms(groups, state, (world_size, worker))
+        rules = yield from intercept(terms, outgoing=self.ledger.record)
+        step = groups[0]["step"]
         parameters = [m.parameter for m in self.plan.members if m.parameter.requires_grad]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
         self.phases.begin_step()
@@ -199,31 +198,44 @@ class Stepper:
             yield from self._terms.check(self.plan, is_due=True)
 
     def _come_to_terms(
-        self,
-        groups: Groups,
-        state: MutableMapping[Tensor, State],
-        context: tuple[int, int],
-        rules: Rules,
-    ) -> Exchange[None]:
+        self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
+    ) -> Exchange[Rules]:
         """Makes the plan of this step and, where there is news, compares it with the others'."""
-        plan, terms, step = self.plan, self._terms, groups[0]["step"]
+        plan, terms = self.plan, self._terms
         if context != plan.context:
             self.regroup()
-        if context[0] == 1:
-            gradients = ((p, p.grad) for group in groups for p in group["params"])
-            plan.sparse |= {p for p, g in gradients if g is not None and g.layout != torch.strided}
+        is_due = False
+        try:
+            self._validate(groups)
+            step, every = groups[0]["step"], groups[0]["check_every"]
+            is_due = every > 0 and step > 0 and step % every == 0
+            rules = self._rules(groups)
+            if context[0] == 1:
+                self._find_sparse(groups)
+            elif terms.schedules is not None and plan.has_changed(groups, state):
+                yield from terms.announce_change(step)
+                terms.schedules = None
+            if not plan.is_current(groups, state):
+                terms.schedules = None
             plan.update(groups, state, context, rules)
-            return
-        if terms.schedules is not None and plan.has_changed(groups, state):
-            yield from terms.announce_change(step)
-        if not plan.is_current(groups, state):
-            terms.schedules = None
-        plan.update(groups, state, context, rules)
-        every = groups[0]["check_every"]
-        is_due = every > 0 and step > 0 and step % every == 0
+        except (CollectiveError, WorkerMismatchError):
+            raise  # the others know
+        except Exception as obstacle:
+            if context[0] > 1:
+                device = groups[0]["params"][0].device
+                yield from terms.bow_out(obstacle, device, is_due=is_due)
+            raise
+        if context[0] == 1:
+            return rules
         if sparse := (yield from terms.check(plan, is_due=is_due)):
             plan.sparse |= {m.parameter for n, m in enumerate(plan.members) if n in sparse}
             plan.update(groups, state, context, rules)
+        return rules
+
+    def _find_sparse(self, groups: Groups) -> None:
+        gradients = ((p, p.grad) for group in groups for p in group["params"])
+        found = {p for p, g in gradients if g is not None and g.layout != torch.strided}
+        self.plan.sparse |= found
 
     def _exchange_gradients(
         self, step: int, scaling: LossScaling, weight: float
@@ -276,7 +288,5 @@ def _verdicts(outcomes: Iterable[Outcome], step: int) -> list[Verdict]:
         verdicts.append(outcome.verdict)
     if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
         raise WorkerMismatchError(describe_change(changed, step))
-    if unable := sorted({worker for verdict in verdicts for worker in verdict.unable}):
-        numbers = ", ".join(map(str, unable))
-        raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")
+    raise_unable(verdicts)
     return verdicts

@@ -1,17 +1,20 @@
 """How workers come to terms before a step: what changed, on whom, and is it the same everywhere?"""
 
+import contextlib
 from collections.abc import Iterable
+
+import torch
 
 from efsgd.agreement import compare, compare_gradients
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
-from efsgd.control import ControlWords
-from efsgd.errors import WorkerMismatchError
+from efsgd.control import ControlWords, Verdict
+from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.plan import Plan
 from efsgd.schedule import Schedule
 from efsgd.sections import describe
 
-__all__ = ["Terms", "describe_change"]
+__all__ = ["Terms", "describe_change", "raise_unable"]
 
 
 class Terms:
@@ -46,15 +49,32 @@ class Terms:
 
         Raises:
             WorkerMismatchError: some workers have not changed.
+        CollectiveError: some could not take part.
         """
-        changed: set[int] = set()
-        everyone: set[int] = set()
+        verdicts, everyone = [], True
         for control, schedule in self.schedules or ():
             verdict = yield from control.announce(schedule)
-            changed |= set(verdict.changed)
-            everyone |= set(range(control.world_size))
-        if changed != everyone:
-            raise WorkerMismatchError(describe_change(sorted(changed), step))
+            everyone = everyone and len(verdict.changed) == control.world_size
+            verdicts.append(verdict)
+        raise_unable(verdicts)
+        if not everyone:
+            raise WorkerMismatchError(describe_change(verdicts[0].changed, step))
+
+    def bow_out(self, obstacle: Exception, device: torch.device, *, is_due: bool) -> Exchange[None]:
+        """Tells the others, who are about to take a step, that this worker cannot.
+
+        Args:
+            obstacle: why not; it is to be raised when this has returned.
+            device: where buffers may live.
+            is_due: the others begin with comparing all they have.
+        """
+        if self.schedules is not None and not is_due:
+            for control, schedule in self.schedules:
+                yield from control.announce(schedule, is_unable=True)
+            return
+        reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
+        with contextlib.suppress(WorkerMismatchError):
+            yield from compare([f"cannot take part: {reason}"], device)
 
     def check(self, plan: Plan, *, is_due: bool = False) -> Exchange[frozenset[int]]:
         """Compares the workers' plans where they are new, and their values once.
@@ -83,6 +103,13 @@ class Terms:
             sparse = yield from compare_gradients(gradients, device)
         self._agreed_on, self._compared = identity, parameters
         return sparse
+
+
+def raise_unable(verdicts: Iterable[Verdict]) -> None:
+    """Raises a CollectiveError if some workers could not take part."""
+    if unable := sorted({worker for verdict in verdicts for worker in verdict.unable}):
+        numbers = ", ".join(map(str, unable))
+        raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")
 
 
 def describe_change(workers: Iterable[int], step: int) -> str:

@@ -193,7 +193,7 @@ def test_a_check_reads_all_that_workers_have_in_common(capsys: pytest.CaptureFix
     runner.prepare()
     runner.step()
     [optimizer] = bench.optimizers.values()
-    assert checks.check(optimizer) == 3 * (1 + 2)  # x, m, and whether m has begun: nothing here is compressed
+    assert checks.check(optimizer) == 3 * 3  # x, m, and whether m has begun; here is no Q
     checks.report("resnet18", {"floor": [1.0], checks.STEP.name: [3.0], checks.CHECK: [1.0]})
     assert "0.5×" in capsys.readouterr().out
 

@@ -1,0 +1,1 @@
+"""What a swap-in for torch.optim.SGD has to do, asked of this package and of its peers."""
