@@ -8,6 +8,7 @@ PIP_FLAGS ?=
 JOBS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+KILL_FLAGS ?=
 # A clone of github.com/epfml/powersgd, to measure it as well, and for example
 #   make bench-network EPFML=../powersgd BENCH_FLAGS="--rounds 5"
 EPFML ?=
@@ -31,9 +32,17 @@ help: ## print this list
 demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them
 	$(BIN)/python examples/compare_ranks.py $(DEMO_FLAGS)
 
+.PHONY: demo-adamw
+demo-adamw: $(VENV)/.with-examples ## the same for AdamW, on gradients that were compressed and averaged
+	$(BIN)/python examples/any_optimizer.py $(DEMO_FLAGS)
+
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+
+.PHONY: test-kill
+test-kill: $(VENV)/.with-test ## kill workers at random points; what resumes must end the same (minutes)
+	$(BIN)/python -m tests.kill_and_resume $(KILL_FLAGS)
 
 .PHONY: lint
 lint: $(VENV)/.with-test ## check style, formatting and types

@@ -1,8 +1,6 @@
-"""What PowerSGD is compared with: torch.optim.SGD under DistributedDataParallel, uncompressed."""
+"""What is compared with: optimizers of torch.optim under DistributedDataParallel, uncompressed."""
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,22 +8,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.distributed import Workers
+from examples.optimizers import Wrapped
 
-__all__ = ["CountedSGD", "data_parallel_sgd"]
+__all__ = ["CountedOptimizer", "data_parallel"]
 
 
-class CountedSGD(torch.optim.SGD):
-    """torch.optim.SGD that knows how many bytes were handed to all-reduces on its behalf."""
+class CountedOptimizer(Wrapped):
+    """An optimizer that knows how many bytes were handed to all-reduces on its behalf."""
 
     bytes_sent = 0
 
     def communication_stats(self) -> dict[str, int]:
-        """The one figure that the examples read from either optimizer."""
-        return {"total_bytes_sent": self.bytes_sent}
+        """The figures that the examples read from any optimizer."""
+        return {"total_bytes_sent": self.bytes_sent, "check_bytes_sent": 0}
 
 
 def _count_and_average(
-    optimizer: CountedSGD, bucket: dist.GradBucket
+    optimizer: CountedOptimizer, bucket: dist.GradBucket
 ) -> torch.futures.Future[Tensor]:
     """DDP's usual all-reduce of a bucket of gradients; counts the bytes of the buffer."""
     buffer = bucket.buffer()
@@ -34,27 +33,26 @@ def _count_and_average(
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def data_parallel_sgd(
-    model: nn.Module, groups: Iterable[dict[str, Any]], workers: Workers, **options: Any
-) -> tuple[nn.Module, CountedSGD]:
-    """Makes the optimizer, and wraps the model so that backward averages the gradients.
+def data_parallel(
+    model: nn.Module, optimizer: torch.optim.Optimizer, workers: Workers
+) -> tuple[nn.Module, CountedOptimizer]:
+    """Wraps the model so that backward averages the gradients, and the optimizer to count bytes.
 
     Args:
         model: the model to train.
-        groups: parameter groups.
+        optimizer: of its parameters.
         workers: with a single worker, the model is not wrapped.
-        **options: arguments of torch.optim.SGD.
 
     Returns:
-        The model to call in training, and the optimizer.
+        The model to call in training, and the optimizer to step.
     """
-    optimizer = CountedSGD(groups, **options)
+    counted = CountedOptimizer(optimizer)
     if workers.world_size == 1:
-        return model, optimizer
+        return model, counted
     with warnings.catch_warnings():
         # torch 2.13 deprecates this argument in favor of one that earlier versions lack. Buffers
         # are averaged before each test instead of broadcast before each batch.
         warnings.simplefilter("ignore", FutureWarning)
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    parallel.register_comm_hook(optimizer, _count_and_average)
-    return parallel, optimizer
+    parallel.register_comm_hook(counted, _count_and_average)
+    return parallel, counted

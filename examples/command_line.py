@@ -1,16 +1,16 @@
 """The command line that the two training scripts share, and what they save."""
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
+from examples.checkpointing import Checkpoints
 from examples.distributed import Workers
 from examples.reporting import plot_runs, save_json
-from examples.training import History, Settings
+from examples.settings import Settings
+from examples.training import History
 
-__all__ = ["Arguments", "parse_arguments", "prepare", "save_run"]
+__all__ = ["Arguments", "parse_arguments", "save_run"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Arguments:
         lr: learning rate of one worker, or None.
         seed: of initialization, data order and dropout.
         output: directory for results.
+        checkpoint: directory for checkpoints, or None.
+        checkpoint_every: steps from one to the next.
     """
 
     data: Path | None
@@ -34,11 +36,27 @@ class Arguments:
     lr: float | None
     seed: int
     output: Path
+    checkpoint: Path | None
+    checkpoint_every: int
 
     def override(self, settings: Settings) -> Settings:
         """The task's settings, with what the command line says otherwise."""
         given = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
         return replace(settings, **{k: v for k, v in given.items() if v is not None})
+
+    def checkpoints(self, name: str, settings: Settings, workers: Workers) -> Checkpoints | None:
+        """The training's files, if it is to have any; only the same training goes on from them.
+
+        Args:
+            name: of the script.
+            settings: hyper-parameters.
+            workers: the group this worker belongs to.
+        """
+        if self.checkpoint is None:
+            return None
+        own = {"data": self.data, "rank": self.rank, "seed": self.seed, **asdict(settings)}
+        run = {"script": name, **{key: str(value) for key, value in own.items()}}
+        return Checkpoints(self.checkpoint, self.checkpoint_every, workers, run)
 
 
 def _rank(text: str) -> int | None:
@@ -83,14 +101,20 @@ def parse_arguments(description: str | None, files: str) -> Arguments:
     parser.add_argument(
         "--output", type=Path, default=Path("results"), help="directory for results"
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="directory for checkpoints, all workers' own; training goes on from what is there",
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=_positive,
+        default=100,
+        metavar="STEPS",
+        help="steps from one checkpoint to the next (default: 100)",
+    )
     return Arguments(**vars(parser.parse_args()))
-
-
-def prepare(workers: Workers, seed: int) -> None:
-    """Seeds the initialization, the same on every worker, and takes one thread for each."""
-    torch.manual_seed(seed)
-    if workers.device.type == "cpu" and workers.world_size > 1:
-        torch.set_num_threads(1)
 
 
 def save_run(

@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 __all__ = ["Workers", "join_workers"]
 
@@ -38,24 +39,25 @@ class Workers:
             dist.all_reduce(total)
         return total.tolist()
 
-    def average_buffers_(self, model: nn.Module) -> None:
-        """Gives all workers the average of their BatchNorm statistics, hence one model to test."""
-        if self.world_size == 1:
-            return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.world_size
+    def gather(self, value: Any) -> list[Any]:
+        """What each worker has given, in worker order, the same on every worker."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 @contextmanager
-def join_workers(init_method: str = "env://") -> Iterator[Workers]:
+def join_workers(
+    init_method: str = "env://", timeout: timedelta | None = None
+) -> Iterator[Workers]:
     """Joins the workers that torchrun started, and leaves them at the end.
 
     Without torchrun's variables in the environment there is one worker and no process group.
 
     Args:
         init_method: where the workers find each other, as in torch.distributed.
+        timeout: how long a worker waits for another; None is torch.distributed's own choice.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     worker = int(os.environ.get("RANK", 0))
@@ -68,7 +70,13 @@ def join_workers(init_method: str = "env://") -> Iterator[Workers]:
         yield Workers(0, 1, device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method, rank=worker, world_size=world_size)
+    store, _, _ = next(dist.rendezvous(init_method, worker, world_size))
+    # torchrun keeps one store through all restarts: who finds an address of the last life in it
+    # tries to connect to a dead worker, until the time-out.
+    store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        backend, timeout=timeout, store=store, rank=worker, world_size=world_size
+    )
     try:
         yield Workers(worker, world_size, device)
     finally:

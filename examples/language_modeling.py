@@ -12,15 +12,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from torch import nn
+from torch.optim import SGD
+
 from efsgd import PowerSGDOptimizer
-from examples.baseline import data_parallel_sgd
-from examples.command_line import parse_arguments, prepare, save_run
+from examples.baseline import data_parallel
+from examples.builtin import TOPICS, topics_task
+from examples.command_line import parse_arguments, save_run
 from examples.data import text
 from examples.distributed import join_workers
 from examples.models import LSTMLanguageModel
 from examples.reporting import progress_bar
-from examples.tasks import TOPICS, WIKITEXT2, WINDOW, LanguageModeling, topics_model
-from examples.training import parameter_groups, seed_worker, train
+from examples.tasks import WIKITEXT2, LanguageModeling
+from examples.training import Training, parameter_groups, prepare, seed_worker
 
 
 def main() -> None:
@@ -30,22 +34,23 @@ def main() -> None:
     with join_workers() as workers:
         prepare(workers, arguments.seed)
         if arguments.data:
-            corpus, window = text.load_wikitext2(arguments.data), 30
-            model = LSTMLanguageModel(len(corpus.vocabulary), 650, 650, 3, dropout=0.4)
+            corpus = text.load_wikitext2(arguments.data)
+            model: nn.Module = LSTMLanguageModel(len(corpus.vocabulary), 650, 650, 3, dropout=0.4)
+            model = model.to(workers.device)
+            task = LanguageModeling(corpus, settings.batch_size, 30, workers)
         else:
-            corpus, window = text.load_topics(), WINDOW
-            model = topics_model(corpus)
-        model = model.to(workers.device)
-        task = LanguageModeling(corpus, settings.batch_size, window, workers)
+            task, model = topics_task(settings.batch_size, workers)
         groups = parameter_groups(model, settings.weight_decay)
         if arguments.rank is None:
-            model, optimizer = data_parallel_sgd(model, groups, workers, **settings.of_sgd())
+            model, optimizer = data_parallel(model, SGD(groups, **settings.of_sgd()), workers)
         else:
             optimizer = PowerSGDOptimizer(groups, **settings.of_ours(), rank=arguments.rank)
         seed_worker(arguments.seed, workers.worker)
         steps = settings.epochs * task.steps_per_epoch
         with progress_bar("text", steps, visible=workers.is_first) as report:
-            history = train(task, model, optimizer, settings, workers, arguments.seed, report)
+            checkpoints = arguments.checkpoints("language_modeling", settings, workers)
+            training = Training(task, model, optimizer, settings, workers, arguments.seed)
+            history = training.run(report, checkpoints)
         if workers.is_first:
             save_run("language_modeling", task.quality, history, settings, arguments)
 

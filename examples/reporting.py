@@ -1,7 +1,6 @@
 """What the examples show and save: progress, results as JSON, tables and plots."""
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from examples.files import replacing
 from examples.training import History
 
 matplotlib.use("Agg")  # writes files, needs no screen
@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 
 __all__ = ["comparison_table", "plot_runs", "progress_bar", "save_json"]
 
-Report = Callable[[History, float], None]
+Report = Callable[[int, float, float], None]
 
 # Okabe and Ito's colors, which the color-blind can tell apart, with markers besides.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
@@ -52,19 +52,16 @@ def progress_bar(title: str, steps: int, *, visible: bool) -> Iterator[Report]:
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task(title, total=steps, note="")
 
-        def report(history: History, loss: float) -> None:
-            note = f"loss {loss:.3f}, quality {history.quality[-1]:.2f}"
-            bar.update(task, advance=1, note=note)
+        def report(step: int, loss: float, quality: float) -> None:
+            bar.update(task, completed=step, note=f"loss {loss:.3f}, quality {quality:.2f}")
 
         yield report
 
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file that is complete or not there: first under another name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=asdict) + "\n")
-    os.replace(temporary, path)
+    """Writes a file that is complete or not there."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, default=asdict) + "\n").encode())
 
 
 def comparison_table(title: str, quality: str, runs: Mapping[str, Sequence[History]]) -> Table:

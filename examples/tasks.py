@@ -1,5 +1,6 @@
-"""The two kinds of tasks, and the hyper-parameters of the four trainings the examples offer."""
+"""The two kinds of tasks, and the hyper-parameters of the PowerSGD paper for them."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -10,29 +11,10 @@ from torch.nn import functional
 from examples.data.images import ImageData, crop_and_flip, steps_per_epoch, training_batches
 from examples.data.text import Corpus, streams, windows
 from examples.distributed import Workers
-from examples.models import LSTMLanguageModel, LSTMState
-from examples.training import Settings
+from examples.models import LSTMState
+from examples.settings import Settings
 
-__all__ = [
-    "CIFAR10",
-    "DIGITS",
-    "TOPICS",
-    "WIKITEXT2",
-    "WINDOW",
-    "ImageClassification",
-    "LanguageModeling",
-    "topics_model",
-]
-
-# For four workers; all ranks use them unchanged. The learning rate is the best of a few for
-# torch.optim.SGD.
-DIGITS = Settings(
-    epochs=20, batch_size=16, lr=0.01, warmup_epochs=2, decay_at=(0.6, 0.85), momentum=0.9,
-    nesterov=True, weight_decay=1e-4,
-)  # fmt: skip
-# Without momentum, as the paper trains its language model. (With Nesterov's momentum and longer
-# training SGD gets further on this small text than a rank of 4 does.)
-TOPICS = Settings(epochs=5, batch_size=8, lr=3.0, warmup_epochs=1, decay_at=(0.6, 0.85))
+__all__ = ["CIFAR10", "WIKITEXT2", "ImageClassification", "LanguageModeling"]
 
 # Those of the PowerSGD paper, with its form of momentum.
 CIFAR10 = Settings(
@@ -43,14 +25,6 @@ WIKITEXT2 = Settings(
     epochs=90, batch_size=64, lr=1.25, warmup_epochs=5, decay_at=(60 / 90, 80 / 90), clip=0.4,
     momentum_form="paper",
 )  # fmt: skip
-
-#: Words per stream and step of the built-in text, through which gradients flow back.
-WINDOW = 16
-
-
-def topics_model(corpus: Corpus) -> LSTMLanguageModel:
-    """The language model for the built-in text."""
-    return LSTMLanguageModel(len(corpus.vocabulary), 64, 64, 1, dropout=0.2)
 
 
 class ImageClassification:
@@ -74,13 +48,15 @@ class ImageClassification:
         images = len(data.train_labels)
         self.steps_per_epoch = steps_per_epoch(images, batch_size, workers.world_size)
 
-    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's share of an epoch, augmented."""
         worker, world_size = self.workers.worker, self.workers.world_size
         generator = torch.Generator().manual_seed((seed * 1_000 + epoch) * 10_007 + worker)
         shares = training_batches(self.data, self.batch_size, worker, world_size, seed, epoch)
-        for images, labels in shares:
+        for number, (images, labels) in enumerate(shares):
             moved = crop_and_flip(images, self.padding, self.flip, generator)
+            if number < start:
+                continue  # it has had its share of the random numbers
             yield self._on_device(moved), labels.to(self.workers.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -96,6 +72,13 @@ class ImageClassification:
         for some, truth in zip(images.split(500), labels.split(500), strict=True):
             correct += int((model(self._on_device(some)).argmax(dim=1).cpu() == truth).sum())
         return 100 * self.workers.sum(correct)[0] / len(self.data.test_labels)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: batches do not depend on each other."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes up nothing."""
 
     def _on_device(self, images: Tensor) -> Tensor:
         return self.data.normalize(images.to(self.workers.device))
@@ -128,10 +111,11 @@ class LanguageModeling:
         self.steps_per_epoch = math.ceil((len(self.train) - 1) / window)
         self._state: LSTMState | None = None
 
-    def batches(self, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's streams, window by window; the order is that of the text, always."""
-        self._state = None
-        for inputs, targets in windows(self.train, self.window):
+        if start == 0:
+            self._state = None
+        for inputs, targets in itertools.islice(windows(self.train, self.window), start, None):
             yield inputs.to(self.workers.device), targets.to(self.workers.device)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -154,3 +138,15 @@ class LanguageModeling:
             ).item()
         total, words = self.workers.sum(nats, self.test[1:].numel())
         return math.exp(min(total / words, 700.0))  # finite even for a model that has diverged
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The LSTM's state after the last window."""
+        return (
+            {} if self._state is None else dict(zip(("hidden", "cell"), self._state, strict=True))
+        )
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes it up for the next window."""
+        device = self.workers.device
+        if state:
+            self._state = state["hidden"].to(device), state["cell"].to(device)

@@ -3,63 +3,21 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from efsgd import average_buffers
+from examples.checkpointing import Checkpoints
 from examples.distributed import Workers
+from examples.optimizers import Optimizer
+from examples.settings import Settings
 
-__all__ = ["History", "Settings", "Task", "parameter_groups", "seed_worker", "train"]
+__all__ = ["History", "Progress", "Task", "Training", "parameter_groups", "prepare", "seed_worker"]
 
 Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters of one training.
-
-    Attributes:
-        epochs: passes over the data.
-        batch_size: images, or streams of text, per worker and step.
-        lr: learning rate of one worker; it is multiplied by the number of workers.
-        warmup_epochs: the rate rises from that of one worker within this time.
-        decay_at: fractions of the training at which the rate is divided by ten.
-        momentum: momentum.
-        nesterov: Nesterov's form, where torch's form of momentum is used.
-        weight_decay: for all parameters but those of BatchNorm.
-        clip: largest norm of the gradient, a worker's own with PowerSGDOptimizer and the average
-            under DistributedDataParallel; None for no limit.
-        momentum_form: of PowerSGDOptimizer: "sgd", or "paper".
-    """
-
-    epochs: int
-    batch_size: int
-    lr: float
-    warmup_epochs: float = 0
-    decay_at: tuple[float, ...] = ()
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    clip: float | None = None
-    momentum_form: str = "sgd"
-
-    def of_sgd(self) -> dict[str, Any]:
-        """Arguments of torch.optim.SGD, other than the parameters and their weight decay."""
-        return {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov}
-
-    def of_ours(self) -> dict[str, Any]:
-        """The same for PowerSGDOptimizer; the paper's form of momentum has no Nesterov variant."""
-        is_paper = self.momentum_form == "paper"
-        nesterov = self.nesterov and not is_paper
-        return {**self.of_sgd(), "nesterov": nesterov, "momentum_form": self.momentum_form}
-
-    def lr_at(self, epoch: float, world_size: int) -> float:
-        """The learning rate after `epoch` epochs, which need not be whole, with these workers."""
-        warm = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
-        decays = sum(epoch >= fraction * self.epochs for fraction in self.decay_at)
-        return self.lr * (1 + (world_size - 1) * warm) / 10**decays
 
 
 class Task(Protocol):
@@ -68,8 +26,8 @@ class Task(Protocol):
     quality: str
     steps_per_epoch: int
 
-    def batches(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """This worker's batches of one epoch."""
+    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """This worker's batches of one epoch, from the batch of number `start`."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch, a scalar."""
@@ -77,20 +35,11 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> float:
         """Quality on the test set; called on all workers, with the same result on all."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `loss` keeps from one batch of an epoch to the next."""
 
-class Optimizer(Protocol):
-    """What the loop asks of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-
-    def step(self) -> Any:
-        """Updates the parameters."""
-
-    def communication_stats(self) -> dict[str, Any]:
-        """Figures of what was sent, `total_bytes_sent` among them."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes that up again."""
 
 
 @dataclass
@@ -99,7 +48,7 @@ class History:
 
     Attributes:
         steps: steps taken.
-        bytes_sent: bytes this worker had handed to collectives.
+        bytes_sent: bytes this worker had handed to collectives for these steps.
         quality: quality on the test set.
         training_loss: mean loss over the epoch on this worker; nan before training.
         seconds_per_batch: median time of forward, backward, exchange and update.
@@ -112,6 +61,27 @@ class History:
     training_loss: list[float] = field(default_factory=list)
     seconds_per_batch: float = 0.0
     bytes_per_epoch: int = 0
+
+
+@dataclass
+class Progress:
+    """How far a training has come.
+
+    Attributes:
+        epoch: the present one, from 0.
+        batch: batches of it that were trained on.
+        bytes_sent: bytes this worker has handed to collectives for the steps taken.
+        losses: of the present epoch's batches.
+        seconds: of all steps; there are as many as steps were taken.
+        history: of the epochs before.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    bytes_sent: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    history: History = field(default_factory=History)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -130,83 +100,129 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
+def prepare(workers: Workers, seed: int) -> None:
+    """Seeds the initialization, the same on every worker, and takes one thread for each."""
+    torch.manual_seed(seed)
+    if workers.device.type == "cpu" and workers.world_size > 1:
+        torch.set_num_threads(1)
+
+
 def seed_worker(seed: int, worker: int) -> None:
     """Seeds dropout differently on every worker; call it when the model has been built."""
     torch.manual_seed(1_000_003 * seed + worker + 1)
 
 
-def train(
-    task: Task,
-    model: nn.Module,
-    optimizer: Optimizer,
-    settings: Settings,
-    workers: Workers,
-    seed: int,
-    report: Callable[[History, float], None] = lambda history, loss: None,
-) -> History:
-    """Trains a model and tests it after every epoch.
+@dataclass
+class Training:
+    """Trains a model, tests it after every epoch, and can be saved and taken up after any step.
 
-    Args:
+    Attributes:
         task: what is learned.
         model: called by the task; its parameters are those of the optimizer.
         optimizer: averages over the workers itself, or the model does in backward.
         settings: hyper-parameters.
         workers: the group this worker belongs to.
         seed: of the order of the data.
-        report: called after every step with the history so far and the loss.
-
-    Returns:
-        The history of the training as this worker saw it.
+        progress: how far it has come.
     """
-    history = History()
-    seconds: list[float] = []
-    _test(task, model, optimizer, workers, history, steps=0, loss=float("nan"))
-    for epoch in range(settings.epochs):
-        losses: list[float] = []
-        for index, batch in enumerate(task.batches(seed, epoch)):
-            lr = settings.lr_at(epoch + index / task.steps_per_epoch, workers.world_size)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            start = time.perf_counter()
-            losses.append(_step(task, model, optimizer, settings.clip, batch))
-            seconds.append(time.perf_counter() - start)
-            report(history, losses[-1])
-        mean = sum(losses) / len(losses)
-        _test(task, model, optimizer, workers, history, len(seconds), mean)
-    if seconds:
-        history.seconds_per_batch = statistics.median(seconds)
-        history.bytes_per_epoch = history.bytes_sent[-1] - history.bytes_sent[-2]
-    return history
 
+    task: Task
+    model: nn.Module
+    optimizer: Optimizer
+    settings: Settings
+    workers: Workers
+    seed: int
+    progress: Progress = field(default_factory=Progress)
+    _sent_before: int = field(default=0, init=False)  # by processes that trained before this one
 
-def _step(
-    task: Task, model: nn.Module, optimizer: Optimizer, clip: float | None, batch: Batch
-) -> float:
-    """Forward, backward, exchange and update; returns the loss, and so waits for the device."""
-    optimizer.zero_grad()
-    loss = task.loss(model, batch)
-    loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return loss.item()
+    def run(
+        self,
+        report: Callable[[int, float, float], None] = lambda step, loss, quality: None,
+        checkpoints: Checkpoints | None = None,
+    ) -> History:
+        """Trains to the end, from the newest checkpoint if there is one.
 
+        Args:
+            report: called after every step with the number of steps, the loss and the last quality.
+            checkpoints: where to go on from, and to save to; None for neither.
 
-def _test(
-    task: Task,
-    model: nn.Module,
-    optimizer: Optimizer,
-    workers: Workers,
-    history: History,
-    steps: int,
-    loss: float,
-) -> None:
-    """Adds an entry to the history."""
-    workers.average_buffers_(model)
-    model.eval()
-    with torch.no_grad():
-        history.quality.append(task.evaluate(model))
-    model.train()
-    history.steps.append(steps)
-    history.bytes_sent.append(optimizer.communication_stats()["total_bytes_sent"])
-    history.training_loss.append(loss)
+        Returns:
+            The history of the whole training as this worker saw it.
+        """
+        progress, history = self.progress, self.progress.history
+        if checkpoints is not None and (saved := checkpoints.load()) is not None:
+            self.load_state_dict(saved)
+            progress, history = self.progress, self.progress.history
+        if not history.steps:
+            self._test(loss=float("nan"))
+        while progress.epoch < self.settings.epochs:
+            for batch in self.task.batches(self.seed, progress.epoch, progress.batch):
+                self._step(batch)
+                step = len(progress.seconds)
+                report(step, progress.losses[-1], history.quality[-1])
+                if checkpoints is not None and checkpoints.is_due(step):
+                    checkpoints.save(step, self.state_dict())
+            self._test(sum(progress.losses) / len(progress.losses))
+            progress.epoch, progress.batch, progress.losses = progress.epoch + 1, 0, []
+        if progress.seconds:
+            history.seconds_per_batch = statistics.median(progress.seconds)
+            history.bytes_per_epoch = history.bytes_sent[-1] - history.bytes_sent[-2]
+        return history
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this worker needs to go on from here, to the bit."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.workers.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.workers.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "task": self.task.state_dict(),
+            "random": random,
+            "progress": asdict(self.progress),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes up a training of the same model, task and settings."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.task.load_state_dict(saved["task"])
+        torch.set_rng_state(saved["random"]["cpu"])
+        if "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"], self.workers.device)
+        progress = saved["progress"]
+        self.progress = Progress(**{**progress, "history": History(**progress["history"])})
+        self._sent_before = self.progress.bytes_sent
+
+    def _step(self, batch: Batch) -> None:
+        """Forward, backward, exchange and update."""
+        progress, steps_per_epoch = self.progress, self.task.steps_per_epoch
+        epoch = progress.epoch + progress.batch / steps_per_epoch
+        lr = self.settings.lr_at(epoch, self.workers.world_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.task.loss(self.model, batch)
+        loss.backward()
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        progress.losses.append(loss.item())  # waits for the device
+        progress.seconds.append(time.perf_counter() - start)
+        progress.batch += 1
+        sent = self.optimizer.communication_stats()
+        own = sent["total_bytes_sent"] - sent["check_bytes_sent"]
+        progress.bytes_sent = self._sent_before + own
+
+    def _test(self, loss: float) -> None:
+        """Adds an entry to the history; `loss` is the mean over the epoch."""
+        history = self.progress.history
+        average_buffers(self.model)
+        self.model.eval()
+        with torch.no_grad():
+            history.quality.append(self.task.evaluate(self.model))
+        self.model.train()
+        history.steps.append(len(self.progress.seconds))
+        history.bytes_sent.append(self.progress.bytes_sent)
+        history.training_loss.append(loss)

@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits: 1,797 gray images of 8×8 pixels, bundled with the package."""
 
+from functools import cache
+
 import torch
 from sklearn.datasets import load_digits
 
@@ -10,6 +12,7 @@ __all__ = ["TEST_IMAGES", "load"]
 TEST_IMAGES = 597
 
 
+@cache
 def load() -> ImageData:
     """Loads the digits; the last 597 are the test set.
 

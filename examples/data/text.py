@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -34,6 +35,7 @@ class Corpus:
     test: Tensor
 
 
+@cache
 def load_topics(vocabulary_size: int = 500, test_fraction: float = 0.1) -> Corpus:
     """The English text of `pydoc_data.topics`, which comes with Python and varies with its version.
 
