@@ -18,6 +18,7 @@ from efsgd.update import prepare_updates
 __all__ = ["Groups", "Plan", "Signature", "replicated"]
 
 
+#: Parameter groups of an optimizer.
 Groups: TypeAlias = list[dict[str, Any]]
 
 
