@@ -7,15 +7,15 @@ import pytest
 
 from benchmarks.contract import page
 from benchmarks.contract.adapters import Adapter, Efsgd, Sgd
-from benchmarks.contract.rows import (
+from benchmarks.contract.questions import (
     Missed,
     NotApplicable,
     Row,
     answer_of,
     describe_abort,
     describe_error,
-    rows,
 )
+from benchmarks.contract.rows import rows
 from benchmarks.contract.runner import ask, ask_all, summary
 
 # The probes of several workers run in processes.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from benchmarks.contract.rows import NotApplicable
+from benchmarks.contract.questions import NotApplicable
 from efsgd import PowerSGDOptimizer
 
 __all__ = ["Adapter", "Efsgd", "Loop", "Sgd"]

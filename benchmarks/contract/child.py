@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.contract.made import PATIENCE, join
 from benchmarks.contract.peers import CANDIDATES
-from benchmarks.contract.rows import answer_of, rows
+from benchmarks.contract.questions import answer_of
+from benchmarks.contract.rows import rows
 
 __all__ = ["run"]
 

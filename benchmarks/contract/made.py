@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.contract.rows import require
+from benchmarks.contract.questions import require
 
 __all__ = [
     "PATIENCE",

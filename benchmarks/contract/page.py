@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contract.peers import CANDIDATES
-from benchmarks.contract.rows import GROUPS, Row, rows
+from benchmarks.contract.questions import GROUPS, Row
+from benchmarks.contract.rows import rows
 
 __all__ = ["PAGE", "RESULTS", "render"]
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from benchmarks.contract.adapters import Adapter, Efsgd, Loop, Sgd
-from benchmarks.contract.rows import Missed, NotApplicable, NotProbed
+from benchmarks.contract.questions import Missed, NotApplicable, NotProbed
 
 __all__ = ["CANDIDATES", "Dion", "Epfml", "Hook"]
 

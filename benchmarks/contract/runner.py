@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contract import child
-from benchmarks.contract.rows import Answer, describe_abort, rows
+from benchmarks.contract.questions import Answer, describe_abort
+from benchmarks.contract.rows import rows
 
 __all__ = ["ask", "ask_all"]
 

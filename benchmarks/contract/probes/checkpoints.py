@@ -21,7 +21,7 @@ from benchmarks.contract.adapters import Adapter
 from benchmarks.contract.made import given, noise
 from benchmarks.contract.probes.copies import require_same_continuation, trained
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import Missed, NotProbed, describe_error, require, row
+from benchmarks.contract.questions import Missed, NotProbed, describe_error, require, row
 
 __all__: list[str] = []
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.contract.adapters import Adapter
 from benchmarks.contract.made import Given, given, join, noise, require_equal_workers, values
-from benchmarks.contract.rows import describe_error, require, row
+from benchmarks.contract.questions import describe_error, require, row
 
 __all__: list[str] = []
 

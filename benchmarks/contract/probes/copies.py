@@ -11,7 +11,7 @@ from torch.optim._stateless import swap_in_optimizer_params_and_state
 
 from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, same
-from benchmarks.contract.rows import require, row
+from benchmarks.contract.questions import require, row
 
 __all__ = ["require_same_continuation", "trained"]
 

@@ -17,7 +17,7 @@ from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, require_equal_workers, require_finite, same
 from benchmarks.contract.probes.copies import trained
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import NotApplicable, describe_error, require, row
+from benchmarks.contract.questions import NotApplicable, describe_error, require, row
 
 __all__: list[str] = []
 

@@ -16,7 +16,7 @@ from benchmarks.contract.made import (
     same,
     values,
 )
-from benchmarks.contract.rows import NotProbed, require, row
+from benchmarks.contract.questions import NotProbed, require, row
 
 __all__: list[str] = []
 

@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
 from benchmarks.contract.adapters import Adapter
 from benchmarks.contract.made import given, noise
 from benchmarks.contract.probes.copies import trained
-from benchmarks.contract.rows import require, row
+from benchmarks.contract.questions import require, row
 
 __all__: list[str] = []
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, same
-from benchmarks.contract.rows import require, row
+from benchmarks.contract.questions import require, row
 
 __all__ = ["RULES", "sgd_twin"]
 

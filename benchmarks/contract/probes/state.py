@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.contract.adapters import Adapter
 from benchmarks.contract.made import given, noise, require_equal_workers, same
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import require, row
+from benchmarks.contract.questions import require, row
 
 __all__: list[str] = []
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from benchmarks.contract.adapters import Adapter
 from benchmarks.contract.made import Given, given, noise, require_finite, same, values
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import Missed, require, row
+from benchmarks.contract.questions import Missed, require, row
 
 __all__: list[str] = []
 

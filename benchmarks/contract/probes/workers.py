@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, require_equal_workers, same
 from benchmarks.contract.probes.rules import sgd_twin
-from benchmarks.contract.rows import Missed, describe_error, require, row, stage
+from benchmarks.contract.questions import Missed, describe_error, require, row, stage
 
 __all__: list[str] = []
 
