@@ -8,7 +8,8 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Never
+from dataclasses import dataclass
+from typing import Never, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,14 @@ from efsgd.blocks import real_view
 from efsgd.collectives import AllGather, Broadcast, Exchange
 from efsgd.errors import WorkerMismatchError
 
-__all__ = ["broadcast_values", "checksum", "compare", "compare_gradients"]
+__all__ = [
+    "GradientSummary",
+    "broadcast_values",
+    "checksum",
+    "checksums",
+    "compare",
+    "compare_gradients",
+]
 
 _CHUNK = 1 << 17  # of eight bytes: it and the weights stay in cache
 
@@ -25,7 +33,7 @@ _CHUNK = 1 << 17  # of eight bytes: it and the weights stay in cache
 def compare(
     lines: Sequence[str],
     device: torch.device,
-    values: Mapping[str, Tensor] | None = None,
+    values: Mapping[str, int] | None = None,
     flags: Sequence[bool] = (),
 ) -> Exchange[list[bool]]:
     """Compares what workers train, and bit by bit what they hold, by one small collective.
@@ -35,7 +43,7 @@ def compare(
     Args:
         lines: a description of what will be exchanged, without control characters.
         device: where buffers may live.
-        values: what must be equal on all workers, by names for the error message.
+        values: checksums of what must be equal on all workers, by names for the error message.
         flags: anything that the workers want to know of each other, at most 32 of them.
 
     Returns:
@@ -47,37 +55,53 @@ def compare(
     """
     named = {} if values is None else values
     text = "\0".join(["\n".join(lines), "\n".join(f"there is {name}" for name in named)]).encode()
-    checksums = [checksum(value.detach()) for value in named.values()]
+    own = list(named.values())
     word = sum(flag << position for position, flag in enumerate(flags))
-    summary = [_digest(text), len(text) << 32 | word, _digest(repr(checksums).encode())]
+    summary = [_digest(text), len(text) << 32 | word, _digest(repr(own).encode())]
     summaries = yield _gather(summary, device, "digests of settings, parameters and state")
     summaries = summaries.cpu()
     lengths = summaries[:, 1] >> 32
     if bool((summaries[:, 0] != summaries[0, 0]).any()) or bool((lengths != lengths[0]).any()):
         yield from _name_different_line(text, lengths.tolist(), device)
     if bool((summaries[:, 2] != summaries[0, 2]).any()):
-        gathered = yield _gather(checksums, device, "checksums of parameters and state")
+        gathered = yield _gather(own, device, "checksums of parameters and state")
         _name_different_value(list(named), gathered.cpu())
     return [bool((summaries[:, 1] >> position & 1).any()) for position in range(len(flags))]
 
 
-def compare_gradients(
-    gradients: Sequence[Tensor | None], device: torch.device
-) -> Exchange[frozenset[int]]:
+@dataclass(frozen=True)
+class GradientSummary:
+    """What workers need to know of each other's gradients, before the first step.
+
+    Attributes:
+        digest: of all values; 0 where all are zero.
+        is_sparse: of each gradient.
+    """
+
+    digest: int
+    is_sparse: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, gradients: Sequence[Tensor | None]) -> Self:
+        """Summarizes the gradients of all parameters, in order."""
+        present = [gradient for gradient in gradients if gradient is not None]
+        is_sparse = tuple(g is not None and g.layout != torch.strided for g in gradients)
+        has_any = any(bool(real_view(gradient).any()) for gradient in present)
+        checksums = repr([checksum(gradient) for gradient in present])
+        return cls(_digest(checksums.encode()) if has_any else 0, is_sparse)
+
+
+def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchange[frozenset[int]]:
     """Warns if all workers' gradients are bitwise equal: then there is nothing left to average.
 
     Args:
-        gradients: of all parameters, in order.
+        summary: of this worker's.
         device: where buffers may live.
 
     Returns:
         Positions of the gradients that are sparse on any worker.
     """
-    present = [gradient for gradient in gradients if gradient is not None]
-    is_sparse = [g is not None and g.layout != torch.strided for g in gradients]
-    digest = _digest(repr([checksum(gradient) for gradient in present]).encode())
-    has_any = any(bool(gradient.any()) for gradient in present)
-    own = [digest if has_any else 0, int(any(is_sparse))]
+    own, is_sparse = [summary.digest, int(any(summary.is_sparse))], summary.is_sparse
     summaries = (yield _gather(own, device, "digests of gradients")).cpu()
     if len(summaries) > 1 and own[0] != 0 and bool((summaries[:, 0] == own[0]).all()):
         warnings.warn(
@@ -105,6 +129,11 @@ def broadcast_values(tensors: Sequence[Tensor], source: int) -> Exchange[None]:
         own.copy_((yield Broadcast(own.contiguous(), "parameters", source)))
 
 
+def checksums(named: Mapping[str, Tensor]) -> dict[str, int]:
+    """The checksum of each tensor, by its name."""
+    return {name: checksum(value.detach()) for name, value in named.items()}
+
+
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's elements and their order; 0 for all zero bits.
 
@@ -116,14 +145,14 @@ def checksum(tensor: Tensor) -> int:
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
-    flat = real_view(tensor).reshape(-1)
+    flat = real_view(tensor.resolve_neg()).contiguous().reshape(-1)
+    if flat.storage_offset() * flat.element_size() % 8 != 0:
+        flat = flat.clone()  # so that eight bytes can be taken at a time
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     words = flat.view(integers[flat.element_size()])
-    total, rest = 0, words.numel()
-    if words.storage_offset() * words.element_size() % 8 == 0:  # eight bytes at a time
-        rest = words.numel() % (8 // words.element_size())
-        total = _sum(words[: words.numel() - rest].view(torch.int64), total)
-    total = _sum(words[words.numel() - rest :], total)
+    whole = words.numel() - words.numel() % (8 // words.element_size())
+    total = _sum(words[:whole].view(torch.int64), 0)
+    total = _sum(words[whole:], total)
     return total - (1 << 64) if total >> 63 else total
 
 

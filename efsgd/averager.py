@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from efsgd.arguments import validate_exchange
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor, PowerSGD
+from efsgd.members import members
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.rules import Rule, Rules
 from efsgd.savable import Handling
@@ -63,6 +64,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, arXiv 1905.13727.
     """
 
+    _scale: float | None = None  # of the loss, while `average_` runs
     _handling = Handling(validate_exchange, validate_exchange, _rules_of, ("error_feedback",))
 
     def __init__(
@@ -84,7 +86,6 @@ class GradientAverager(ErrorFeedbackOptimizer):
             "max_grad_norm": max_grad_norm,
             "check_every": check_every,
         }
-        self._scale: float | None = None
         compressor = PowerSGD() if compressor is None else compressor
         super().__init__(params, defaults, compressor, process_group)
 
@@ -133,11 +134,13 @@ class GradientAverager(ErrorFeedbackOptimizer):
         applied = yield from self._stepper.exchange(
             self.param_groups, self.state, world_size, worker, scaling, self._weight
         )
-        scale = self._scale
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            gradient = parameter.grad if parameter.requires_grad else None
-            if scale is not None and gradient is not None:
-                gradient.mul_(scale) if applied else gradient.fill_(torch.inf)
+        if self._scale is not None:
+            parameters = (member.parameter for member in members(self.param_groups))
+            for parameter in (p for p in parameters if p.requires_grad and p.grad is not None):
+                if applied and parameter.grad is not None:
+                    parameter.grad.mul_(self._scale)
+                else:
+                    parameter.grad = torch.full_like(parameter, torch.inf, requires_grad=False)
         return applied
 
 

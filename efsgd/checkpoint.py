@@ -12,12 +12,13 @@ the mean, so that what a framework saves on its own, one worker's `state_dict()`
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from efsgd.agreement import compare
 from efsgd.collectives import AllReduceMean, Exchange, run
 from efsgd.members import members
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
@@ -64,7 +65,8 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
     parameters = [member.parameter for member in members(optimizer.param_groups)]
-    yield from _replace_errors_([optimizer.state[p] for p in parameters if p in optimizer.state])
+    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+    yield from _replace_errors_(states, parameters[0].device)
     for section in optimizer._stepper.plan.sections:
         for entry in section.layout.entries:
             # An error that waits to be sent uncompressed is looked for where it was not zero.
@@ -104,7 +106,9 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     state_dict = copy.deepcopy(optimizer.state_dict())
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     states = state_dict["state"]
-    yield from _replace_errors_([states[key] for key in dict.fromkeys(keys) if key in states])
+    device = next(members(optimizer.param_groups)).parameter.device
+    listed = [states[key] for key in dict.fromkeys(keys) if key in states]
+    yield from _replace_errors_(listed, device)
     _disown_(state_dict["param_groups"])
     return state_dict
 
@@ -130,8 +134,11 @@ def _disown_(groups: Iterable[dict[str, Any]]) -> None:
         group.update(worker=0, world_size=0)
 
 
-def _replace_errors_(states: Iterable[State]) -> Exchange[None]:
+def _replace_errors_(states: Sequence[State], device: torch.device) -> Exchange[None]:
     """Replaces the errors in `states` by their means, once all of these are there."""
+    shapes = [(list(s["error"].shape), s["error"].dtype) if "error" in s else "" for s in states]
+    lines = [f"error of parameter {number}: {shape}" for number, shape in enumerate(shapes)]
+    yield from compare(lines, device)
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for state in states:
         error = state.get("error")

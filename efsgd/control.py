@@ -35,6 +35,7 @@ class Verdict:
         unable: workers that met an error of their own and sent zeros.
         changed: workers that train something else than before, and sent zeros.
         sparse: indices of parameters for which some worker had a sparse gradient.
+        is_scaled: some worker's gradients are scaled, for which steps are skipped as a rule.
     """
 
     absent: frozenset[int]
@@ -43,6 +44,7 @@ class Verdict:
     unable: tuple[int, ...] = ()
     changed: tuple[int, ...] = ()
     sparse: frozenset[int] = frozenset()
+    is_scaled: bool = False
 
     @property
     def is_good(self) -> bool:
@@ -79,6 +81,7 @@ class ControlWords:
         *,
         has_overflowed: bool = False,
         is_unable: bool = False,
+        is_scaled: bool = False,
     ) -> Exchange[tuple[T, Verdict]]:
         """Passes on what `exchange` asks for, with the control words aboard.
 
@@ -93,11 +96,13 @@ class ControlWords:
             gradients: this worker's gradients, in the order of the words.
             has_overflowed: it is known already that a gradient of this worker is not finite.
             is_unable: this worker has met an error and cannot take part.
+            is_scaled: its gradients are those of a scaled loss.
 
         Returns:
             The result of `exchange`, and the verdict.
         """
         own = self._own_words(gradients)
+        own[len(self._indices) + self._worker] = self._scaled if is_scaled else 0
         is_first, is_good, mean_is_finite = True, not is_unable, True
 
         def outgoing(collective: Collective) -> None:
@@ -106,7 +111,8 @@ class ControlWords:
                 words.zero_()  # what the last step has left there is not this worker's
                 is_good = is_good and not has_overflowed and all_finite(collective.buffer)
                 if not is_good:
-                    code = self._unable if is_unable else self._first_nonfinite(gradients)
+                    code = self._overflowed if is_scaled else self._first_nonfinite(gradients)
+                    code = self._unable if is_unable else code
                     own[len(self._indices) + self._worker] = code
             if not is_good:
                 collective.buffer.zero_()
@@ -155,6 +161,16 @@ class ControlWords:
         """What a worker writes in its word that trains something else than before."""
         return len(self._indices) + 3
 
+    @property
+    def _overflowed(self) -> int:
+        """What a worker writes in its word whose scaled gradients are not all finite."""
+        return len(self._indices) + 4
+
+    @property
+    def _scaled(self) -> int:
+        """What a worker writes in its word whose scaled gradients are finite."""
+        return len(self._indices) + 5
+
     def _first_nonfinite(self, gradients: Sequence[Tensor | None]) -> int:
         """1 + the position of the first gradient that is not finite; past the last if none."""
         for position, gradient in enumerate(gradients):
@@ -169,14 +185,15 @@ class ControlWords:
         nonfinite = {
             worker: self._indices[position - 1] if position <= len(self._indices) else None
             for worker, position in enumerate(positions)
-            if 0 < position < self._unable
+            if 0 < position < self._unable or position == self._overflowed
         }
+        is_scaled = any(position in (self._overflowed, self._scaled) for position in positions)
         unable = tuple(w for w, position in enumerate(positions) if position == self._unable)
         changed = tuple(w for w, position in enumerate(positions) if position == self._changed)
         counts = dict(zip(self._indices, presence, strict=True))
         absent = frozenset(index for index, count in counts.items() if count == 0)
         sparse = frozenset(i for i, count in counts.items() if count > self.world_size)
-        return Verdict(absent, nonfinite, overflowed, unable, changed, sparse)
+        return Verdict(absent, nonfinite, overflowed, unable, changed, sparse, is_scaled)
 
 
 def all_finite(tensor: Tensor) -> bool:

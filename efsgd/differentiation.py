@@ -14,24 +14,19 @@ from efsgd.state import State
 __all__ = ["require_differentiable", "step_differentiably_"]
 
 
-def require_differentiable(
-    groups: Sequence[dict[str, Any]], compressor: Compressor, world_size: int
-) -> None:
-    """Checks that a step of these groups can be differentiated.
+def require_differentiable(groups: Sequence[dict[str, Any]], compressor: Compressor) -> None:
+    """Checks that a step of these groups, on one worker, can be differentiated.
 
     Raises:
-        NotImplementedError: there are several workers, or something is compressed.
+        NotImplementedError: something is compressed.
     """
-    compressed = (m for m in members(groups) if m.entry(compressor).level is not None)
-    obstacle = f"there are {world_size} workers" if world_size > 1 else None
-    if obstacle is None and (first := next(compressed, None)) is not None:
-        obstacle = f"{first.name}, shape {list(first.parameter.shape)}, is compressed"
-    if obstacle is not None:
-        raise NotImplementedError(
-            f"differentiable=True, but {obstacle}: a step cannot be differentiated through "
-            f"communication or compression. Use one worker and min_compression_rate=math.inf, or "
-            f"torch.optim.SGD."
-        )
+    for member in members(groups):
+        if member.entry(compressor).level is not None:
+            raise NotImplementedError(
+                f"differentiable=True, but {member.name}, shape {list(member.parameter.shape)}, is "
+                f"compressed: a step cannot be differentiated through compression. Use "
+                f"min_compression_rate=math.inf, or torch.optim.SGD."
+            )
 
 
 @torch.enable_grad()

@@ -7,6 +7,7 @@ written once, by its owner, and everything else once in all; `efsgd.checkpoint_l
 """
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,9 @@ class OptimizerState:
             What the module describes, of the errors only this worker's.
         """
         transport = current_transport(self._optimizer.process_group)
+        note = self._optimizer.settle_errors(transport.world_size, transport.worker)
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         saved, names = self._optimizer.state_dict(), self._names()
         flat = [name for group in names for name in group]
         state: dict[str, dict[str, Any]] = {}

@@ -111,18 +111,23 @@ class Outcome:
     """What came of lines 7 to 10.
 
     Attributes:
-        mean: C(Δ), the same on every worker.
+        mean: C(Δ), the same on every worker; None where it could not be computed.
         verdict: whether the step may be applied; the same on every worker.
         obstacle: the error because of which this worker could not take part.
     """
 
-    mean: Compressed
+    mean: Compressed | None
     verdict: Verdict
     obstacle: Exception | None
 
 
 def exchange_gradients(
-    section: Section, step: int, scale: float = 1.0, *, has_overflowed: bool = False
+    section: Section,
+    step: int,
+    scale: float = 1.0,
+    *,
+    has_overflowed: bool = False,
+    is_scaled: bool = False,
 ) -> Exchange[Outcome]:
     """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
 
@@ -131,6 +136,7 @@ def exchange_gradients(
         step: the number of the step, from 0.
         scale: the gradients are multiplied by this (loss scaling in mixed precision).
         has_overflowed: it is known already that a gradient of this worker is not finite.
+        is_scaled: the gradients are those of a scaled loss.
     """
     aggregator, deltas = section.aggregator, section.deltas
     obstacle: Exception | None = None
@@ -153,6 +159,7 @@ def exchange_gradients(
         section.gradients(),
         has_overflowed=has_overflowed,
         is_unable=obstacle is not None,
+        is_scaled=is_scaled,
     )
     return Outcome(mean, verdict, obstacle)
 

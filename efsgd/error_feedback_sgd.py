@@ -107,7 +107,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
         compressor = PowerSGD() if compressor is None else compressor
         super().__init__(params, defaults, compressor, process_group)
         if differentiable:
-            require_differentiable(self.param_groups, compressor, world_size=1)
+            require_differentiable(self.param_groups, compressor)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Compresses, aggregates and applies the gradients of all workers.
@@ -129,9 +129,9 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(group["differentiable"] for group in self.param_groups):
-            workers = current_transport(self._process_group).world_size
-            require_differentiable(self.param_groups, self._compressor, workers)
+        is_alone = current_transport(self._process_group).world_size == 1
+        if is_alone and any(group.get("differentiable") for group in self.param_groups):
+            require_differentiable(self.param_groups, self._compressor)
             step_differentiably_(self.param_groups, self.state, self._weight)
             return loss
         self._give_notice()
@@ -151,6 +151,11 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
         """
         if not isinstance(sgd, SGD):
             raise TypeError(f"Invalid sgd: {type(sgd).__name__}. Must be a torch.optim.SGD.")
+        if given := sorted(set(SGD_SETTINGS) & options.keys()):
+            raise TypeError(
+                f"Invalid options: {given}. They are taken over from the SGD; set them in the "
+                f"param_groups of either."
+            )
         defaults = {name: sgd.defaults[name] for name in SGD_SETTINGS}
         groups = [{**group, "params": list(group["params"])} for group in sgd.param_groups]
         optimizer = cls(groups, **defaults, **{"momentum_form": "sgd", **options})

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from efsgd.compressors import Compressor
+from efsgd.control import Verdict
 from efsgd.error_feedback import Section
 from efsgd.members import Member, members
 from efsgd.phases import Phases
@@ -84,6 +85,11 @@ class Plan:
         """
         return step >= start, frozenset(map(id, self.sparse))
 
+    def note_sparse(self, verdicts: Iterable[Verdict]) -> None:
+        """From the next step on, what was sparse on any worker is sent uncompressed."""
+        indices = {index for verdict in verdicts for index in verdict.sparse}
+        self.sparse |= {member.parameter for member in self.members if member.index in indices}
+
     def describe_roundings(self) -> Iterator[str]:
         """How compressed parameters are rounded, a line for each."""
         names = {member.index: member.name for member in self.members}
@@ -147,6 +153,7 @@ class Plan:
             lambda aggregator, own: prepare_updates(aggregator, own, self.states, rules),
         )
         self.context, self._prepared = context, kinds
+        self.sparse &= {member.parameter for member in self.members}
         self.signature = self.sign(groups, state)
 
 

@@ -261,14 +261,14 @@ class LowRank:
                 M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
         self.decompress_with_(subtract_, others)
 
-    def squared_norm(self, wanted: Container[int]) -> float:
-        """That of Q: the columns of P̂ are orthonormal."""
-        total = 0.0
+    def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
+        """Those of Q: the columns of P̂ are orthonormal."""
+        found = []
         for batch, Q in zip(self.layout.batches, self.Q, strict=True):
-            norms = torch.linalg.vector_norm(Q, dim=(1, 2), dtype=torch.float64).tolist()
-            pairs = zip(batch.entries, norms, strict=True)
-            total += sum(norm**2 for entry, norm in pairs if entry.index in wanted)
-        return total
+            norms = torch.linalg.vector_norm(Q, dim=(1, 2), dtype=torch.float64).square()
+            pairs = zip(batch.entries, norms.unbind(), strict=True)
+            found += [norm for entry, norm in pairs if entry.index in wanted]
+        return found
 
 
 def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:

@@ -51,8 +51,8 @@ def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
     for group in groups:
         if group["differentiable"]:
             raise NotImplementedError(
-                "differentiable=True: an exchange cannot be differentiated. Call step(), with one "
-                "worker."
+                "differentiable=True: a step cannot be differentiated through communication "
+                "between workers. Use one worker, or torch.optim.SGD."
             )
         options: dict[str, Any] = {name: number_of(group, name) for name in ("lr", "momentum")}
         options["weight_decay"] = number_of(group, "weight_decay") or None

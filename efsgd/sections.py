@@ -37,6 +37,7 @@ def signature(
             group["error_feedback"],
             group.get("momentum", 0) != 0,
             group["start_compressing_at"],
+            group["check_every"],
             tuple(
                 (id(p), id(state.get(p)), p.requires_grad, p.dtype, p.device, p.shape)
                 for p in group["params"]

@@ -235,7 +235,7 @@ def require_tensor(value: object, name: str, owner: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"Invalid {name} of {owner}: {value!r}. Must be a tensor, as state_dict() has it; or "
-            f"delete it, to start anew."
+            f"delete all that optimizer.state has for the parameter, to start anew."
         )
 
 

@@ -88,6 +88,7 @@ class Stepper:
     def regroup(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
         self.plan.forget()
+        self.plan.sparse.clear()
         self._terms.forget()
 
     def reload(self) -> None:
@@ -144,9 +145,22 @@ class Stepper:
             CollectiveError: another worker could not take part.
         """
         note = self.settle_errors(groups, state, world_size, worker)
+        try:
+            return (yield from self._exchange(groups, state, (world_size, worker), scaling, weight))
+        finally:
+            if note is not None:  # as an error, a warning must not keep the others waiting
+                warnings.warn(note, stacklevel=2)
+
+    def _exchange(
+        self,
+        groups: Groups,
+        state: MutableMapping[Tensor, State],
+        context: tuple[int, int],
+        scaling: LossScaling | None,
+        weight: float,
+    ) -> Exchange[bool]:
         self.ledger.begin_check()
-        context = world_size, worker
-        if world_size == 1:
+        if context[0] == 1:
             self._find_sparse(groups)
             self._validate(groups)
             rules = self._rules(groups)
@@ -158,22 +172,20 @@ class Stepper:
         parameters = [m.parameter for m in self.plan.members if m.parameter.requires_grad]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
         self.phases.begin_step()
-        scaling_or_none = scaling or LossScaling(1.0)
-        outcomes = yield from self._exchange_gradients(step, scaling_or_none, weight)
-        self._take_note_of_sparse([outcome.verdict for outcome in outcomes])
+        outcomes = yield from self._exchange_gradients(step, scaling, weight)
+        self.plan.note_sparse(outcome.verdict for outcome in outcomes)
         verdicts = _verdicts(outcomes, step)
         if not all(verdict.is_good for verdict in verdicts):
-            if groups[0]["nonfinite"] == "raise" and scaling is None:
+            is_scaled = any(verdict.is_scaled for verdict in verdicts)
+            if groups[0]["nonfinite"] == "raise" and not is_scaled:
                 names = {member.index: member.name for member in self.plan.members}
                 raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
             self.ledger.skip_step()
             return False
         self._apply(outcomes, rules, groups[0]["max_grad_norm"])
         for group in groups:
-            group.update(step=step + 1, world_size=world_size, worker=worker)
+            group.update(step=step + 1, world_size=context[0], worker=context[1])
         self.ledger.end_step()
-        if note is not None:  # as an error, a warning must not keep the others waiting
-            warnings.warn(note, stacklevel=2)
         return True
 
     @torch.no_grad()
@@ -211,45 +223,48 @@ class Stepper:
         self.plan.sparse |= found
 
     def _exchange_gradients(
-        self, step: int, scaling: LossScaling, weight: float
+        self, step: int, scaling: LossScaling | None, weight: float
     ) -> Exchange[list[Outcome]]:
         """Algorithm 2, lines 7 to 10, for each section."""
-        outcomes, schedules = [], []
+        own = LossScaling(1.0) if scaling is None else scaling
+        outcomes: list[Outcome] = []
+        schedules = []
         for section in self.plan.sections:
             schedule = Schedule(section.device)
             note = None if self._terms.is_scheduled(self.plan) else schedule.note
             exchange = exchange_gradients(
-                section, step, scaling.factor * weight, has_overflowed=scaling.has_overflowed
+                section,
+                step,
+                own.factor * weight,
+                has_overflowed=own.has_overflowed,
+                is_scaled=scaling is not None,
             )
-            outcomes.append((yield from intercept(exchange, self.ledger.record, asking=note)))
+            watched = intercept(exchange, self.ledger.record, asking=note)
+            outcomes.append((yield from self._terms.cover(len(outcomes), watched, self.plan)))
             schedule.end()
             schedules.append((section.control, schedule))
         if not self._terms.is_scheduled(self.plan):
             self._terms.schedule(self.plan, schedules)
         return outcomes
 
-    def _take_note_of_sparse(self, verdicts: Iterable[Verdict]) -> None:
-        """From the next step on, they are sent uncompressed."""
-        indices = {index for verdict in verdicts for index in verdict.sparse}
-        self.plan.sparse |= {m.parameter for m in self.plan.members if m.index in indices}
-
     def _apply(
         self, outcomes: Sequence[Outcome], rules: Rules, max_grad_norm: float | None
     ) -> None:
         plan, changes = self.plan, {}
-        pairs = list(zip(plan.sections, outcomes, strict=True))
-        for section, outcome in pairs:
+        found = []
+        for section, outcome in zip(plan.sections, outcomes, strict=True):
+            assert outcome.mean is not None  # there was no obstacle
+            found.append((section, outcome.mean, outcome.verdict.absent))
             section.commit_(outcome.verdict.absent)
             show_errors_(section, plan.states)
         if max_grad_norm is not None:
-            squares = [squared_norm(section, o.mean, o.verdict.absent) for section, o in pairs]
-            self.ledger.grad_norm = norm = math.sqrt(sum(squares))
+            self.ledger.grad_norm = norm = math.sqrt(sum(squared_norm(*each) for each in found))
             changes["clip"] = min(1.0, max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
-        for section, outcome in pairs:
-            present = section.parameters.keys() - outcome.verdict.absent
+        for section, mean, absent in found:
+            present = section.parameters.keys() - absent
             own = [member for member in plan.members if member.index in present]
             with self.phases("Alg. 2, lines 11 to 13: update"):
-                apply_updates_(section, outcome.mean, own, plan.states, rules, **changes)
+                apply_updates_(section, mean, own, plan.states, rules, **changes)
 
 
 def _verdicts(outcomes: Iterable[Outcome], step: int) -> list[Verdict]:

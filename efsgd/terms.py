@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efsgd.agreement import compare, compare_gradients
-from efsgd.collectives import Exchange
+from efsgd.agreement import GradientSummary, checksums, compare, compare_gradients
+from efsgd.collectives import Collective, Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import ControlWords, Verdict
+from efsgd.error_feedback import Outcome
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.members import members
 from efsgd.plan import Groups, Plan, Signature, replicated
@@ -36,11 +37,13 @@ class Agreement:
         signature: of the plans; its `settings` are this worker's own identities.
         roundings: of the plans' sections.
         start: the step at which compression starts.
+        every: the number of steps between two checks; 0 where there are none.
     """
 
     signature: Signature
     roundings: tuple[str, ...]
     start: int
+    every: int
 
 
 class Terms:
@@ -64,7 +67,6 @@ class Terms:
         self._validate, self._rules = validate, rules
         self._agreed: Agreement | None = None
         self._compared: Hashable = None
-        self._doubts = False
         self._schedules: list[tuple[ControlWords, Schedule]] | None = None
         self._scheduled: Signature | None = None
 
@@ -74,7 +76,6 @@ class Terms:
 
     def doubt(self) -> None:
         """Groups and state may have become others, on this worker at least."""
-        self._doubts = True
         if self._agreed is not None:
             signature = dataclasses.replace(self._agreed.signature, settings=None)
             self._agreed = dataclasses.replace(self._agreed, signature=signature)
@@ -117,49 +118,73 @@ class Terms:
         if context != plan.context:
             self.forget()
         # Whether all workers begin with a comparison, and whether this one has news for it.
-        compares, is_new = self._agreed is None or self._schedules is None, True
-        is_due, device = False, groups[0]["params"][0].device
+        step, is_new = groups[0].get("step", 0), True
+        compares = self._is_time(step, plan)
+        device = next(p.device for group in groups for p in group["params"])
         try:
             self._validate(groups)
-            rules, step = self._rules(groups), groups[0]["step"]
-            is_due = step > 0 and groups[0]["check_every"] > 0
-            is_due = is_due and step % groups[0]["check_every"] == 0
+            rules = self._rules(groups)
             is_new = self._is_new(plan.sign(groups, state))
-            compares = compares or is_due or self._is_time(step, plan)
             if is_new or compares:
                 validate_states(members(groups), state)
             if is_new and not compares:
-                yield from self._announce_change(step)
+                yield from self._announce_change(plan, step)
                 compares = True
         except (CollectiveError, WorkerMismatchError):
             raise  # all workers know
         except Exception as obstacle:
-            yield from self._bow_out(obstacle, device, compares=compares)
+            yield from self._bow_out(plan, obstacle, device, compares=compares)
             raise
         if compares:
-            is_new = yield from self._compare(plan, groups, state, context, is_new, is_due)
+            is_new = yield from self._compare(plan, groups, state, context, is_new)
         try:
             plan.update(groups, state, context, rules)
         except Exception as obstacle:
-            yield from self._bow_out(obstacle, device, compares=is_new)
+            yield from self._bow_out(plan, obstacle, device, compares=is_new)
             raise
         if self._agreed is not None and plan.roundings != self._agreed.roundings and not is_new:
-            yield from self._announce_change(step)
+            yield from self._announce_change(plan, step)
             is_new = True
         if is_new:
             yield from compare(list(plan.describe_roundings()), device)
-            start = groups[0]["start_compressing_at"]
-            self._agreed = Agreement(plan.sign(groups, state), plan.roundings, start)
+            numbers = groups[0]["start_compressing_at"], groups[0]["check_every"]
+            self._agreed = Agreement(plan.sign(groups, state), plan.roundings, *numbers)
+            self._schedules = None  # they were those of another plan
         return rules
 
     def _is_new(self, present: Signature) -> bool:
         return self._agreed is None or present != self._agreed.signature
 
     def _is_time(self, step: int, plan: Plan) -> bool:
-        """Whether what was agreed on changes by itself now, on all workers."""
-        if self._agreed is None:
+        """Whether all workers are known to begin with a comparison."""
+        agreed = self._agreed
+        if agreed is None or self._schedules is None:
             return True
-        return plan.phase(step, self._agreed.start) != self._agreed.signature.phase
+        is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
+        return is_due or plan.phase(step, agreed.start) != agreed.signature.phase
+
+    def cover(self, number: int, exchange: Exchange[Outcome], plan: Plan) -> Exchange[Outcome]:
+        """Passes on an exchange; if it raises before it has sent anything, zeros are sent instead.
+
+        Args:
+            number: of the section whose exchange it is.
+            exchange: lines 7 to 10 of Algorithm 2.
+            plan: of the step.
+
+        Returns:
+            The result of `exchange`; or one with its error, which all workers know of.
+        """
+        sent: list[Collective] = []
+        try:
+            return (yield from intercept(exchange, sent.append))
+        except CollectiveError:
+            raise
+        except Exception as obstacle:
+            if sent or self._schedules is None or not self.is_scheduled(plan):
+                raise
+            control, schedule = self._schedules[number]
+            verdict = yield from control.announce(schedule, is_unable=True)
+            return Outcome(None, verdict, obstacle)
 
     def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
         """Compares all that workers must have in common, as it is now.
@@ -169,9 +194,10 @@ class Terms:
         """
         listed = list(members(groups))
         lines = describe(listed, self._compressor, self._settings)
-        yield from compare(lines, listed[0].parameter.device, replicated(listed, state))
+        values = checksums(replicated(listed, state))
+        yield from compare(lines, listed[0].parameter.device, values)
 
-    def _announce_change(self, step: int) -> Exchange[None]:
+    def _announce_change(self, plan: Plan, step: int) -> Exchange[None]:
         """Tells the others, in a step that they may think an ordinary one.
 
         They see it in their control words and all raise, unless everyone announces a change.
@@ -181,17 +207,18 @@ class Terms:
             verdict = yield from control.announce(schedule)
             everyone = everyone and len(verdict.changed) == control.world_size
             verdicts.append(verdict)
+        plan.note_sparse(verdicts)
         raise_unable(verdicts)
         if not everyone:
             raise WorkerMismatchError(describe_change(verdicts[0].changed, step))
 
     def _bow_out(
-        self, obstacle: Exception, device: torch.device, *, compares: bool
+        self, plan: Plan, obstacle: Exception, device: torch.device, *, compares: bool
     ) -> Exchange[None]:
         """Tells the others, who are about to take a step, that this worker cannot."""
         if not compares:
             for control, schedule in self._schedules or ():
-                yield from control.announce(schedule, is_unable=True)
+                plan.note_sparse([(yield from control.announce(schedule, is_unable=True))])
             return
         reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
         with contextlib.suppress(WorkerMismatchError):
@@ -204,21 +231,23 @@ class Terms:
         state: Mapping[Tensor, State],
         context: tuple[int, int],
         is_new: bool,
-        is_due: bool,
     ) -> Exchange[bool]:
-        """Compares settings, and values where they are new or it is time. Who has news?"""
+        """Compares settings and values. Has anyone news?"""
         listed = list(members(groups, plan.sparse))
         parameters: Hashable = context, tuple(id(member.parameter) for member in listed)
-        is_first = parameters != self._compared
-        device = listed[0].parameter.device
-        lines = describe(listed, self._compressor, self._settings)
-        values = replicated(listed, state) if is_first or is_due or self._doubts else None
+        is_first, device = parameters != self._compared, listed[0].parameter.device
+        try:
+            lines = describe(listed, self._compressor, self._settings)
+            values = checksums(replicated(listed, state))
+            summary = GradientSummary.of([member.parameter.grad for member in listed])
+        except Exception as obstacle:
+            yield from self._bow_out(plan, obstacle, device, compares=True)
+            raise
         any_new, any_first = yield from compare(lines, device, values, [is_new, is_first])
         if any_first:
-            gradients = [member.parameter.grad for member in listed]
-            sparse = yield from compare_gradients(gradients, device)
+            sparse = yield from compare_gradients(summary, device)
             plan.sparse |= {m.parameter for n, m in enumerate(listed) if n in sparse}
-        self._compared, self._doubts = parameters, False
+        self._compared = parameters
         return any_new
 
 

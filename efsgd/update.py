@@ -110,12 +110,12 @@ def squared_norm(section: Section, mean: Compressed, absent: frozenset[int]) -> 
         mean: C(Δ).
         absent: indices of parameters that are not updated.
     """
-    total = mean.squared_norm(section.compressed.difference(absent))
+    squares = mean.squared_norms(section.compressed.difference(absent))
     for entry in section.layout.vectors:
         if entry.index not in absent:
             values = section.deltas.views[entry.index]
-            total += torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
-    return total
+            squares.append(torch.linalg.vector_norm(values, dtype=torch.float64).square())
+    return float(torch.stack(squares).sum()) if squares else 0.0
 
 
 def _target(member: Member, rule: Rule) -> Tensor:
@@ -123,6 +123,8 @@ def _target(member: Member, rule: Rule) -> Tensor:
     parameter, gradient = member.parameter, member.parameter.grad
     if not rule.writes_gradients:
         return member.values
-    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride():
+    # What Δ' cannot be written into: memory that is shared, or views that are computed when read.
+    is_lazy = gradient is not None and (gradient.is_conj() or gradient.is_neg())
+    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_lazy:
         gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
     return real_view(gradient)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -230,3 +231,40 @@ def test_hooks_fire_around_it_and_a_closure_comes_first() -> None:
     assert averager.step(closure) is True
     assert averager.average_()
     assert seen == ["before", "closure", "after", "before", "after"]
+
+
+def test_conjugated_gradients_are_replaced_by_ordinary_ones() -> None:
+    workers = []
+    for worker in range(2):
+        parameter = torch.ones(3, dtype=torch.complex64, requires_grad=True)
+        parameter.grad = torch.full((3,), 1 + 2j + worker).conj()  # as autograd may leave it
+        assert parameter.grad.is_conj()
+        workers.append(GradientAverager([parameter]))
+    given = [parameters_of(worker)[0].grad.clone() for worker in workers]
+    step_together(workers)
+    for worker in workers:
+        assert not parameters_of(worker)[0].grad.is_conj()
+        assert torch.equal(parameters_of(worker)[0].grad, (given[0] + given[1]) / 2)
+
+
+def test_copies_average_too() -> None:
+    [averager] = averagers(1)
+    for twin in (copy.deepcopy(averager), pickle.loads(pickle.dumps(averager))):
+        for parameter in parameters_of(twin):
+            parameter.grad = torch.ones_like(parameter)
+        assert twin.average_()
+
+
+def test_an_overflow_is_told_to_a_sparse_gradient_and_once_to_each_parameter() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    table, vector = torch.zeros(6, 5, requires_grad=True), torch.zeros(2, requires_grad=True)
+    scaler.scale(table.sum())
+    table.grad = torch.ones(6, 5).to_sparse()
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        averager = GradientAverager([{"params": [table]}, {"params": [vector, vector]}])
+    vector.grad = torch.full((2,), 8.0)
+    assert averager.average_(scaler)
+    assert vector.grad.tolist() == [8.0, 8.0]
+    table.grad = torch.ones(6, 5).to_sparse() * math.inf
+    assert not averager.average_(scaler)
+    assert bool(table.grad.isinf().all())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
-from efsgd.agreement import broadcast_values, checksum, compare
+from efsgd.agreement import broadcast_values, checksum, checksums, compare
 from efsgd.collectives import (
     AllGather,
     AllReduceMean,
@@ -135,14 +135,16 @@ def test_values_that_differ_in_one_bit_are_named() -> None:
         return {"first": first, "second": second}
 
     with pytest.raises(WorkerMismatchError, match=r"second differs .* on worker 1"):
-        lockstep([compare(["a"], CPU, values(w == 1)) for w in range(3)])
-    assert lockstep([compare(["a"], CPU, values(True)) for _ in range(2)]).results == [[], []]
+        lockstep([compare(["a"], CPU, checksums(values(w == 1))) for w in range(3)])
+    assert lockstep([compare(["a"], CPU, checksums(values(True))) for _ in range(2)]).results == [
+        [],
+        [],
+    ]
 
 
 def test_values_that_one_worker_lacks_are_named() -> None:
-    both = {"first": torch.zeros(3), "second": torch.zeros(3)}
     with pytest.raises(WorkerMismatchError, match="worker 1: nothing"):
-        lockstep([compare([], CPU, both), compare([], CPU, {"first": torch.zeros(3)})])
+        lockstep([compare([], CPU, {"first": 1, "second": 2}), compare([], CPU, {"first": 1})])
 
 
 def test_equal_gradients_are_suspicious_unless_zero() -> None:
@@ -172,6 +174,24 @@ def test_checksums_see_every_element_and_the_order(dtype: torch.dtype) -> None:
     assert checksum(torch.zeros(5, dtype=dtype)) == 0
     assert checksum(torch.zeros(0, dtype=dtype)) == 0
     assert checksum(tensor.flip(0)) != expected or dtype == torch.bool
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_checksums_do_not_depend_on_memory(dtype: torch.dtype) -> None:
+    values = torch.arange(1, 8).to(dtype)
+    expected = checksum(values)
+    others = [
+        torch.stack([values, values + 9], dim=1)[:, 0],
+        torch.cat([values[:1], values])[1:],
+        torch.cat([values[:3], values])[3:],
+        (-values)._neg_view(),
+    ]
+    if dtype.is_complex:
+        others.append(values.conj().resolve_conj().conj())
+    for other in others:
+        assert torch.equal(other, values)
+        assert checksum(other) == expected
+    assert checksum(values[:1].expand(7)) == checksum(values[:1].repeat(7))
 
 
 def test_a_long_tensor_is_summed_in_parts() -> None:

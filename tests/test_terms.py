@@ -1,5 +1,6 @@
 """What workers tell each other before a step: changes on some of them, and values that drifted."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
-from efsgd.testing import step_together
+from efsgd.testing import lockstep, step_together
 from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with
 
 
@@ -183,25 +184,120 @@ def test_a_change_on_one_worker_when_compression_begins_keeps_nobody_waiting() -
     step_together(workers)
 
 
+def replace_momentum(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.state[parameters_of(optimizer)[0]]["momentum_buffer"] = torch.zeros(3)
+
+
+def zero_rank(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["rank"] = 0
+
+
+def infinite_lr(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["lr"] = math.inf
+
+
+def no_rank(optimizer: PowerSGDOptimizer) -> None:
+    del optimizer.param_groups[0]["rank"]
+
+
+def differentiable(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["differentiable"] = True
+
+
+MISTAKES = [replace_momentum, zero_rank, infinite_lr, no_rank, differentiable]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 @pytest.mark.parametrize("options", [{}, {"check_every": 2}, {"start_compressing_at": 2}], ids=str)
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_an_error_on_one_worker_keeps_nobody_waiting(steps: int, options: dict[str, int]) -> None:
+def test_an_error_on_one_worker_keeps_nobody_waiting(
+    steps: int, options: dict[str, int], mistake: Callable[[PowerSGDOptimizer], None]
+) -> None:
     workers, scenario = a_run(3, **options)
     for step in range(steps):
         step_with(workers, scenario.gradients(step))
     set_gradients(workers, scenario.gradients(steps))
-    parameter = parameters_of(workers[1])[0]
-    kept = workers[1].state[parameter]["momentum_buffer"]
-    workers[1].state[parameter]["momentum_buffer"] = torch.zeros(3)
+    group, state = workers[1].param_groups[0], workers[1].state[parameters_of(workers[1])[0]]
+    kept = dict(group), dict(state)
+    mistake(workers[1])
     before = bits(snapshot([workers[0], workers[2]]))
     for _ in range(2):
         with pytest.raises((CollectiveError, WorkerMismatchError), match="worker 1") as caught:
             step_together(workers)
-        assert caught.value.__notes__[0].startswith("worker 1: ValueError: Invalid momentum_buffer")
-        assert type(caught.value).__name__ in caught.value.__notes__[1]
+        own, others = caught.value.__notes__
+        assert own.startswith(("worker 1: ValueError", "worker 1: NotImplementedError"))
+        assert type(caught.value).__name__ in others
     assert bits(snapshot([workers[0], workers[2]])) == before
-    workers[1].state[parameter]["momentum_buffer"] = kept
+    group.update(kept[0])
+    state.update(kept[1])
     step_with(workers, scenario.gradients(steps))
+
+
+@pytest.mark.parametrize("later", [2, 3])
+def test_check_every_may_not_change_on_one_worker(later: int) -> None:
+    workers, scenario = a_run(2, check_every=2)
+    for step in range(later):
+        step_with(workers, scenario.gradients(step))
+    workers[1].param_groups[0]["check_every"] = 3
+    with pytest.raises(WorkerMismatchError, match="worker 1"):
+        step_with(workers, scenario.gradients(later))
+
+
+def test_a_sparse_gradient_that_comes_with_a_change_elsewhere_is_known_to_all() -> None:
+    workers, scenario = a_run(3)
+    step_with(workers, scenario.gradients(0))
+    for undo in (False, True):  # a change, then an error
+        set_gradients(workers, scenario.gradients(1))
+        parameter = parameters_of(workers[2])[0]
+        parameter.grad = torch.ones_like(parameter).to_sparse()
+        workers[1].param_groups[0]["rank"] = 0 if undo else 1
+        with pytest.raises((CollectiveError, WorkerMismatchError), match="worker 1"):
+            step_together(workers)
+    workers[1].param_groups[0]["rank"] = 2
+    step_with(workers, scenario.gradients(1))
+    step_with(workers, scenario.gradients(2))
+
+
+def test_what_a_compressor_raises_on_one_worker_reaches_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers, scenario = a_run(3)
+    step_with(workers, scenario.gradients(0))
+    set_gradients(workers, scenario.gradients(1))
+    [section] = workers[1]._stepper.plan.sections
+    compress = section.aggregator.compress
+
+    def failing(*arguments: Any) -> Any:
+        raise MemoryError("no memory left")
+        yield
+
+    before = bits(snapshot(workers))
+    monkeypatch.setattr(section.aggregator, "compress", failing)
+    with pytest.raises(CollectiveError, match="say themselves why: worker 1") as caught:
+        step_together(workers)
+    assert caught.value.__notes__[0] == "worker 1: MemoryError: no memory left"
+    assert bits(snapshot(workers)) == before
+    monkeypatch.setattr(section.aggregator, "compress", compress)
+    step_together(workers)
+
+
+def test_a_worker_without_a_scaler_skips_with_those_that_have_one() -> None:
+    # As one that has joined: it steps without gradients, and its scaler does not ask for it.
+    workers, scenario = a_run(3)
+    step_with(workers, scenario.gradients(0))
+    for overflows in (True, False):
+        set_gradients(workers, scenario.gradients(1))
+        for parameter in parameters_of(workers[0]):
+            parameter.grad = None
+        for worker in workers[1:]:
+            worker.grad_scale = torch.tensor(2.0)
+            worker.found_inf = torch.tensor(0.0)
+        if overflows:
+            workers[2].found_inf += 1
+        before = bits(snapshot(workers))
+        exchanges = [worker.exchange(3, place) for place, worker in enumerate(workers)]
+        assert lockstep(exchanges).results == [not overflows] * 3
+        assert (bits(snapshot(workers)) == before) == overflows
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, None, "2"])

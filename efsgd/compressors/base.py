@@ -32,8 +32,8 @@ class Compressed(Protocol):
     def subtract_from_(self, blocks: Blocks) -> None:
         """Subtracts the decompressed matrices from `blocks` (modified in place)."""
 
-    def squared_norm(self, wanted: Container[int]) -> float:
-        """The sum of squares of all elements of the decompressed matrices with these indices."""
+    def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
+        """The sums of squares of the decompressed matrices with these indices, each [] float64."""
 
 
 class Aggregator(Protocol):
