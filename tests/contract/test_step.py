@@ -250,7 +250,8 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_reads_by_the_host() -> None:
+@pytest.mark.parametrize("norm", [None, 1.0])
+def test_reads_by_the_host(norm: float | None) -> None:
     """B15: their number does not grow with the model.
 
     None at all is impossible: whether a step is applied is decided by what all workers sent, and
@@ -259,7 +260,10 @@ def test_reads_by_the_host() -> None:
     counts = {}
     for number in (2, 20):
         optimizer, _ = pair(
-            start(shapes=[(8, 6), (5,)] * number), {"rank": 1}, lr=0.1, momentum=0.9
+            start(shapes=[(8, 6), (5,)] * number),
+            {"rank": 1, "max_grad_norm": norm},
+            lr=0.1,
+            momentum=0.9,
         )
         train([optimizer], range(2))
         flags = {state["momentum_started"].data_ptr() for state in optimizer.state.values()}
