@@ -6,7 +6,6 @@ a word. What is found is raised on every worker, with the same text.
 
 import functools
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Never, Self
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from efsgd.blocks import real_view
 from efsgd.collectives import AllGather, Broadcast, Exchange
-from efsgd.errors import WorkerMismatchError
+from efsgd.errors import WorkerMismatchError, warn_user
 
 __all__ = [
     "GradientSummary",
@@ -104,12 +103,11 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
     own, is_sparse = [summary.digest, int(any(summary.is_sparse))], summary.is_sparse
     summaries = (yield _gather(own, device, "digests of gradients")).cpu()
     if len(summaries) > 1 and own[0] != 0 and bool((summaries[:, 0] == own[0]).all()):
-        warnings.warn(
+        warn_user(
             "All workers have bitwise equal gradients, as if they had already been averaged. "
             "Give this optimizer local gradients: use the plain model, or under "
             "DistributedDataParallel ddp.register_comm_hook(None, noop_hook), or forward and "
-            "backward within ddp.no_sync().",
-            stacklevel=2,
+            "backward within ddp.no_sync()."
         )
     if not bool(summaries[:, 1].any()):
         return frozenset()
@@ -205,8 +203,8 @@ def _name_different_value(names: Sequence[str], checksums: Tensor) -> Never:
     differing = differs[:, position].nonzero().flatten().tolist()
     raise WorkerMismatchError(
         f"{names[position]} differs between workers: its values on {_workers(differing)} are not "
-        f"those of worker 0. All workers must start from the same values: call "
-        f"optimizer.broadcast_parameters() before the first step, or load one "
+        f"those of worker 0. All workers must hold the same values: call "
+        f"optimizer.broadcast_parameters() on all of them, or, for the state as well, load one "
         f"consolidated checkpoint everywhere."
     )
 

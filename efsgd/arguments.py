@@ -105,9 +105,10 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
     if group["nonfinite"] not in ("raise", "skip"):
         raise ValueError(f"Invalid nonfinite: {group['nonfinite']!r}. Must be 'raise' or 'skip'.")
     norm = group["max_grad_norm"]
-    if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
         raise ValueError(
-            f"Invalid max_grad_norm: {norm!r}. Must be a positive number, or None not to clip."
+            f"Invalid max_grad_norm: {norm!r}. Must be a positive number, math.inf to measure the "
+            f"norm alone, or None."
         )
     compressor.validate(group)
 

@@ -1,7 +1,7 @@
 """Compressed gradients for any optimizer: the averaging part of error-feedback SGD by itself."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 import torch.distributed as dist
@@ -102,19 +102,39 @@ class GradientAverager(ErrorFeedbackOptimizer):
                 infinite, so that each worker's scaler skips its step.
 
         Returns:
-            Whether gradients were averaged; if not (see `nonfinite`), on no worker.
+            Whether gradients were averaged; if not (see `nonfinite`, `scaler`), on no worker.
 
         Raises:
             NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
+            RuntimeError: the scaler has unscaled gradients already.
             WorkerMismatchError: the workers do not train the same thing; nothing has changed.
             CollectiveError: a collective failed; nothing has changed on this worker.
         """
         is_scaled = scaler is not None and scaler.is_enabled()
+        for state in getattr(scaler, "_per_optimizer_states", {}).values() if is_scaled else ():
+            if getattr(state.get("stage"), "name", None) == "UNSCALED":
+                raise RuntimeError(
+                    "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
+                    "already and would be divided by the scale again. Call average_(scaler) first."
+                )
         self._scale = scaler.get_scale() if scaler is not None and is_scaled else None
         try:
             return bool(self.step())
         finally:
             self._scale = None
+
+    def join_hook(self, **options: Any) -> Never:
+        """Raises.
+
+        Raises:
+            NotImplementedError: a worker that has joined would not take the steps of the optimizer
+                that the gradients are for.
+        """
+        raise NotImplementedError(
+            "A worker that has joined would average gradients, but not step the optimizer that "
+            "they are for. Without Join, let every worker take the same number of steps: "
+            "average_() takes part without gradients, too, and gives all workers the mean."
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """`average_`, under the name that hooks and frameworks know; returns what it returns.

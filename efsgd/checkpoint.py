@@ -11,7 +11,6 @@ the mean, so that what a framework saves on its own, one worker's `state_dict()`
 """
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from efsgd.agreement import compare
 from efsgd.collectives import AllReduceMean, Exchange, run
+from efsgd.errors import warn_user
 from efsgd.members import members
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.state import State
@@ -124,7 +124,7 @@ def _run(exchange: Exchange[T], optimizer: object) -> T:
     note = optimizer.settle_errors(transport.world_size, transport.worker)
     result = run(exchange, transport)
     if note is not None:  # as an error, a warning must not keep the others waiting
-        warnings.warn(note, stacklevel=3)
+        warn_user(note)
     return result
 
 

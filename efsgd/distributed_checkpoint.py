@@ -7,7 +7,6 @@ written once, by its owner, and everything else once in all; `efsgd.checkpoint_l
 """
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from efsgd.checkpoint_layout import (
     owner_numbers,
 )
 from efsgd.collectives import AllReduceMean, Exchange, Transport, run
+from efsgd.errors import warn_user
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.transports import current_transport
 
@@ -91,7 +91,7 @@ class OptimizerState:
         transport = current_transport(self._optimizer.process_group)
         note = self._optimizer.settle_errors(transport.world_size, transport.worker)
         if note is not None:
-            warnings.warn(note, stacklevel=2)
+            warn_user(note)
         saved, names = self._optimizer.state_dict(), self._names()
         flat = [name for group in names for name in group]
         state: dict[str, dict[str, Any]] = {}

@@ -1,6 +1,9 @@
 """What can go wrong between workers, by name."""
 
-__all__ = ["CollectiveError", "NonFiniteGradientError", "WorkerMismatchError"]
+import sys
+import warnings
+
+__all__ = ["CollectiveError", "NonFiniteGradientError", "WorkerMismatchError", "warn_user"]
 
 
 class CollectiveError(RuntimeError):
@@ -23,3 +26,19 @@ class WorkerMismatchError(RuntimeError):
 
     Raised on every worker with the same text, before anything has been changed.
     """
+
+
+def warn_user(text: str) -> None:
+    """Warns at the line that called this package, or torch on the way to it.
+
+    Args:
+        text: what to warn of.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_inner(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+def _is_inner(module: str) -> bool:
+    return module.partition(".")[0] in ("efsgd", "torch")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from efsgd.errors import WorkerMismatchError
+
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 
@@ -84,7 +86,14 @@ class _StepsWithoutGradients(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """All have joined: whoever has changed a setting on the way, did the others as well?"""
         self._optimizer._join_config = DISABLED
-        self._optimizer.compare_workers()
+        try:
+            self._optimizer.compare_workers()
+        except WorkerMismatchError as error:
+            raise WorkerMismatchError(
+                f"{error} This was found as the last worker had joined. A worker that has joined "
+                f"takes steps, but runs nothing else of the loop: what changes settings, such as a "
+                f"learning rate scheduler, must do so outside of Join."
+            ) from None
 
 
 def _as_joinable(optimizer: Any) -> "Joinable":

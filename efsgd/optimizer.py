@@ -49,7 +49,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed.
         max_grad_norm: the norm of all parameters' Δ' together is clipped to it, the same on every
-            worker; None does not.
+            worker; None does not. With math.inf it is measured only.
         check_every: compare the workers' settings, parameters and replicated state before every
             so-manieth step; 0 does so before the first alone.
         seed: of the first Q, the same on every worker. The global generator is not touched.

@@ -5,7 +5,6 @@ the step only once every section of every worker is known to be good.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -18,7 +17,7 @@ from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection
 from efsgd.error_feedback import Outcome, exchange_gradients
-from efsgd.errors import NonFiniteGradientError, WorkerMismatchError
+from efsgd.errors import NonFiniteGradientError, warn_user
 from efsgd.members import members
 from efsgd.phases import Phases
 from efsgd.plan import Groups, Plan
@@ -27,7 +26,7 @@ from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, drop_foreign_errors_, show_errors_
 from efsgd.statistics import Ledger
-from efsgd.terms import Terms, describe_change, raise_unable
+from efsgd.terms import Terms, raise_unable
 from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
@@ -149,7 +148,7 @@ class Stepper:
             return (yield from self._exchange(groups, state, (world_size, worker), scaling, weight))
         finally:
             if note is not None:  # as an error, a warning must not keep the others waiting
-                warnings.warn(note, stacklevel=2)
+                warn_user(note)
 
     def _exchange(
         self,
@@ -174,7 +173,9 @@ class Stepper:
         self.phases.begin_step()
         outcomes = yield from self._exchange_gradients(step, scaling, weight)
         self.plan.note_sparse(outcome.verdict for outcome in outcomes)
-        verdicts = _verdicts(outcomes, step)
+        verdicts = _verdicts(outcomes)
+        if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
+            yield from self._terms.name_change(self.plan, groups, changed, step)
         if not all(verdict.is_good for verdict in verdicts):
             is_scaled = any(verdict.is_scaled for verdict in verdicts)
             if groups[0]["nonfinite"] == "raise" and not is_scaled:
@@ -267,14 +268,12 @@ class Stepper:
                 apply_updates_(section, mean, own, plan.states, rules, **changes)
 
 
-def _verdicts(outcomes: Iterable[Outcome], step: int) -> list[Verdict]:
-    """What all workers know. Raises what keeps the step from being taken besides gradients."""
+def _verdicts(outcomes: Iterable[Outcome]) -> list[Verdict]:
+    """What all workers know. Raises what keeps any of them from taking part."""
     verdicts: list[Verdict] = []
     for outcome in outcomes:
         if outcome.obstacle is not None:
             raise outcome.obstacle
         verdicts.append(outcome.verdict)
-    if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
-        raise WorkerMismatchError(describe_change(changed, step))
     raise_unable(verdicts)
     return verdicts

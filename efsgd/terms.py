@@ -7,8 +7,9 @@ control word; unless it knows that all of them begin with a comparison.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Never
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ class Terms:
             if is_new or compares:
                 validate_states(members(groups), state)
             if is_new and not compares:
-                yield from self._announce_change(plan, step)
+                yield from self._announce_change(plan, groups, step)
                 compares = True
         except (CollectiveError, WorkerMismatchError):
             raise  # all workers know
@@ -143,7 +144,7 @@ class Terms:
             yield from self._bow_out(plan, obstacle, device, compares=is_new)
             raise
         if self._agreed is not None and plan.roundings != self._agreed.roundings and not is_new:
-            yield from self._announce_change(plan, step)
+            yield from self._announce_change(plan, groups, step)
             is_new = True
         if is_new:
             yield from compare(list(plan.describe_roundings()), device)
@@ -197,7 +198,29 @@ class Terms:
         values = checksums(replicated(listed, state))
         yield from compare(lines, listed[0].parameter.device, values)
 
-    def _announce_change(self, plan: Plan, step: int) -> Exchange[None]:
+    def name_change(
+        self, plan: Plan, groups: Groups, workers: Sequence[int], step: int
+    ) -> Exchange[Never]:
+        """Raises on all workers, as they all know that some have changed and some have not.
+
+        Args:
+            plan: of this worker.
+            groups: parameter groups.
+            workers: those that have changed.
+            step: the number of the step, from 0.
+
+        Raises:
+            WorkerMismatchError: says who has changed, and the first difference.
+        """
+        text, listed = describe_change(workers, step), list(members(groups, plan.sparse))
+        lines = describe(listed, self._compressor, self._settings)
+        try:
+            yield from compare(lines, listed[0].parameter.device)
+        except WorkerMismatchError as difference:
+            text = f"{text} {difference}"
+        raise WorkerMismatchError(text)
+
+    def _announce_change(self, plan: Plan, groups: Groups, step: int) -> Exchange[None]:
         """Tells the others, in a step that they may think an ordinary one.
 
         They see it in their control words and all raise, unless everyone announces a change.
@@ -210,7 +233,7 @@ class Terms:
         plan.note_sparse(verdicts)
         raise_unable(verdicts)
         if not everyone:
-            raise WorkerMismatchError(describe_change(verdicts[0].changed, step))
+            yield from self.name_change(plan, groups, verdicts[0].changed, step)
 
     def _bow_out(
         self, plan: Plan, obstacle: Exception, device: torch.device, *, compares: bool

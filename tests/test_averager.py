@@ -268,3 +268,29 @@ def test_an_overflow_is_told_to_a_sparse_gradient_and_once_to_each_parameter() -
     table.grad = torch.ones(6, 5).to_sparse() * math.inf
     assert not averager.average_(scaler)
     assert bool(table.grad.isinf().all())
+
+
+def test_averaging_after_unscale_is_refused() -> None:
+    parameter = torch.zeros(3, requires_grad=True)
+    averager, sgd = GradientAverager([parameter]), torch.optim.SGD([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for _ in range(2):
+        parameter.grad = None
+        scaler.scale(parameter.sum()).backward()
+        assert averager.average_(scaler)
+        scaler.unscale_(sgd)
+        with pytest.raises(RuntimeError, match=r"Call average_\(scaler\) first"):
+            averager.average_(scaler)
+        assert parameter.grad.tolist() == [1.0] * 3
+        scaler.step(sgd)
+        scaler.update()
+
+
+def test_an_infinite_limit_measures_only() -> None:
+    free, measured = averagers(2), averagers(2, max_grad_norm=math.inf)
+    for workers in (free, measured):
+        step(workers, 1)
+    assert bits([p.grad for p in parameters_of(free[0])]) == bits(
+        [p.grad for p in parameters_of(measured[0])]
+    )
+    assert measured[0].communication_stats()["grad_norm"] > 0

@@ -4,14 +4,19 @@ import pytest
 import torch
 from torch.distributed.algorithms.join import Join
 
-from efsgd import GradientAverager, PowerSGDOptimizer
+from efsgd import GradientAverager, PowerSGDOptimizer, WorkerMismatchError
 
 
-@pytest.mark.parametrize("kind", [PowerSGDOptimizer, GradientAverager])
-def test_a_step_without_gradients_leaves_the_user_s_where_they_were(kind: type) -> None:
+def test_gradients_for_another_optimizer_are_refused() -> None:
+    averager = GradientAverager([torch.ones(4, 3, requires_grad=True)])
+    with pytest.raises(NotImplementedError, match="the same number of steps"):
+        Join([averager])
+
+
+def test_a_step_without_gradients_leaves_the_user_s_where_they_were() -> None:
     parameter = torch.ones(4, 3, requires_grad=True)
     parameter.grad = given = torch.ones(4, 3)
-    optimizer = kind([parameter])
+    optimizer = PowerSGDOptimizer([parameter])
     optimizer.join_hook().main_hook()
     assert parameter.grad is given
     assert torch.equal(given, torch.ones(4, 3))
@@ -45,3 +50,14 @@ def test_when_all_have_joined_workers_are_compared_and_notices_end(
     assert compared == [True]
     optimizer.step()
     assert noticed == [optimizer]
+
+
+def test_what_differs_when_all_have_joined_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = PowerSGDOptimizer([torch.ones(4, 3, requires_grad=True)])
+
+    def compare() -> None:
+        raise WorkerMismatchError("lr differs.")
+
+    monkeypatch.setattr(optimizer, "compare_workers", compare)
+    with pytest.raises(WorkerMismatchError, match=r"lr differs\. .* outside of Join"):
+        optimizer.join_hook().post_hook(is_last_joiner=False)

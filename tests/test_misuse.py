@@ -49,8 +49,8 @@ CONSTRUCTION = [
     constructing("compile", "yes", "Must be a bool"),
     *(constructing("check_every", bad, STEPS) for bad in (-1, 2.5, "10", None)),
     *(
-        constructing("max_grad_norm", bad, "Must be a positive number, or None")
-        for bad in (0.0, -1.0, math.nan, math.inf, "1")
+        constructing("max_grad_norm", bad, "Must be a positive number, math.inf")
+        for bad in (0.0, -1.0, math.nan, -math.inf, "1")
     ),
     contradicting("Pass momentum_form='sgd'", "nesterov=True", nesterov=True, momentum=0.9),
     contradicting("Pass momentum_form='sgd'", "dampening=0.5", dampening=0.5, momentum=0.9),
@@ -90,7 +90,7 @@ SETTINGS = [
     setting("seed", -1, "Must be an integer, at least 0"),
     *(setting("step", bad, STEPS) for bad in (None, "3", -1, 1.5)),
     setting("check_every", -1, STEPS),
-    setting("max_grad_norm", 0, "Must be a positive number, or None"),
+    setting("max_grad_norm", 0, "Must be a positive number, math.inf"),
 ]  # fmt: skip
 
 

@@ -72,6 +72,22 @@ def test_a_change_on_all_workers_is_announced_once(
     assert [traced.kind for traced in step_together(workers)] == ["AllReduceMean"] * 2
 
 
+def test_a_change_on_one_worker_alone_says_what_it_was() -> None:
+    workers, scenario = a_run(3)
+    step_with(workers, scenario.gradients(0))
+    set_gradients(workers, scenario.gradients(1))
+    for change, words in [
+        (change_rank, r"workers 0, 2: rank=2 in the group of parameter 0; worker 1: rank=1"),
+        (freeze, r"workers 0, 2: parameter 0, .* level 2; worker 1: parameter 0, .* frozen"),
+    ]:
+        kept = dict(workers[1].param_groups[0])
+        change(workers[1])
+        with pytest.raises(WorkerMismatchError, match=words):
+            step_together(workers)
+        workers[1].param_groups[0].update(kept)
+        parameters_of(workers[1])[0].requires_grad_()
+
+
 def test_a_change_that_is_undone_was_none() -> None:
     workers, scenario = a_run(2)
     twins, _ = a_run(2)
