@@ -72,6 +72,23 @@ def test_sgd_on_averaged_gradients_is_the_optimizer(world_size: int) -> None:
                     )
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.RMSprop])
+def test_any_optimizer_keeps_workers_equal(kind: type[torch.optim.Optimizer]) -> None:
+    shapes = [(12, 10), (9, 9)]  # Muon takes matrices only
+    models = [[gaussian(s, i).requires_grad_() for i, s in enumerate(shapes)] for _ in range(3)]
+    workers = [GradientAverager(model, PowerSGD(rank=2)) for model in models]
+    optimizers = [kind(model, lr=0.01) for model in models]
+    before = bits(models[0])
+    for number in range(4):
+        seeds = [50 * number + 7 * worker for worker in range(3)]
+        given = [[gaussian(s, seed + i) for i, s in enumerate(shapes)] for seed in seeds]
+        set_gradients(workers, given)
+        step_together(workers)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert bits(models[0]) == bits(models[1]) == bits(models[2]) != before
+
+
 def test_workers_get_equal_gradients_and_nothing_is_lost() -> None:
     workers = averagers(3)
     applied = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
