@@ -22,7 +22,7 @@ from tests.simulation import (
 )
 
 SAME = "All workers must construct the optimizer with the same parameters"
-VALUES = "call optimizer.broadcast_parameters() before the first step"
+VALUES = "call optimizer.broadcast_parameters() on all of them"
 OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "rank": 2}
 
 
