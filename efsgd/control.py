@@ -7,7 +7,7 @@ parameter and one for each worker, so they cost no collective of their own and t
 depends on them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +16,17 @@ from torch import Tensor
 
 from efsgd.blocks import real_view
 from efsgd.collectives import Collective, Exchange, intercept
+from efsgd.errors import CollectiveError
 from efsgd.schedule import Schedule
 
-__all__ = ["ControlWords", "Verdict", "all_finite", "describe_rejection"]
+__all__ = [
+    "ControlWords",
+    "Verdict",
+    "all_finite",
+    "describe_change",
+    "describe_rejection",
+    "raise_unable",
+]
 
 T = TypeVar("T")
 
@@ -231,4 +239,27 @@ def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], st
         f"Step {step} was abandoned: {'; '.join(found)}. Nothing has changed on any worker. "
         f"Look for the cause (learning rate, loss, data), or pass nonfinite='skip' to leave such "
         f"steps out."
+    )
+
+
+def raise_unable(verdicts: Iterable[Verdict]) -> None:
+    """Raises a CollectiveError if some workers could not take part."""
+    if unable := sorted({worker for verdict in verdicts for worker in verdict.unable}):
+        numbers = ", ".join(map(str, unable))
+        raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")
+
+
+def describe_change(workers: Iterable[int], step: int) -> str:
+    """Says that these workers, and not all, have changed what they train.
+
+    Args:
+        workers: who has.
+        step: the number of the step, from 0.
+    """
+    who = ", ".join(map(str, workers))
+    return (
+        f"Step {step} was abandoned: worker {who} has changed what it trains since the last step, "
+        f"and the others have not. Nothing has changed on any worker. Ranks and other settings of "
+        f"the compressor, frozen parameters, parameter groups and loaded state_dicts must change "
+        f"on all workers before the same step."
     )

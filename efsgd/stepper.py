@@ -15,7 +15,7 @@ from torch import Tensor
 from efsgd.agreement import broadcast_values, compare
 from efsgd.collectives import Exchange, intercept
 from efsgd.compressors import Compressor
-from efsgd.control import Verdict, describe_rejection
+from efsgd.control import Verdict, describe_rejection, raise_unable
 from efsgd.error_feedback import Outcome, exchange_gradients
 from efsgd.errors import NonFiniteGradientError, warn_user
 from efsgd.members import members
@@ -26,7 +26,7 @@ from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, drop_foreign_errors_, show_errors_
 from efsgd.statistics import Ledger
-from efsgd.terms import Terms, raise_unable
+from efsgd.terms import Terms
 from efsgd.update import apply_updates_, squared_norm
 
 __all__ = ["LossScaling", "Stepper"]
@@ -79,7 +79,6 @@ class Stepper:
     ) -> None:
         self.ledger, self.phases = Ledger(), Phases()
         self._compressor, self._settings = compressor, tuple(settings)
-        self._validate, self._rules = validate, rules
         self.plan = Plan(compressor, self.phases)
         self._terms = Terms(compressor, self._settings, validate, rules)
         self._has_loaded = False
@@ -145,7 +144,8 @@ class Stepper:
         """
         note = self.settle_errors(groups, state, world_size, worker)
         try:
-            return (yield from self._exchange(groups, state, (world_size, worker), scaling, weight))
+            exchange = self._exchange(groups, state, (world_size, worker), scaling, weight)
+            return (yield from intercept(exchange, outgoing=self.ledger.record))
         finally:
             if note is not None:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
@@ -159,14 +159,7 @@ class Stepper:
         weight: float,
     ) -> Exchange[bool]:
         self.ledger.begin_check()
-        if context[0] == 1:
-            self._find_sparse(groups)
-            self._validate(groups)
-            rules = self._rules(groups)
-            self.plan.update(groups, state, context, rules)
-        else:
-            terms = self._terms.reach(self.plan, groups, state, context)
-            rules = yield from intercept(terms, outgoing=self.ledger.record)
+        rules = yield from self._terms.reach(self.plan, groups, state, context)
         step = groups[0]["step"]
         parameters = [m.parameter for m in self.plan.members if m.parameter.requires_grad]
         self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
@@ -175,6 +168,7 @@ class Stepper:
         self.plan.note_sparse(outcome.verdict for outcome in outcomes)
         verdicts = _verdicts(outcomes)
         if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
+            self.ledger.begin_check()
             yield from self._terms.name_change(self.plan, groups, changed, step)
         if not all(verdict.is_good for verdict in verdicts):
             is_scaled = any(verdict.is_scaled for verdict in verdicts)
@@ -218,11 +212,6 @@ class Stepper:
         """
         yield from self._terms.compare_all(groups, state)
 
-    def _find_sparse(self, groups: Groups) -> None:
-        gradients = ((p, p.grad) for group in groups for p in group["params"])
-        found = {p for p, g in gradients if g is not None and g.layout != torch.strided}
-        self.plan.sparse |= found
-
     def _exchange_gradients(
         self, step: int, scaling: LossScaling | None, weight: float
     ) -> Exchange[list[Outcome]]:
@@ -232,7 +221,6 @@ class Stepper:
         schedules = []
         for section in self.plan.sections:
             schedule = Schedule(section.device)
-            note = None if self._terms.is_scheduled(self.plan) else schedule.note
             exchange = exchange_gradients(
                 section,
                 step,
@@ -240,8 +228,9 @@ class Stepper:
                 has_overflowed=own.has_overflowed,
                 is_scaled=scaling is not None,
             )
-            watched = intercept(exchange, self.ledger.record, asking=note)
-            outcomes.append((yield from self._terms.cover(len(outcomes), watched, self.plan)))
+            if not self._terms.is_scheduled(self.plan):
+                exchange = intercept(exchange, lambda _: None, asking=schedule.note)
+            outcomes.append((yield from self._terms.cover(len(outcomes), exchange, self.plan)))
             schedule.end()
             schedules.append((section.control, schedule))
         if not self._terms.is_scheduled(self.plan):

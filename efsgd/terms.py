@@ -17,7 +17,7 @@ from torch import Tensor
 from efsgd.agreement import GradientSummary, checksums, compare, compare_gradients
 from efsgd.collectives import Collective, Exchange, intercept
 from efsgd.compressors import Compressor
-from efsgd.control import ControlWords, Verdict
+from efsgd.control import ControlWords, describe_change, raise_unable
 from efsgd.error_feedback import Outcome
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.members import members
@@ -27,7 +27,7 @@ from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, validate_states
 
-__all__ = ["Agreement", "Terms", "describe_change", "raise_unable"]
+__all__ = ["Agreement", "Terms"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ class Terms:
         """
         if context != plan.context:
             self.forget()
+        if context[0] == 1:
+            self._validate(groups)
+            rules = self._rules(groups)
+            plan.sparse |= {p for group in groups for p in group["params"] if _is_sparse(p.grad)}
+            plan.update(groups, state, context, rules)
+            return rules
         # Whether all workers begin with a comparison, and whether this one has news for it.
         step, is_new = groups[0].get("step", 0), True
         compares = self._is_time(step, plan)
@@ -262,7 +268,8 @@ class Terms:
         try:
             lines = describe(listed, self._compressor, self._settings)
             values = checksums(replicated(listed, state))
-            summary = GradientSummary.of([member.parameter.grad for member in listed])
+            gradients = [member.parameter.grad if is_first else None for member in listed]
+            summary = GradientSummary.of(gradients)
         except Exception as obstacle:
             yield from self._bow_out(plan, obstacle, device, compares=True)
             raise
@@ -274,24 +281,5 @@ class Terms:
         return any_new
 
 
-def raise_unable(verdicts: Iterable[Verdict]) -> None:
-    """Raises a CollectiveError if some workers could not take part."""
-    if unable := sorted({worker for verdict in verdicts for worker in verdict.unable}):
-        numbers = ", ".join(map(str, unable))
-        raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")
-
-
-def describe_change(workers: Iterable[int], step: int) -> str:
-    """Says that these workers, and not all, have changed what they train.
-
-    Args:
-        workers: who has.
-        step: the number of the step, from 0.
-    """
-    who = ", ".join(map(str, workers))
-    return (
-        f"Step {step} was abandoned: worker {who} has changed what it trains since the last step, "
-        f"and the others have not. Nothing has changed on any worker. Ranks and other settings of "
-        f"the compressor, frozen parameters, parameter groups and loaded state_dicts must change "
-        f"on all workers before the same step."
-    )
+def _is_sparse(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.layout != torch.strided

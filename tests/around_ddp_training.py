@@ -65,7 +65,7 @@ def quiet_ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
 
 def local_gradients(model: nn.Module, worker: int, step: int, *, no_sync: bool = False) -> None:
     """Accumulates the gradients of a step: forward and backward of each of its micro-batches."""
-    context = model.no_sync() if no_sync else contextlib.nullcontext()  # type: ignore[operator]
+    context = model.no_sync() if no_sync else contextlib.nullcontext()
     with context:
         for part in range(MICRO_BATCHES):
             inputs = batch(worker, step * MICRO_BATCHES + part)

@@ -54,7 +54,7 @@ def compiled(backend: str) -> Callable[[nn.Module], nn.Module]:
 
     def wrap(model: nn.Module) -> nn.Module:
         torch.compiler.reset()
-        return torch.compile(model, backend=BACKENDS[backend])  # type: ignore[return-value]
+        return torch.compile(model, backend=BACKENDS[backend])
 
     return wrap
 

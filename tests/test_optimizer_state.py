@@ -268,7 +268,7 @@ def test_two_optimizers_of_one_model_lie_side_by_side(tmp_path: Path) -> None:
 def test_what_cannot_be_saved_or_loaded_says_so() -> None:
     model, foreign = make_model(), make_model()
     with pytest.raises(TypeError, match=r"SGD\. Must be an optimizer of efsgd"):
-        OptimizerState(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
+        OptimizerState(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(ValueError, match=r"does not have parameter 0 .*\[10, 8\]"):
         OptimizerState(model, make(foreign))
     optimizer = make(model)

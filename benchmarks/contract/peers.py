@@ -42,7 +42,7 @@ def wait_where_started() -> None:
             work.wait()
         return work
 
-    all_reduce.waits = True  # type: ignore[attr-defined]
+    all_reduce.waits = True
     dist.all_reduce = all_reduce
 
 
@@ -225,7 +225,7 @@ class Dion(Adapter):
     is_sgd = False
 
     @property
-    def optimizer_class(self) -> type[Optimizer]:  # type: ignore[override]
+    def optimizer_class(self) -> type[Optimizer]:
         """Imported where it is needed: a clone has to be there."""
         found: type[Optimizer] = importlib.import_module("dion").Dion
         return found

@@ -54,7 +54,7 @@ def test_a_subclass_calls_hooks_as_one_of_sgd_does(calls: list[str]) -> None:
     """E1: where `step` calls ours through super(), torch calls global hooks for both."""
 
     def called_by(base: type) -> list[str]:
-        class Derived(base):  # type: ignore[misc]
+        class Derived(base):
             def step(self, closure: Any = None) -> Any:
                 calls.append("derived")
                 return super().step(closure)
