@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, GradientAverager, NonFiniteGradientError, PowerSGD
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep, step_together
-from tests.simulation import bits, parameters_of, set_gradients
-from tests.strategies import gaussian
+from tests.simulation import bits, parameters_of, set_gradients, step_with
+from tests.strategies import Scenario, gaussian, scenarios
 
 SHAPES = [(12, 10), (10,), (6, 4, 3, 3), (), (9, 9)]
 
@@ -70,6 +71,33 @@ def test_sgd_on_averaged_gradients_is_the_optimizer(world_size: int) -> None:
                     assert bits(worker.state[mine].get(key)) == bits(
                         optimizer.state[other].get(key)
                     )
+
+
+@settings(max_examples=50)
+@given(scenarios())
+def test_it_is_the_optimizer_in_every_scenario(scenario: Scenario) -> None:
+    options = scenario.hyperparameters
+    names = ("rank", "min_compression_rate", "warm_start")
+    compressor = PowerSGD(seed=3, **{name: options[name] for name in names})
+    kept = {name: options[name] for name in ("error_feedback", "start_compressing_at")}
+    rule = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    models, twins = (
+        [[p.requires_grad_() for p in scenario.parameters()] for _ in range(scenario.world_size)]
+        for _ in range(2)
+    )
+    workers = [GradientAverager(model, compressor, **kept) for model in models]
+    sgds = [torch.optim.SGD(model, **rule) for model in models]
+    ours = [
+        ErrorFeedbackSGD(twin, compressor=compressor, momentum_form="sgd", **rule, **kept)
+        for twin in twins
+    ]
+    for number in range(scenario.steps):
+        step_with(workers, scenario.gradients(number))
+        for sgd in sgds:
+            sgd.step()
+        step_with(ours, scenario.gradients(number))
+        for model, twin in zip(models, twins, strict=True):
+            assert bits(model) == bits(twin) == bits(models[0])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.RMSprop])

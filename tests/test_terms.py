@@ -1,5 +1,6 @@
 """What workers tell each other before a step: changes on some of them, and values that drifted."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
+from efsgd.collectives import intercept
 from efsgd.testing import lockstep, step_together
 from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with
 
@@ -86,6 +88,27 @@ def test_a_change_on_one_worker_alone_says_what_it_was() -> None:
             step_together(workers)
         workers[1].param_groups[0].update(kept)
         parameters_of(workers[1])[0].requires_grad_()
+
+
+@pytest.mark.parametrize("change", [None, change_rank, lambda o: o.param_groups[0].update(rank=0)])
+def test_every_buffer_is_counted_though_the_step_is_refused(change: Any) -> None:
+    workers, scenario = a_run(2)
+    step_with(workers, scenario.gradients(0))
+    set_gradients(workers, scenario.gradients(1))
+    if change is not None:
+        change(workers[1])
+    before = [worker.communication_stats()["total_bytes_sent"] for worker in workers]
+    sent: list[list[int]] = [[], []]
+    exchanges = [
+        intercept(worker.exchange(2, place), lambda c, own=own: own.append(c.buffer.nbytes))
+        for place, (worker, own) in enumerate(zip(workers, sent, strict=True))
+    ]
+    refusal = pytest.raises((CollectiveError, WorkerMismatchError), match="worker 1")
+    with contextlib.nullcontext() if change is None else refusal:
+        lockstep(exchanges)
+    after = [worker.communication_stats()["total_bytes_sent"] for worker in workers]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [sum(own) for own in sent]
+    assert sum(sent[0]) == sum(sent[1]) > 0
 
 
 def test_a_change_that_is_undone_was_none() -> None:
