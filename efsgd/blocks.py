@@ -17,6 +17,9 @@ from torch import Tensor
 
 __all__ = ["Batch", "Blocks", "Elementwise", "Entry", "Layout", "matrix_shape", "real_view"]
 
+# A cache line in float32.
+_ALIGNED_FLOATS = 16
+
 #: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
 #: of decompressed pieces, which it may modify, and for each operand the list of its like pieces. An
 #: option `together` says whether many tensors are to share a kernel.
@@ -30,10 +33,10 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
     Example:
         >>> from efsgd.blocks import matrix_shape
-        >>> matrix_shape((64, 3, 3, 3))
-        (64, 27)
+        >>> matrix_shape((64, 3, 3, 3)), matrix_shape((64,)), matrix_shape(())
+        ((64, 27), (64, 1), (1, 1))
     """
-    return shape[0], math.prod(shape[1:])
+    return math.prod(shape[:1]), math.prod(shape[1:])
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ class Layout:
             control_words: floats to keep free at the head of the vectors.
 
         Raises:
-            ValueError: a parameter occurs twice, or one without rows or columns has a level.
+            ValueError: a parameter occurs twice, or an empty one has a level.
 
         Example:
             >>> from efsgd.blocks import Entry, Layout
@@ -162,21 +165,26 @@ class Layout:
             if previous.index == entry.index:
                 raise ValueError(f"Invalid entries: parameter {entry.index} occurs twice.")
         for entry in ordered:
-            if entry.level is not None and (len(entry.shape) < 2 or entry.numel == 0):
+            if entry.level is not None and entry.numel == 0:
                 raise ValueError(
-                    f"Invalid {entry}: only a non-empty tensor of two or more dimensions has a "
-                    f"matrix form. Use level=None to send it uncompressed."
+                    f"Invalid {entry}: there is nothing to compress in an empty tensor. Use "
+                    f"level=None to send it uncompressed."
                 )
         return cls(ordered, control_words)
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
-        """The matrices, batched by equal shape and level, in order of first appearance."""
+        """The matrices, batched by equal shape and level, in order of first appearance.
+
+        Except that batches of odd sizes come last: they lie in one buffer, and would spoil the
+        alignment of those after them.
+        """
         alike: dict[tuple[int, int, Hashable], list[Entry]] = {}
         for entry in self.entries:
             if entry.level is not None:
                 alike.setdefault((*matrix_shape(entry.shape), entry.level), []).append(entry)
-        return tuple(Batch(*key, tuple(entries)) for key, entries in alike.items())
+        batches = [Batch(*key, tuple(entries)) for key, entries in alike.items()]
+        return tuple(sorted(batches, key=lambda batch: batch.floats % _ALIGNED_FLOATS != 0))
 
     @cached_property
     def vectors(self) -> tuple[Entry, ...]:
@@ -199,7 +207,8 @@ class Blocks:
 
     Attributes:
         layout: the plan.
-        batches: one tensor [b, n, m] for each batch of the plan.
+        flat: [layout.matrix_floats], all matrices, batch after batch.
+        batches: one tensor [b, n, m] for each batch of the plan, a part of `flat`.
         views: for each parameter's index, its part of `batches` (or of the vectors), in the
             parameter's own shape.
 
@@ -219,9 +228,12 @@ class Blocks:
         vectors: Tensor | None = None,
     ) -> None:
         self.layout = layout
+        self.flat = torch.zeros(layout.matrix_floats, dtype=dtype, device=device)
         self.batches = [
-            torch.zeros(len(batch.entries), batch.rows, batch.columns, dtype=dtype, device=device)
-            for batch in layout.batches
+            part.view(len(batch.entries), batch.rows, batch.columns)
+            for batch, part in zip(
+                layout.batches, self.flat.split([b.floats for b in layout.batches]), strict=True
+            )
         ]
         self.views: dict[int, Tensor] = {}
         for batch, matrices in zip(layout.batches, self.batches, strict=True):

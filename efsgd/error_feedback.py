@@ -21,7 +21,7 @@ from torch import Tensor
 from efsgd.blocks import Blocks, Elementwise, Layout, real_view
 from efsgd.collectives import Exchange
 from efsgd.compressors.base import Aggregator, Compressed
-from efsgd.control import ControlWords, Verdict
+from efsgd.control import ControlWords, Verdict, all_finite
 from efsgd.phases import Phases
 
 __all__ = [
@@ -145,6 +145,9 @@ def exchange_gradients(
             add_errors_and_gradients_(deltas, section, scale)  # Alg. 2, line 7
     except Exception as error:  # the other workers are waiting, so it is raised afterwards
         obstacle = error
+    is_good = obstacle is None and (aggregator.shows_nonfinite or all_finite(deltas.flat))
+    if not is_good:
+        deltas.flat.zero_()
 
     def lines_8_to_10() -> Exchange[Compressed]:
         local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
@@ -157,7 +160,7 @@ def exchange_gradients(
         lines_8_to_10(),
         aggregator.vectors[: section.layout.control_words],
         section.gradients(),
-        has_overflowed=has_overflowed,
+        has_overflowed=has_overflowed or not is_good,
         is_unable=obstacle is not None,
         is_scaled=is_scaled,
     )

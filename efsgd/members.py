@@ -56,9 +56,11 @@ class Member:
                 as a real view either.
             is_compressing: False sends it uncompressed.
         """
-        is_matrix = self.parameter.dim() >= 2
-        is_compressing = is_compressing and is_matrix and not self.has_sparse_gradients
-        level = compressor.level(self.shape, self.group) if is_compressing else None
+        level = None
+        if is_compressing and not self.has_sparse_gradients:
+            is_matrix = self.parameter.dim() >= 2
+            shape = self.shape if is_matrix else (self.shape.numel(),)
+            level = compressor.level(shape, self.group)
         return Entry(self.index, tuple(self.shape), level)
 
 

@@ -1,6 +1,6 @@
 """The sections of an optimizer's parameter groups, kept while the groups stay what they are."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from efsgd.sections import make_sections, signature
 from efsgd.state import State, adopt_replaced_, complete_, complete_momentum_, withdraw_
 from efsgd.update import prepare_updates
 
-__all__ = ["Groups", "Plan", "Signature", "replicated"]
+__all__ = ["Agreement", "Groups", "Plan", "Signature", "replicated"]
 
 
 #: Parameter groups of an optimizer.
@@ -34,6 +34,25 @@ class Signature:
 
     settings: Hashable
     phase: Hashable
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all workers are known to have in common.
+
+    Attributes:
+        signature: of the plans; its `settings` are this worker's own identities.
+        roundings: of the plans' sections.
+        start: the step at which compression starts.
+        every: the number of steps between two checks; 0 where there are none.
+        beat: of a step; see `efsgd.compressors.Compressor`.
+    """
+
+    signature: Signature
+    roundings: tuple[str, ...]
+    start: int
+    every: int
+    beat: Callable[[int], Hashable]
 
 
 class Plan:

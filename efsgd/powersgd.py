@@ -49,6 +49,7 @@ class PowerIteration:
         vectors: flat buffer [layout.vector_floats]; holds this worker's values when `compress`
             is called and their mean from Algorithm 1, line 4, on.
         queries: the warm-started Q of each batch, [b, r, m]; changed by `commit_` alone.
+        shows_nonfinite: what is not finite in M is found in P = M Q, or in the mean Q.
 
     Args:
         layout: the plan; the level of an entry is its rank.
@@ -58,6 +59,8 @@ class PowerIteration:
         warm_start: whether a step starts from the Q of the step before it.
         fusion: multiplies products of small rank out where they are used; None: never.
     """
+
+    shows_nonfinite = True
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """The first Q: Algorithm 1, line 1."""
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from efsgd.randomness import generator_of
 
 __all__ = ["initial_query"]
 
@@ -31,7 +31,5 @@ def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Te
         >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 6, 3, 2))
         False
     """
-    # A hash spreads neighboring seeds, parameters and steps over unrelated generator states.
-    digest = hashlib.blake2b(f"{seed}/{index}/{step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = generator_of(seed, index, step)
     return torch.randn(m, r, dtype=torch.float64, generator=generator, device="cpu")

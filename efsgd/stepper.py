@@ -228,13 +228,14 @@ class Stepper:
                 has_overflowed=own.has_overflowed,
                 is_scaled=scaling is not None,
             )
-            if not self._terms.is_scheduled(self.plan):
+            if not self._terms.is_scheduled(self.plan, step):
                 exchange = intercept(exchange, lambda _: None, asking=schedule.note)
-            outcomes.append((yield from self._terms.cover(len(outcomes), exchange, self.plan)))
+            number = len(outcomes)
+            outcomes.append((yield from self._terms.cover(number, exchange, self.plan, step)))
             schedule.end()
             schedules.append((section.control, schedule))
-        if not self._terms.is_scheduled(self.plan):
-            self._terms.schedule(self.plan, schedules)
+        if not self._terms.is_scheduled(self.plan, step):
+            self._terms.schedule(self.plan, step, schedules)
         return outcomes
 
     def _apply(

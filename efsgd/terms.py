@@ -7,8 +7,8 @@ control word; unless it knows that all of them begin with a comparison.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Never
 
 import torch
@@ -21,30 +21,13 @@ from efsgd.control import ControlWords, describe_change, raise_unable
 from efsgd.error_feedback import Outcome
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.members import members
-from efsgd.plan import Groups, Plan, Signature, replicated
+from efsgd.plan import Agreement, Groups, Plan, Signature, replicated
 from efsgd.rules import Rules
 from efsgd.schedule import Schedule
 from efsgd.sections import describe
 from efsgd.state import State, validate_states
 
-__all__ = ["Agreement", "Terms"]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all workers are known to have in common.
-
-    Attributes:
-        signature: of the plans; its `settings` are this worker's own identities.
-        roundings: of the plans' sections.
-        start: the step at which compression starts.
-        every: the number of steps between two checks; 0 where there are none.
-    """
-
-    signature: Signature
-    roundings: tuple[str, ...]
-    start: int
-    every: int
+__all__ = ["Terms"]
 
 
 class Terms:
@@ -68,12 +51,14 @@ class Terms:
         self._validate, self._rules = validate, rules
         self._agreed: Agreement | None = None
         self._compared: Hashable = None
-        self._schedules: list[tuple[ControlWords, Schedule]] | None = None
+        # Of each beat that was seen: the collectives of a step, by section.
+        self._schedules: dict[Hashable, list[tuple[ControlWords, Schedule]]] = {}
         self._scheduled: Signature | None = None
 
     def forget(self) -> None:
         """The workers are others: nothing is agreed on with them."""
-        self._agreed = self._compared = self._schedules = self._scheduled = None
+        self._agreed = self._compared = self._scheduled = None
+        self._schedules = {}
 
     def doubt(self) -> None:
         """Groups and state may have become others, on this worker at least."""
@@ -81,18 +66,30 @@ class Terms:
             signature = dataclasses.replace(self._agreed.signature, settings=None)
             self._agreed = dataclasses.replace(self._agreed, signature=signature)
 
-    def is_scheduled(self, plan: Plan) -> bool:
-        """Whether the collectives of a step of this plan are known."""
-        return self._scheduled is not None and self._scheduled == plan.signature
+    def is_scheduled(self, plan: Plan, step: int) -> bool:
+        """Whether the collectives of this step of this plan are known."""
+        if plan.context[0] == 1:  # nobody will ever ask
+            return True
+        is_same = self._scheduled is not None and self._scheduled == plan.signature
+        return is_same and self._scheduled_for(step) is not None
 
-    def schedule(self, plan: Plan, schedules: list[tuple[ControlWords, Schedule]]) -> None:
+    def schedule(
+        self, plan: Plan, step: int, schedules: list[tuple[ControlWords, Schedule]]
+    ) -> None:
         """Remembers the collectives of a step.
 
         Args:
             plan: of the step.
+            step: its number.
             schedules: of its sections, with the control words that go with each.
         """
-        self._schedules, self._scheduled = schedules, plan.signature
+        if self._agreed is not None:
+            self._schedules[self._agreed.beat(step)] = schedules
+            self._scheduled = plan.signature
+
+    def _scheduled_for(self, step: int) -> list[tuple[ControlWords, Schedule]] | None:
+        """What all workers ask for in this step, unless some have changed."""
+        return None if self._agreed is None else self._schedules.get(self._agreed.beat(step))
 
     def reach(
         self,
@@ -140,14 +137,14 @@ class Terms:
         except (CollectiveError, WorkerMismatchError):
             raise  # all workers know
         except Exception as obstacle:
-            yield from self._bow_out(plan, obstacle, device, compares=compares)
+            yield from self._bow_out(plan, obstacle, device, step, compares=compares)
             raise
         if compares:
             is_new = yield from self._compare(plan, groups, state, context, is_new)
         try:
             plan.update(groups, state, context, rules)
         except Exception as obstacle:
-            yield from self._bow_out(plan, obstacle, device, compares=is_new)
+            yield from self._bow_out(plan, obstacle, device, step, compares=is_new)
             raise
         if self._agreed is not None and plan.roundings != self._agreed.roundings and not is_new:
             yield from self._announce_change(plan, groups, step)
@@ -155,8 +152,9 @@ class Terms:
         if is_new:
             yield from compare(list(plan.describe_roundings()), device)
             numbers = groups[0]["start_compressing_at"], groups[0]["check_every"]
-            self._agreed = Agreement(plan.sign(groups, state), plan.roundings, *numbers)
-            self._schedules = None  # they were those of another plan
+            beat = functools.partial(self._compressor.beat, settings=dict(groups[0]))
+            self._agreed = Agreement(plan.sign(groups, state), plan.roundings, *numbers, beat)
+            self._schedules = {}  # they were those of another plan
         return rules
 
     def _is_new(self, present: Signature) -> bool:
@@ -165,18 +163,21 @@ class Terms:
     def _is_time(self, step: int, plan: Plan) -> bool:
         """Whether all workers are known to begin with a comparison."""
         agreed = self._agreed
-        if agreed is None or self._schedules is None:
+        if agreed is None or self._scheduled_for(step) is None:
             return True
         is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
         return is_due or plan.phase(step, agreed.start) != agreed.signature.phase
 
-    def cover(self, number: int, exchange: Exchange[Outcome], plan: Plan) -> Exchange[Outcome]:
+    def cover(
+        self, number: int, exchange: Exchange[Outcome], plan: Plan, step: int
+    ) -> Exchange[Outcome]:
         """Passes on an exchange; if it raises before it has sent anything, zeros are sent instead.
 
         Args:
             number: of the section whose exchange it is.
             exchange: lines 7 to 10 of Algorithm 2.
             plan: of the step.
+            step: its number.
 
         Returns:
             The result of `exchange`; or one with its error, which all workers know of.
@@ -187,9 +188,10 @@ class Terms:
         except CollectiveError:
             raise
         except Exception as obstacle:
-            if sent or self._schedules is None or not self.is_scheduled(plan):
+            schedules = self._scheduled_for(step)
+            if sent or schedules is None or not self.is_scheduled(plan, step):
                 raise
-            control, schedule = self._schedules[number]
+            control, schedule = schedules[number]
             verdict = yield from control.announce(schedule, is_unable=True)
             return Outcome(None, verdict, obstacle)
 
@@ -232,7 +234,7 @@ class Terms:
         They see it in their control words and all raise, unless everyone announces a change.
         """
         verdicts, everyone = [], True
-        for control, schedule in self._schedules or ():
+        for control, schedule in self._scheduled_for(step) or ():
             verdict = yield from control.announce(schedule)
             everyone = everyone and len(verdict.changed) == control.world_size
             verdicts.append(verdict)
@@ -242,11 +244,11 @@ class Terms:
             yield from self.name_change(plan, groups, verdicts[0].changed, step)
 
     def _bow_out(
-        self, plan: Plan, obstacle: Exception, device: torch.device, *, compares: bool
+        self, plan: Plan, obstacle: Exception, device: torch.device, step: int, *, compares: bool
     ) -> Exchange[None]:
         """Tells the others, who are about to take a step, that this worker cannot."""
         if not compares:
-            for control, schedule in self._schedules or ():
+            for control, schedule in self._scheduled_for(step) or ():
                 plan.note_sparse([(yield from control.announce(schedule, is_unable=True))])
             return
         reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
@@ -271,7 +273,7 @@ class Terms:
             gradients = [member.parameter.grad if is_first else None for member in listed]
             summary = GradientSummary.of(gradients)
         except Exception as obstacle:
-            yield from self._bow_out(plan, obstacle, device, compares=True)
+            yield from self._bow_out(plan, obstacle, device, 0, compares=True)
             raise
         any_new, any_first = yield from compare(lines, device, values, [is_new, is_first])
         if any_first:

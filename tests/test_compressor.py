@@ -187,8 +187,8 @@ def test_layout_plans_are_idempotent_and_complete(
 def test_impossible_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match="occurs twice"):
         Layout.plan([Entry(1, (3,), None), Entry(1, (3,), None)])
-    for shape in [(3,), (), (0, 4)]:
-        with pytest.raises(ValueError, match="only a non-empty"):
+    for shape in [(0,), (0, 4), (4, 0)]:
+        with pytest.raises(ValueError, match="nothing to compress"):
             Layout.plan([Entry(0, shape, 1)])
 
 

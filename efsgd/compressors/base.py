@@ -1,6 +1,7 @@
 """What Algorithm 2 asks of a compressor. It names none."""
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from efsgd.blocks import Blocks, Elementwise, Entry, Layout
 from efsgd.collectives import Exchange
 from efsgd.phases import Phases
 
-__all__ = ["Aggregator", "Compressed", "Compressor"]
+__all__ = ["Aggregator", "Claims", "Compressed", "Compressor"]
 
 
 class Compressed(Protocol):
@@ -40,7 +41,8 @@ class Aggregator(Protocol):
     """Algorithm 2, lines 8 and 10, for the tensors of one layout.
 
     Laws: all workers obtain the bitwise same mean; the collectives that are asked for depend on
-    the layout alone; what is kept from step to step changes in `commit_` and nowhere else.
+    the layout and the step's beat alone (see `Compressor.beat`); what is kept from step to step
+    changes in `commit_` and nowhere else.
 
     Attributes:
         vectors: flat buffer [layout.vector_floats], the head of the first collective's buffer.
@@ -49,10 +51,14 @@ class Aggregator(Protocol):
         rounding: a word for how this worker rounds, where that may differ from another's with the
             same settings. Workers with different words refuse to train together.
         phases: names the phases of a step; set by the section that the aggregator works for.
+        shows_nonfinite: whether its first buffer is not finite wherever a delta is not. Otherwise
+            deltas are looked through first, which costs a pass, and those that are not finite are
+            replaced by zeros; nothing of them is sent.
     """
 
     vectors: Tensor
     phases: Phases
+    shows_nonfinite: bool
 
     @property
     def rounding(self) -> str:
@@ -79,8 +85,48 @@ class Aggregator(Protocol):
         """What is kept from step to step, by parameter index and name: live views."""
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What a compressor promises beyond what all of them must keep. `check_compressor` tests it.
+
+    Attributes:
+        averages: what workers send is averaged by all-reduce; otherwise it is gathered, and what
+            a worker receives grows with their number.
+        is_random: what is sent depends on random numbers as well.
+        is_unbiased: over these, the mean of what is decompressed is what was compressed.
+        contraction: for a tensor's shape the largest δ that is known, such that what is not sent
+            has at most (1 - δ) times the squared norm of what was compressed (where `is_random`,
+            in the mean); None where nothing is known. 0 says that it is never longer.
+    """
+
+    averages: bool
+    is_random: bool = False
+    is_unbiased: bool = False
+    contraction: Callable[[Sequence[int]], float] | None = None
+
+
 class Compressor(Protocol):
-    """A member of the family, as the optimizer sees it: settings, and a maker of aggregators."""
+    """A member of the family, as the optimizer sees it: settings, and a maker of aggregators.
+
+    One that works on one tensor at a time is easier made by `TensorCompressor`.
+    """
+
+    def claims(self) -> Claims:
+        """What it promises beyond the laws that hold for all."""
+
+    def payload_bytes(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+    ) -> int:
+        """What one worker sends in a step for tensors of these shapes, control words apart.
+
+        Args:
+            shapes: of all tensors, also of those that it sends uncompressed.
+            dtype: of errors and factors: float32, or float64 for parameters of that precision.
+            step: the number of the step, where not all steps are alike.
+        """
+
+    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+        """Steps with equal beats ask for the same collectives. None where all do."""
 
     def settings(self) -> dict[str, Any]:
         """Entries it adds to each parameter group, with their defaults: plain numbers."""
@@ -103,5 +149,6 @@ class Compressor(Protocol):
         settings: Mapping[str, Any],
         dtype: torch.dtype,
         device: torch.device,
+        worker: int = 0,
     ) -> Aggregator:
         """Makes the aggregator for one layout; its `state` is then overwritten by the caller."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efsgd.blocks import Entry, Layout, matrix_shape
+from efsgd.compressors.base import Claims
 from efsgd.fusion import has_compiler, shared_fusion
 from efsgd.powersgd import PowerIteration
 from efsgd.query import initial_query
@@ -83,6 +84,29 @@ class PowerSGD:
         if not isinstance(settings["seed"], int) or settings["seed"] < 0:
             raise ValueError(f"Invalid seed: {settings['seed']!r}. Must be an integer, at least 0.")
 
+    def claims(self) -> Claims:
+        """It is averaged; what is not sent of a matrix is orthogonal to what is."""
+        return Claims(averages=True, contraction=lambda shape: 0.0)
+
+    def payload_bytes(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+    ) -> int:
+        """r·(n + m) numbers for each matrix, and all those of other tensors.
+
+        Example:
+            >>> from efsgd import PowerSGD
+            >>> PowerSGD(rank=2).payload_bytes([(64, 32), (64,)])
+            1024
+        """
+        floats = 0
+        for shape in shapes:
+            rank = self.level(shape, self.settings())
+            floats += math.prod(shape) if rank is None else rank * sum(matrix_shape(shape))
+        return floats * dtype.itemsize
+
+    def beat(self, step: int, settings: Mapping[str, Any]) -> None:
+        """All steps are alike."""
+
     def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int | None:
         """The rank at which a tensor of this shape is sent; None: uncompressed."""
         if len(shape) < 2 or math.prod(shape) == 0:
@@ -104,6 +128,7 @@ class PowerSGD:
         settings: Mapping[str, Any],
         dtype: torch.dtype,
         device: torch.device,
+        worker: int = 0,
     ) -> PowerIteration:
         """Algorithm 1 for the tensors of one layout."""
         fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None

@@ -1,0 +1,116 @@
+"""Codes of any number of bits, packed without gaps: what is sent of them.
+
+All of it is a few operations on whole tensors. Codes are laid out from the lowest bit of the first
+byte on, so that eight codes of b bits are b bytes.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_BITS", "pack", "packed_size", "unpack"]
+
+MAX_BITS = 32
+
+
+def packed_size(count: int, bits: int) -> int:
+    """The number of bytes that `count` codes of `bits` bits take.
+
+    Example:
+        >>> from efsgd.bits import packed_size
+        >>> packed_size(11, 3)
+        5
+    """
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes, each in `bits` bits.
+
+    Args:
+        codes: [count], bool or integers from 0 to 2**bits - 1.
+        bits: 1 to 32.
+
+    Returns:
+        [packed_size(count, bits)] uint8.
+
+    Raises:
+        ValueError: `bits` is out of range.
+
+    Example:
+        >>> from efsgd.bits import pack, unpack
+        >>> packed = pack(torch.tensor([1, 7, 0, 5]), bits=3)
+        >>> packed.tolist(), unpack(packed, 4, bits=3).tolist()
+        ([57, 10], [1, 7, 0, 5])
+    """
+    _validate(bits)
+    if bits == 8:
+        return codes.to(torch.uint8)
+    if bits > 8:  # the low bytes of all codes, then what is above them
+        return torch.cat([pack(codes & 0xFF, 8), pack(codes >> 8, bits - 8)])
+    count = len(codes)
+    if bits == 1:
+        # Eight bytes that are 0 or 1 are one word; this product has their sum, each shifted to a
+        # bit of its own, in its highest byte.
+        bytes_ = _padded(codes.to(torch.uint8), 8)
+        packed = (bytes_.view(torch.int64) * 0x0102040810204080) >> 56
+        return packed.to(torch.uint8)
+    groups = _padded(codes.to(torch.uint8), 8).view(-1, 8).long()
+    words = torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
+    for position in range(8):
+        words |= groups[:, position] << (bits * position)
+    packed = words.view(torch.uint8).view(-1, 8)[:, :bits]
+    return packed.reshape(-1)[: packed_size(count, bits)]
+
+
+def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """What was packed.
+
+    Args:
+        packed: [packed_size(count, bits)] uint8.
+        count: the number of codes.
+        bits: of each.
+
+    Returns:
+        [count]; bool for 1 bit, uint8 for 2 to 8, int64 for more.
+    """
+    _validate(bits)
+    if bits == 8:
+        return packed.clone()
+    if bits > 8:
+        low, high = unpack(packed[:count], count, 8), unpack(packed[count:], count, bits - 8)
+        return low.long() | high.long() << 8
+    if bits == 1:
+        words = _spread_bytes(packed.device)[packed.long()]
+        return words.view(torch.bool)[:count]
+    groups = _padded(packed, bits).view(-1, bits)
+    words = torch.zeros(len(groups), 8, dtype=torch.uint8, device=packed.device)
+    words[:, :bits] = groups
+    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
+    codes = (words.view(torch.int64) >> shifts) & ((1 << bits) - 1)  # [groups, 8]
+    return codes.to(torch.uint8).reshape(-1)[:count]
+
+
+def _validate(bits: int) -> None:
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"Invalid bits: {bits}. Must be from 1 to {MAX_BITS}.")
+
+
+def _padded(values: Tensor, multiple: int) -> Tensor:
+    """With zeros at the end, up to a multiple, and aligned as a fresh tensor is."""
+    missing = -len(values) % multiple
+    is_aligned = values.is_contiguous() and values.data_ptr() % 8 == 0
+    if missing == 0 and is_aligned and values.storage_offset() % 8 == 0:
+        return values
+    padded = values.new_zeros(len(values) + missing)
+    padded[: len(values)] = values
+    return padded
+
+
+@functools.cache
+def _spread_bytes(device: torch.device) -> Tensor:
+    """For each byte, the word whose eight bytes are its bits: [256] int64."""
+    shifts = torch.arange(8)
+    bits = (torch.arange(256).unsqueeze(-1) >> shifts) & 1
+    return (bits << (8 * shifts)).sum(dim=-1).to(device)

@@ -1,0 +1,184 @@
+"""The easy way to a compressor of one's own: one tensor at a time."""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import Entry, Layout
+from efsgd.compressors.base import Claims
+from efsgd.payload import Field, Format
+from efsgd.tensorwise import Tensorwise
+from efsgd.units import Draws, Payload
+
+__all__ = ["TensorCompressor"]
+
+
+class TensorCompressor:
+    """A compressor that works on one tensor at a time, inside error-feedback SGD.
+
+    Subclasses are frozen dataclasses. Their fields are the settings; every one may be set per
+    parameter group, `seed` apart. They write three methods: `fields`, `compress`, `decompress`.
+    What is not sent is kept as error, and all that has to do with workers, errors and refused
+    steps is seen to elsewhere: `compress` is only ever given finite tensors.
+
+    Attributes:
+        averages: whether payloads may be averaged: `decompress` of a mean is the mean of what each
+            would give. They then consist of values alone, and ride in the first all-reduce.
+            Otherwise they are gathered, and decompressed one by one.
+
+    Example:
+        >>> import dataclasses, torch
+        >>> from efsgd import ErrorFeedbackSGD, Field, TensorCompressor
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Largest(TensorCompressor):  # sends the largest element, and where it is
+        ...     def fields(self, shape):
+        ...         return Field(1), Field(1, torch.int64)
+        ...     def compress(self, delta, draws):
+        ...         where = delta.abs().argmax().view(1)
+        ...         return delta.view(-1)[where], where
+        ...     def decompress(self, payload, shape, draws):
+        ...         value, where = payload
+        ...         return value.new_zeros(shape.numel()).index_copy(0, where, value).view(shape)
+        >>> x = torch.zeros(3, requires_grad=True)
+        >>> x.grad = torch.tensor([1.0, -3.0, 2.0])
+        >>> ErrorFeedbackSGD([x], lr=1.0, momentum_form="sgd", compressor=Largest()).step()
+        >>> x.tolist()
+        [0.0, 3.0, 0.0]
+    """
+
+    averages: ClassVar[bool] = False
+
+    # ---- what a subclass writes ----------------------------------------------------------------
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        """Announces the payload of a tensor of this shape, which is the same in every step."""
+        raise NotImplementedError
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        """The payload of one tensor.
+
+        Args:
+            delta: contiguous, finite, float32 or float64. Not to be modified.
+            draws: random numbers, shared with the other workers or private.
+
+        Returns:
+            The fields that were announced, each [count]; tensors of their own, no views of `delta`.
+        """
+        raise NotImplementedError
+
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        """What a payload stands for, of this shape. A payload of zeros stands for zeros.
+
+        Args:
+            payload: of this worker or another, or the mean of all. Not to be modified.
+            shape: of the tensor.
+            draws: shared random numbers; private ones are not to be had here.
+        """
+        raise NotImplementedError
+
+    # ---- what it may write ---------------------------------------------------------------------
+
+    def compresses(self, shape: torch.Size) -> bool:
+        """Whether tensors of this shape, never empty, are compressed; by default all are."""
+        return True
+
+    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """Adds alpha times what a payload stands for; for those that can do it faster.
+
+        Args:
+            out: (modified in place).
+            payload: see `decompress`.
+            draws: see `decompress`.
+            alpha: a number.
+        """
+        out.add_(self.decompress(payload, out.shape, draws), alpha=alpha)
+
+    def claims(self) -> Claims:
+        """What it promises beyond the laws that hold for all."""
+        return Claims(self.averages)
+
+    @property
+    def takes_all_at_once(self) -> bool:
+        """Whether it is given all tensors of a group's settings as one flat tensor."""
+        return False
+
+    # ---- what the optimizer asks for -----------------------------------------------------------
+
+    @property
+    def seed_of_draws(self) -> int:
+        """The field `seed`, if there is one."""
+        return int(getattr(self, "seed", 0))
+
+    def settings(self) -> dict[str, Any]:
+        """The fields."""
+        return {each.name: getattr(self, each.name) for each in _fields(self)}
+
+    def shared_settings(self) -> tuple[str, ...]:
+        """The seed."""
+        return tuple(name for name in self.settings() if name == "seed")
+
+    def validate(self, settings: Mapping[str, Any]) -> None:
+        """Has `__post_init__` look at the settings of a group."""
+        self._with(settings)
+
+    def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> Hashable | None:
+        """The compressor with the settings of a group; None where it does not compress."""
+        own = self._with(settings)
+        return own if math.prod(shape) > 0 and own.compresses(torch.Size(shape)) else None
+
+    def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Nothing but the errors is kept."""
+        return {}
+
+    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+        """All steps are alike."""
+        return None
+
+    def payload_bytes(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+    ) -> int:
+        """What one worker sends in a step for tensors of these shapes, control words apart.
+
+        Args:
+            shapes: of all tensors.
+            dtype: of errors: float32, or float64 for parameters of that precision.
+            step: makes no difference.
+        """
+        floats, compressed = 0, []
+        for shape in map(torch.Size, shapes):
+            if shape.numel() > 0 and self.compresses(shape):
+                compressed.append(shape)
+            else:
+                floats += shape.numel()
+        if self.takes_all_at_once and compressed:
+            compressed = [torch.Size([sum(shape.numel() for shape in compressed)])]
+        format = Format([tuple(self.fields(shape)) for shape in compressed], dtype)
+        return floats * dtype.itemsize + format.nbytes
+
+    def aggregator(
+        self,
+        layout: Layout,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        worker: int = 0,
+    ) -> Tensorwise:
+        """Algorithm 2, lines 8 and 10, for the tensors of one layout."""
+        return Tensorwise(layout, dtype, device, worker, averages=self.averages)
+
+    def _with(self, settings: Mapping[str, Any]) -> Self:
+        own = {each.name: settings[each.name] for each in _fields(self)}
+        return dataclasses.replace(self, **own)  # type: ignore[type-var]
+
+
+def _fields(compressor: object) -> tuple[dataclasses.Field[Any], ...]:
+    if not dataclasses.is_dataclass(compressor):
+        raise TypeError(
+            f"Invalid compressor: {type(compressor).__name__} is no dataclass. Decorate it with "
+            f"@dataclasses.dataclass(frozen=True); its fields are the settings."
+        )
+    return dataclasses.fields(compressor)
