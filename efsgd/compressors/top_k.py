@@ -104,11 +104,12 @@ class TopK(BudgetCompressor):
         return sent < shape.numel()
 
     def claims(self) -> Claims:
-        """What is not sent is no larger than what is; of one tensor among many it may be all."""
-        is_model = self.scope == "model"
-        return Claims(
-            averages=False, contraction=(lambda shape: 0.0) if is_model else self.sent_share
-        )
+        """The largest k of n elements have k/n of the squared norm, or more.
+
+        Of one tensor among many, for the scope "model", nothing need be sent.
+        """
+        share = (lambda shape: 0.0) if self.scope == "model" else self.sent_share
+        return Claims(averages=False, contraction=share)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
         """Values and positions."""
