@@ -73,6 +73,20 @@ def test_budgets_are_as_defined(shape: tuple[int, ...], rank: int, density: floa
     assert not Identity().compresses(size)
 
 
+def test_what_is_sent_uncompressed_is_contracted_wholly() -> None:
+    for kind in (TopK, RandomK, RandomBlock):
+        claimed = [
+            (kind(rank=1), (64,), 1.0),
+            (kind(rank=1), (0, 4), 1.0),
+            (kind(density=0.01), (), 1.0),
+            (kind(density=0.25), (12, 10), 0.25),
+        ]
+        for compressor, shape, expected in claimed:
+            assert compressor.claims().contraction(shape) == expected
+    assert TopK(density=0.25, scope="model").claims().contraction((12, 10)) == 0.0
+    assert Identity().claims().contraction((12, 10)) == 1.0
+
+
 def test_positions_take_64_bits_where_they_must() -> None:
     for numel, dtype in [(2**31, torch.int32), (2**31 + 1, torch.int64)]:
         values, positions = TopK(density=1e-6).fields(torch.Size([numel]))

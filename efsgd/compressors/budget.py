@@ -33,10 +33,9 @@ def elements_of_density(shape: Sequence[int], density: float) -> int:
 
 
 def floats_of_rank(shape: Sequence[int], rank: int) -> int:
-    """What PowerSGD of this rank sends of a tensor, min(r·(n + m), n·m) numbers.
+    """What PowerSGD of this rank sends of a tensor: min(rank·(n + m), n·m) numbers.
 
-    The tensor is seen as the matrix [n, m], n its first dimension, and r = min(n, m, rank). Of a
-    vector that is all.
+    The tensor is seen as the matrix [n, m], n its first dimension. Of a vector that is all.
 
     Source: Vogels, Karimireddy, Jaggi: "PowerSGD", NeurIPS 2019, arXiv 1905.13727, whose
     comparison with other compressors gives all of them this budget.
@@ -47,7 +46,7 @@ def floats_of_rank(shape: Sequence[int], rank: int) -> int:
         (182, 64)
     """
     n, m = matrix_shape(shape)
-    return min(min(n, m, rank) * (n + m), n * m)
+    return min(rank * (n + m), n * m)
 
 
 def is_share(value: object) -> bool:

@@ -33,9 +33,9 @@ class TopK(BudgetCompressor):
         density: which share of the elements is sent, above 0 and at most 1: k = max(1,
             int(density·numel)). May be set per parameter group.
         rank: in place of `density`, the rank of a PowerSGD that sends as many bytes. A value and
-            its position take as many as two floats: k = max(1, r·(n + m) // 2) for a tensor that is
-            seen as the matrix [n, m], r = min(n, m, rank). Tensors of at most r·(n + m) elements,
-            such as vectors, are sent uncompressed. May be set per parameter group.
+            its position take as many as two floats: k = max(1, rank·(n + m) // 2) for a tensor that
+            is seen as the matrix [n, m], n its first dimension. Tensors of at most rank·(n + m)
+            elements, such as vectors, are sent uncompressed. May be set per parameter group.
         scope: "tensor" selects k elements of each tensor, "model" those of all tensors of one
             group's settings together; it needs `density`. May be set per parameter group.
 
