@@ -89,7 +89,7 @@ class SpectralAtomo(TensorCompressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not _is_integer(self.rank) or self.rank < 1:
             raise ValueError(
                 f"Invalid rank: {self.rank!r}. Must be an integer of at least 1, the number of "
                 f"singular triples that are sent."
@@ -99,7 +99,7 @@ class SpectralAtomo(TensorCompressor):
                 f"Invalid sampling: {self.sampling!r}. Must be 'atomo', which is unbiased, or "
                 f"'rejection'."
             )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+        if not _is_integer(self.seed) or self.seed < 0:
             raise ValueError(f"Invalid seed: {self.seed!r}. Must be an integer, at least 0.")
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
@@ -153,3 +153,7 @@ class SpectralAtomo(TensorCompressor):
         if drawn is None:
             return torch.arange(count), values[:count]
         return drawn, values[drawn] / probabilities[drawn]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

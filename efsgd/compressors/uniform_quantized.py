@@ -23,12 +23,13 @@ class UniformQuantized(TensorCompressor):
 
     With L = 2**bits - 1 an element x becomes the code round(L·(x − min) / (max − min)), and the
     code c becomes min + (c / L)·(max − min). The smallest and the largest element are exact, and
-    with them a tensor of equal elements. Zero is not one of the values, unless it is one of these
-    two: where many elements are zero, what is not sent of a tensor may be longer than the tensor.
-    Payloads are gathered.
+    with them a tensor of equal elements. Payloads are gathered.
 
     Rounding to nearest is off by at most half a step of (max − min) / L. Stochastic rounding goes
-    up or down, by less than a step, so that the mean over random numbers is the element.
+    up or down, by less than a step, so that the mean over random numbers is the element. What is
+    not sent of d elements has at most (d − 2) / (2 L²) times their squared norm, with stochastic
+    rounding in the mean. For long tensors that is more than 1, and is reached where most elements
+    are zero: in general zero is none of the values, and does not stay zero.
 
     Source: the usual uniform (min-max) quantization. Stochastic rounding of gradients: Alistarh,
     Grubic, Li, Tomioka, Vojnovic: "QSGD", NeurIPS 2017, arXiv 1610.02132, there on another grid.
@@ -104,20 +105,8 @@ class UniformQuantized(TensorCompressor):
             part.add_(self.decompress((codes, payload[1]), part.shape, draws), alpha=alpha)
 
     def claims(self) -> Claims:
-        """Unbiased where stochastic.
-
-        The two outermost of d elements are exact, and the square of another's error is at most a
-        quarter of a squared step (stochastic: in the mean). With the squared norm of at least
-        (max − min)² / 2 this leaves 1 - (d - 2) / (2 L²), which is below 0 for long tensors.
-        """
-        return Claims(
-            self.averages,
-            is_random=self.stochastic,
-            is_unbiased=self.stochastic,
-            contraction=lambda shape: (
-                1.0 - max(0, torch.Size(shape).numel() - 2) / (2 * self._last**2)
-            ),
-        )
+        """Unbiased where stochastic. Whether it contracts depends on the length of a tensor."""
+        return Claims(self.averages, is_random=self.stochastic, is_unbiased=self.stochastic)
 
     def _levels(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Where elements lie between the bounds, from 0 to L, not rounded; a new tensor."""
