@@ -51,7 +51,8 @@ class SignNorm(TensorCompressor):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         """The scale, with signs."""
         is_positive, scale = payload
-        return is_positive.to(torch.int8).mul_(2).sub_(1).view(shape) * scale
+        signs = is_positive.to(torch.int8).mul_(2).sub_(1)
+        return (signs * scale).view(shape)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         """The same, piece by piece."""
