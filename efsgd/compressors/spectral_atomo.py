@@ -1,0 +1,159 @@
+"""A few singular triples, drawn at random so that their mean is the whole."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efsgd.atoms import draw_until, inclusion_probabilities, systematic_sample
+from efsgd.blocks import matrix_shape
+from efsgd.compressors.base import Claims
+from efsgd.compressors.tensor_compressor import TensorCompressor
+from efsgd.payload import Field
+from efsgd.units import Draws, Payload
+
+__all__ = ["SpectralAtomo", "atomo_shape"]
+
+_TRIES = 1000
+
+
+def atomo_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The matrix [n, m] as which a tensor is seen: the first two dimensions by all the others.
+
+    With half of the first two dimensions as rows it is the shape of the code that came with the
+    PowerSGD paper. A vector becomes two columns; a matrix stays as it is, and so does one with
+    further dimensions of size 1. What cannot be halved is the first dimension by all the others.
+
+    Example:
+        >>> from efsgd.compressors.spectral_atomo import atomo_shape
+        >>> atomo_shape((64, 32, 3, 3)), atomo_shape((64, 32, 1, 1)), atomo_shape((64,))
+        ((1024, 18), (64, 32), (32, 2))
+        >>> atomo_shape((5, 3, 3, 3)), atomo_shape((7,)), atomo_shape(())
+        ((5, 27), (7, 1), (1, 1))
+    """
+    is_matrix = len(shape) > 1 and math.prod(shape[2:]) == 1
+    outer = math.prod(shape[:2])
+    if is_matrix or outer % 2:
+        return matrix_shape(shape)
+    return outer // 2, 2 * math.prod(shape[2:])
+
+
+@dataclass(frozen=True)
+class SpectralAtomo(TensorCompressor):
+    """Spectral ATOMO: sends some singular triples, of fixed number, chosen at random.
+
+    A tensor is seen as the matrix [n, m] of `atomo_shape`. Of its singular value decomposition
+    Σ σᵢ·uᵢ·vᵢᵀ, s = min(n, m, rank) atoms are sent, with σᵢ divided by the probability pᵢ that
+    atom i is: s·(n + m + 1) numbers, for vectors and small matrices more than there are. Payloads
+    are gathered. Each step decomposes every tensor, which takes long for large matrices.
+
+    With `sampling="atomo"`, pᵢ = min(1, c·σᵢ) with a sum of s, and the mean over random numbers is
+    the matrix. ATOMO draws each atom on its own, so that their number varies. Here it is fixed
+    (systematic sampling), with the same probabilities; and since atoms are orthogonal, with the
+    same second moment Σ σᵢ² / pᵢ.
+
+    With `sampling="rejection"`, as in the code that came with the PowerSGD paper, pᵢ =
+    min(1, s·σᵢ / Σσ) and each atom is drawn on its own, again and again until there are s. This
+    makes the probabilities others than those that are divided by: it is biased. If none of 1000
+    tries gives s atoms, or there are fewer, the s largest are sent as they are.
+
+    Use it with `error_feedback=False`, as the PowerSGD paper did. What is not sent may be longer
+    than what was compressed; fed back as an error it may grow without bound.
+
+    Source: Wang, Sievert, Charles, Liu, Wright, Papailiopoulos: "ATOMO", NeurIPS 2018, arXiv
+    1806.04090; "Spectral Atomo" in the appendix of PowerSGD (arXiv 1905.13727).
+
+    Attributes:
+        rank: s, at least 1. May be set per parameter group.
+        sampling: "atomo" or "rejection". May be set per parameter group.
+        seed: of each worker's own random numbers.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from efsgd import ErrorFeedbackSGD
+        >>> from efsgd.compressors.spectral_atomo import SpectralAtomo
+        >>> model, compressor = torch.nn.Linear(64, 32), SpectralAtomo(rank=2)
+        >>> optimizer = ErrorFeedbackSGD(
+        ...     model.parameters(), lr=0.1, compressor=compressor, error_feedback=False
+        ... )
+        >>> compressor.payload_bytes([(32, 64), (32,)])  # 2·(32 + 64 + 1) + 2·(16 + 2 + 1) floats
+        928
+    """
+
+    rank: int = 2
+    sampling: str = "atomo"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_integer(self.rank) or self.rank < 1:
+            raise ValueError(
+                f"Invalid rank: {self.rank!r}. Must be an integer of at least 1, the number of "
+                f"singular triples that are sent."
+            )
+        if self.sampling not in ("atomo", "rejection"):
+            raise ValueError(
+                f"Invalid sampling: {self.sampling!r}. Must be 'atomo', which is unbiased, or "
+                f"'rejection'."
+            )
+        if not _is_integer(self.seed) or self.seed < 0:
+            raise ValueError(f"Invalid seed: {self.seed!r}. Must be an integer, at least 0.")
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        """The u of all atoms, one after the other; their σ / p; their v."""
+        n, m = atomo_shape(shape)
+        count = min(n, m, self.rank)
+        return Field(count * n), Field(count), Field(count * m)
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        """A sample of the singular triples: [s * n], [s] and [s * m]."""
+        matrix = delta.view(atomo_shape(delta.shape))
+        low, high = torch.aminmax(matrix)
+        largest = torch.maximum(-low, high)
+        scale = torch.where(largest > 0, largest, 1.0)  # squares neither overflow nor vanish
+        left, values, right = torch.linalg.svd(matrix / scale, full_matrices=False)
+        chosen, weights = self._sample(values.to("cpu", torch.float64), draws.private())
+        chosen, weights = chosen.to(delta.device), weights.to(delta.device, delta.dtype)
+        return left.mT[chosen].view(-1), weights * scale, right[chosen].view(-1)
+
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        """The sum of the atoms."""
+        left, right = self._factors(payload)
+        return (left.mT @ right).view(shape)
+
+    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """The same, added up where it belongs."""
+        left, right = self._factors(payload)
+        out.view(left.shape[1], right.shape[1]).addmm_(left.mT, right, alpha=alpha)
+
+    def claims(self) -> Claims:
+        """Random; unbiased with ATOMO's own sampling."""
+        return Claims(self.averages, is_random=True, is_unbiased=self.sampling == "atomo")
+
+    def _factors(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """The u, multiplied by what belongs to them, and the v: [s, n], [s, m]."""
+        left, weights, right = payload
+        count = len(weights)
+        return left.view(count, -1) * weights.unsqueeze(-1), right.view(count, -1)
+
+    def _sample(self, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which atoms are sent, and their σ / p."""
+        count = min(len(values), self.rank)
+        if self.sampling == "atomo":
+            probabilities = inclusion_probabilities(values, count)
+            draw = torch.rand((), dtype=torch.float64, generator=generator)
+            chosen = systematic_sample(probabilities, count, float(draw))
+            return chosen, values[chosen] / probabilities[chosen]
+        total = values.sum()
+        probabilities = (count * values / torch.where(total > 0, total, 1.0)).clamp(max=1.0)
+        drawn = draw_until(probabilities, count, generator, _TRIES)
+        if drawn is None:
+            return torch.arange(count), values[:count]
+        return drawn, values[drawn] / probabilities[drawn]
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

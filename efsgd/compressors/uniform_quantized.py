@@ -1,0 +1,134 @@
+"""Each element as one of equally spaced values from the smallest to the largest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efsgd.compressors.base import Claims
+from efsgd.compressors.tensor_compressor import TensorCompressor
+from efsgd.payload import Field
+from efsgd.pieces import pieces
+from efsgd.units import Draws, Payload
+
+__all__ = ["UniformQuantized"]
+
+_MAX_BITS = 16
+
+
+@dataclass(frozen=True)
+class UniformQuantized(TensorCompressor):
+    """Sends each element in a few bits: min-max quantization over the whole tensor.
+
+    With L = 2**bits - 1 an element x becomes the code round(L·(x − min) / (max − min)), and the
+    code c becomes min + (c / L)·(max − min). The smallest and the largest element are exact, and
+    with them a tensor of equal elements. Payloads are gathered.
+
+    Rounding to nearest is off by at most half a step of (max − min) / L. Stochastic rounding goes
+    up or down, by less than a step, so that the mean over random numbers is the element. What is
+    not sent of d elements has at most (d − 2) / (2 L²) times their squared norm, with stochastic
+    rounding in the mean. For long tensors that is more than 1, and is reached where most elements
+    are zero: in general zero is none of the values, and does not stay zero.
+
+    Source: the usual uniform (min-max) quantization. Stochastic rounding of gradients: Alistarh,
+    Grubic, Li, Tomioka, Vojnovic: "QSGD", NeurIPS 2017, arXiv 1610.02132, there on another grid.
+
+    Attributes:
+        bits: of a code, from 1 to 16. May be set per parameter group.
+        stochastic: whether rounding is stochastic, by random numbers of each worker's own. May be
+            set per parameter group.
+        seed: of these random numbers.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from efsgd import ErrorFeedbackSGD
+        >>> from efsgd.compressors.uniform_quantized import UniformQuantized
+        >>> x = torch.zeros(4, requires_grad=True)
+        >>> x.grad = torch.tensor([0.0, 3.0, 1.25, 1.75])
+        >>> compressor = UniformQuantized(bits=2)
+        >>> ErrorFeedbackSGD([x], lr=1.0, momentum_form="sgd", compressor=compressor).step()
+        >>> x.tolist()
+        [0.0, -3.0, -1.0, -2.0]
+        >>> compressor.payload_bytes([(64, 32)])  # of 8192 in float32
+        520
+    """
+
+    bits: int = 8
+    stochastic: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_integer(self.bits) or not 1 <= self.bits <= _MAX_BITS:
+            raise ValueError(
+                f"Invalid bits: {self.bits!r}. Must be an integer from 1 to {_MAX_BITS}; 8 take a "
+                f"quarter of float32."
+            )
+        if not isinstance(self.stochastic, bool):
+            raise ValueError(f"Invalid stochastic: {self.stochastic!r}. Must be a bool.")
+        if not _is_integer(self.seed) or self.seed < 0:
+            raise ValueError(f"Invalid seed: {self.seed!r}. Must be an integer, at least 0.")
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        """A code for each element; the smallest and the largest element."""
+        return Field(shape.numel(), bits=self.bits), Field(2)
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        """The codes, [numel] uint8 or int32, and [min, max]."""
+        low, high = torch.aminmax(delta)
+        dtype = torch.uint8 if self.bits <= 8 else torch.int32
+        codes = torch.empty(delta.numel(), dtype=dtype, device=delta.device)
+        generator = draws.private() if self.stochastic else None
+        for piece, place in pieces(delta, codes):
+            levels = self._levels(piece, low, high)
+            if generator is None:
+                levels.round_()
+            else:
+                lower = levels.floor()
+                chances = torch.rand(levels.shape, dtype=levels.dtype, generator=generator)
+                levels = lower.add_(chances.to(levels.device) < levels.sub_(lower))
+            place.copy_(levels)
+        return codes, torch.stack([low, high])
+
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        """What the codes stand for."""
+        codes, (low, high) = payload[0].view(shape), payload[1]
+        scale = _power_of_two(low, high)
+        fractions = codes.to(low.dtype).div_(self._last)
+        return torch.lerp(low / scale, high / scale, fractions).mul_(scale)
+
+    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """The same, piece by piece."""
+        for part, codes in pieces(out, payload[0]):
+            part.add_(self.decompress((codes, payload[1]), part.shape, draws), alpha=alpha)
+
+    def claims(self) -> Claims:
+        """Unbiased where stochastic. Whether it contracts depends on the length of a tensor."""
+        return Claims(self.averages, is_random=self.stochastic, is_unbiased=self.stochastic)
+
+    def _levels(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Where elements lie between the bounds, from 0 to L, not rounded; a new tensor."""
+        scale = _power_of_two(low, high)
+        span = high / scale - low / scale
+        # Divided by the span itself, so that the largest element is exactly the last code.
+        levels = (x / scale).sub_(low / scale).div_(torch.where(span > 0, span, 1.0))
+        return levels.mul_(self._last)
+
+    @property
+    def _last(self) -> int:
+        return int(2**self.bits - 1)
+
+
+def _power_of_two(low: Tensor, high: Tensor) -> Tensor:
+    """The largest that is no larger than either bound; 1 if both are zero.
+
+    Dividing by it is exact, and leaves numbers whose differences neither overflow nor vanish.
+    """
+    largest = torch.maximum(-low, high)
+    return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
