@@ -27,7 +27,15 @@ from efsgd.collectives import InFlight
 from efsgd.fusion import Fusion
 from efsgd.phases import Phases
 
-__all__ = ["LowRank", "LowRankAggregator", "adopt_", "rank_of", "subtract_"]
+__all__ = [
+    "LowRank",
+    "LowRankAggregator",
+    "adopt_",
+    "is_aligned",
+    "rank_of",
+    "subtract_",
+    "views",
+]
 
 # What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
 # costs little beside it, small enough to be in the cache still when the next operation reads it.
