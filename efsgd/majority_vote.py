@@ -22,6 +22,7 @@ from torch import Tensor
 from efsgd.bits import pack, unpack
 from efsgd.blocks import Blocks, Elementwise, Layout
 from efsgd.collectives import AllGather, AllReduceMean, Exchange, InFlight, Start
+from efsgd.majority import majority
 from efsgd.payload import Field, Format
 from efsgd.phases import Phases
 
@@ -102,7 +103,7 @@ class Voting:
         self._entries = [entry for batch in layout.batches for entry in batch.entries]
         # On the CPU: they decide what is computed.
         self._started = torch.zeros(len(self._entries), dtype=torch.bool, device="cpu")
-        self._counts = Blocks(layout, torch.uint8, device)
+        self._votes = Blocks(layout, torch.int8, device)
         self._at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
         total = layout.matrix_floats
         self._bits = torch.zeros(sign_format(total).nbytes, dtype=torch.uint8, device=device)
@@ -128,14 +129,15 @@ class Voting:
         with self.phases("Signum: signs of momenta"):
             for run in self._runs():
                 for piece in self._pieces(run.where):
-                    torch.ge(self._next(piece, run), 0, out=self._counts.flat[piece])
+                    torch.ge(self._next(piece, run), 0, out=self._votes.flat[piece])
             for piece in self._pieces(slice(0, total)):
-                packed = pack(self._counts.flat[piece], bits=1)
-                self._bits[piece.start // 8 :][: len(packed)] = packed
+                votes = self._votes.flat[piece]
+                self._bits[_bytes(piece)] = pack(votes, bits=1)
+                votes.mul_(2).sub_(1)
         in_flight = [(yield Start(AllReduceMean(self.vectors, "vectors")))]
         if total:
             in_flight.append((yield Start(AllGather(self._bits, "signs"))))
-        return Votes(self.layout, self._counts, 1, self._scratch, tuple(in_flight))
+        return Votes(self.layout, self._votes, self._scratch, tuple(in_flight))
 
     def aggregate(self, local: Votes) -> Exchange[Votes]:
         """Counts the votes of all workers."""
@@ -144,15 +146,14 @@ class Voting:
             for in_flight in local.in_flight:
                 answers.append((yield in_flight))
         with self.phases("Signum: count votes"):
-            ballots = answers[1] if len(answers) > 1 else self._bits.unsqueeze(0)
-            if len(ballots) > torch.iinfo(self._counts.flat.dtype).max:
-                self._counts = Blocks(self.layout, torch.int32, self._bits.device)
-            for piece in self._pieces(slice(0, self.layout.matrix_floats)):
-                counts = self._counts.flat[piece].zero_()
-                for own in ballots:
-                    packed = own[piece.start // 8 : (piece.stop + 7) // 8]
-                    counts += unpack(packed, len(counts), bits=1).view(torch.uint8)
-        return Votes(self.layout, self._counts, len(ballots), self._scratch)
+            if len(answers) > 1:
+                more, as_many = majority(answers[1].view(torch.int32))
+                for piece in self._pieces(slice(0, self.layout.matrix_floats)):
+                    votes = self._votes.flat[piece].fill_(-1)
+                    for packed, value in ((more, 2), (as_many, 1)):
+                        bits = unpack(packed.view(torch.uint8)[_bytes(piece)], len(votes), bits=1)
+                        votes.add_(bits.view(torch.int8), alpha=value)
+        return Votes(self.layout, self._votes, self._scratch)
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the momenta those whose signs were sent, except for `absent` parameters."""
@@ -213,15 +214,13 @@ class Votes:
 
     Attributes:
         layout: of the tensors that are voted on.
-        counts: how many workers are for +1.
-        voters: of how many.
+        blocks: the votes, int8.
         scratch: memory for the pieces that are handed over.
         in_flight: where these are one worker's own: the collectives that carry them.
     """
 
     layout: Layout
-    counts: Blocks
-    voters: int
+    blocks: Blocks
     scratch: Tensor
     in_flight: tuple[InFlight, ...] = ()
 
@@ -229,11 +228,10 @@ class Votes:
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
         """Hands over a few rows or tensors at a time. See `efsgd.compressors.Compressed`."""
-        for batch, counts in zip(self.layout.batches, self.counts.batches, strict=True):
+        for batch, votes in zip(self.layout.batches, self.blocks.batches, strict=True):
             for matrices, rows in batch.pieces(operands[0].keys(), self.scratch.numel()):
-                part, entries = counts[matrices, rows], batch.entries[matrices]
-                values = self.scratch[: part.numel()].view(part.shape)
-                values.copy_(part).mul_(2).sub_(self.voters).sign_()
+                part, entries = votes[matrices, rows], batch.entries[matrices]
+                values = self.scratch[: part.numel()].view(part.shape).copy_(part)
                 # A tensor without dimensions has no rows to choose from.
                 is_whole = part.shape[1] == batch.rows
                 where: Any = ... if is_whole else rows
@@ -255,9 +253,10 @@ class Votes:
 
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         """See `efsgd.compressors.Compressed`."""
-        norms: list[Tensor] = []
-        for index, counts in self.counts.views.items():
-            if index in wanted:
-                is_tie = counts.long() * 2 == self.voters
-                norms.append((~is_tie).sum(dtype=torch.float64))
-        return norms
+        views = self.blocks.views.items()
+        return [(votes != 0).sum(dtype=torch.float64) for index, votes in views if index in wanted]
+
+
+def _bytes(piece: slice) -> slice:
+    """Where a piece lies among packed bits; it begins at a multiple of eight."""
+    return slice(piece.start // 8, (piece.stop + 7) // 8)
