@@ -12,6 +12,7 @@ from efsgd.compressors import Compressor
 
 __all__ = [
     "LOCAL",
+    "LOCAL_FORM",
     "SGD_SETTINGS",
     "SHARED",
     "number_of",
@@ -22,6 +23,7 @@ __all__ = [
     "validate_process_group",
     "validate_sgd_group",
     "validate_shared",
+    "validate_signum_group",
 ]
 
 #: Names of torch.optim.SGD's settings.
@@ -52,6 +54,17 @@ SHARED = (
 
 #: Those of them that may differ between workers: whose errors are kept, in which step's company.
 LOCAL = ("worker", "world_size")
+
+#: The momentum form of groups whose momenta are each worker's own, and the compressor's business.
+LOCAL_FORM = "local"
+
+# What a vote cannot do: it is no estimate of the gradient, and its norm says nothing.
+_FIXED_IN_SIGNUM = {
+    "momentum_form": LOCAL_FORM,
+    "error_feedback": False,
+    "start_compressing_at": 0,
+    "max_grad_norm": None,
+}
 
 
 def validate_sgd_group(group: Mapping[str, Any], compressor: Compressor) -> None:
@@ -89,6 +102,29 @@ def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
     validate_exchange(group, compressor)
 
 
+def validate_signum_group(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks all settings of a parameter group of a Signum.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: a value is missing or out of range.
+    """
+    _require(group, ("lr", "momentum", "weight_decay", "maximize", *_FIXED_IN_SIGNUM))
+    _validate_numbers(group, ("lr", "momentum", "weight_decay"))
+    if group["momentum"] >= 1.0:
+        raise ValueError(
+            f"Invalid momentum value: {group['momentum']}. Must be at least 0 and below 1: with 1, "
+            f"no gradient but the first would ever count."
+        )
+    for name, value in _FIXED_IN_SIGNUM.items():
+        if group[name] != value:
+            raise ValueError(
+                f"Invalid {name}: {group[name]!r}. Must be {value!r} in a Signum. What differs "
+                f"belongs to ErrorFeedbackSGD, and to its state_dicts."
+            )
+    validate_exchange(group, compressor)
+
+
 def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
     """Checks what a parameter group says about the exchange of gradients.
 
@@ -116,10 +152,20 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
 def _validate_sgd(group: Mapping[str, Any]) -> None:
     """torch.optim.SGD's own checks, with its texts, so that code which matches them goes on."""
     _require(group, SGD_SETTINGS)
+    _validate_numbers(group, ("lr", "momentum", "dampening", "weight_decay"))
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _validate_numbers(group: Mapping[str, Any], names: Iterable[str]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
+    for name in names:
         number_of(group, name)
     if lr < 0.0:
         raise ValueError(f"Invalid learning rate: {lr}")
@@ -127,12 +173,6 @@ def _validate_sgd(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid momentum value: {group['momentum']}")
     if group["weight_decay"] < 0.0:
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group["fused"] and group["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
 def number_of(group: Mapping[str, Any], name: str) -> float:

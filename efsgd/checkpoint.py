@@ -8,6 +8,9 @@ mean of the errors, loaded on every worker, continues the run on any number of t
 rounding with PowerSGD, and with every compressor without losing anything of what was to be sent.
 `consolidated_state_dict` makes such a dict. `average_errors_` has the optimizers themselves hold
 the mean, so that what a framework saves on its own, one worker's `state_dict()`, is such a dict.
+
+Signum's momenta are local like errors, and dealt with alike. Its workers then begin with one mean
+momentum, an estimate of the same mean gradient as their own with less noise, and grow apart again.
 """
 
 import copy
@@ -22,7 +25,7 @@ from efsgd.collectives import AllReduceMean, Exchange, run
 from efsgd.errors import warn_user
 from efsgd.members import members
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
-from efsgd.state import State
+from efsgd.state import LOCAL_STATE, State
 from efsgd.transports import current_transport
 
 __all__ = ["average_errors_", "averaging_", "consolidated_state_dict", "consolidation"]
@@ -31,7 +34,7 @@ T = TypeVar("T")
 
 
 def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
-    """Gives every worker the mean of all workers' errors.
+    """Gives every worker the mean of all workers' errors, or of their local momenta.
 
     Every worker of the optimizer's group must call it, between the same two steps. From then until
     the next step any single worker's `state_dict()` is a checkpoint for any number of workers, and
@@ -45,8 +48,8 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     Like all hooks of an optimizer it is neither copied nor pickled with it.
 
     Args:
-        optimizer: whose errors are replaced (modified in place). Its groups note that these are
-            no worker's own; nothing else changes.
+        optimizer: whose errors or local momenta are replaced (modified in place). Its groups note
+            that these are no worker's own; nothing else changes.
 
     Raises:
         CollectiveError: a collective failed; nothing has changed on this worker.
@@ -66,7 +69,7 @@ def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
     parameters = [member.parameter for member in members(optimizer.param_groups)]
     states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-    yield from _replace_errors_(states, parameters[0].device)
+    yield from _average_local_(states, parameters[0].device)
     for section in optimizer._stepper.plan.sections:
         for entry in section.layout.entries:
             # An error that waits to be sent uncompressed is looked for where it was not zero.
@@ -88,7 +91,8 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
         optimizer: not modified.
 
     Returns:
-        A copy of `optimizer.state_dict()` in which every error is the mean over the workers.
+        A copy of `optimizer.state_dict()` in which every error, and every local momentum, is the
+        mean over the workers.
 
     Example:
         >>> from efsgd import PowerSGDOptimizer
@@ -108,17 +112,17 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     states = state_dict["state"]
     device = next(members(optimizer.param_groups)).parameter.device
     listed = [states[key] for key in dict.fromkeys(keys) if key in states]
-    yield from _replace_errors_(listed, device)
+    yield from _average_local_(listed, device)
     _disown_(state_dict["param_groups"])
     return state_dict
 
 
 def _run(exchange: Exchange[T], optimizer: object) -> T:
-    """Runs an exchange about errors, of which those of other workers are left out."""
+    """Runs an exchange about local state, of which errors of other workers are left out."""
     if not isinstance(optimizer, ErrorFeedbackOptimizer):
         raise TypeError(
             f"Invalid optimizer: {type(optimizer).__name__}. Must be one of this package, which "
-            f"keeps errors."
+            f"keeps errors or local momenta."
         )
     transport = current_transport(optimizer.process_group)
     note = optimizer.settle_errors(transport.world_size, transport.worker)
@@ -129,27 +133,28 @@ def _run(exchange: Exchange[T], optimizer: object) -> T:
 
 
 def _disown_(groups: Iterable[dict[str, Any]]) -> None:
-    """Notes in the groups that the errors are those of no worker in particular."""
+    """Notes in the groups that local state is that of no worker in particular."""
     for group in groups:
         group.update(worker=0, world_size=0)
 
 
-def _replace_errors_(states: Sequence[State], device: torch.device) -> Exchange[None]:
-    """Replaces the errors in `states` by their means, once all of these are there."""
-    shapes = [(list(s["error"].shape), s["error"].dtype) if "error" in s else "" for s in states]
-    lines = [f"error of parameter {number}: {shape}" for number, shape in enumerate(shapes)]
+def _average_local_(states: Sequence[State], device: torch.device) -> Exchange[None]:
+    """Replaces the local values in `states` by their means, once all of these are there."""
+    found = [(n, s, name) for n, s in enumerate(states) for name in LOCAL_STATE if name in s]
+    lines = [
+        f"{name} of parameter {number}: {list(state[name].shape)}, {state[name].dtype}"
+        for number, state, name in found
+    ]
     yield from compare(lines, device)
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for state in states:
-        error = state.get("error")
-        if error is not None:
-            state["error"] = error.contiguous()  # one may be zeros that share their memory
-            kinds.setdefault((error.device, error.dtype), []).append(state["error"])
+    for _, state, name in found:
+        value = state[name] = state[name].contiguous()  # it may be zeros that share their memory
+        kinds.setdefault((value.device, value.dtype), []).append(value)
     means = []
-    for errors in kinds.values():
-        flat = torch.cat([error.reshape(-1) for error in errors])
+    for values in kinds.values():
+        flat = torch.cat([value.reshape(-1) for value in values])
         means.append((yield AllReduceMean(flat, "errors")))
-    for errors, mean in zip(kinds.values(), means, strict=True):
-        parts = mean.split([error.numel() for error in errors])
-        for error, part in zip(errors, parts, strict=True):
-            error.copy_(part.view(error.shape))
+    for values, mean in zip(kinds.values(), means, strict=True):
+        parts = mean.split([value.numel() for value in values])
+        for value, part in zip(values, parts, strict=True):
+            value.copy_(part.view(value.shape))

@@ -6,6 +6,7 @@ The keys, after the name that the program gives to the optimizer:
     param_groups                settings and names of parameters, as one object
     state.NAME.KIND             momentum_buffer, momentum_started, q: equal on all workers
     errors.worker W of N.NAME   the error of worker W
+    errors.worker W of N.NAME.local_momentum    its local momentum, of a Signum
 
 NAME is what torch.distributed.checkpoint calls the parameter: without the prefixes that wrappers of
 modules add.
@@ -23,6 +24,7 @@ __all__ = [
     "STATE",
     "WORLD_SIZE",
     "check_fit",
+    "local_key",
     "optimizers_in",
     "owner_key",
     "owner_numbers",
@@ -53,6 +55,16 @@ def owner_numbers(owner: str) -> tuple[int, int]:
     """The worker and the number of workers that `owner_key` has put into words."""
     _, worker, _, world_size = owner.split(" ")
     return int(worker), int(world_size)
+
+
+def local_key(name: str, kind: str) -> str:
+    """The part of a key that says which parameter's error or local momentum it is.
+
+    Args:
+        name: of the parameter.
+        kind: one of `efsgd.state.LOCAL_STATE`.
+    """
+    return name if kind == "error" else f"{name}.{kind}"
 
 
 def optimizers_in(

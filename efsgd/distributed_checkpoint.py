@@ -1,8 +1,8 @@
 """Checkpoints of torch.distributed.checkpoint (DCP) that keep the errors of every worker.
 
 DCP takes a plain tensor to be the same on all workers, and one of them writes it. That is true of
-all that an optimizer keeps but the errors: each worker has its own, and those of the others would
-be lost without a word. Here errors are stored under keys that say whose they are, so that each is
+all but errors, or a Signum's local momenta: each worker has its own, and those of the others would
+be lost without a word. Here they are stored under keys that say whose they are, so that each is
 written once, by its owner, and everything else once in all; `efsgd.checkpoint_layout` has the keys.
 """
 
@@ -25,6 +25,7 @@ from efsgd.checkpoint_layout import (
     STATE,
     WORLD_SIZE,
     check_fit,
+    local_key,
     optimizers_in,
     owner_key,
     owner_numbers,
@@ -32,6 +33,7 @@ from efsgd.checkpoint_layout import (
 from efsgd.collectives import AllReduceMean, Exchange, Transport, run
 from efsgd.errors import warn_user
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
+from efsgd.state import LOCAL_STATE
 from efsgd.transports import current_transport
 
 __all__ = ["ElasticLoadPlanner", "OptimizerState"]
@@ -97,9 +99,9 @@ class OptimizerState:
         state: dict[str, dict[str, Any]] = {}
         errors: dict[str, Tensor] = {}
         for index, kept in saved[STATE].items():
-            state[flat[index]] = {kind: value for kind, value in kept.items() if kind != "error"}
-            if "error" in kept:
-                errors[flat[index]] = kept["error"]
+            name, local = flat[index], [kind for kind in LOCAL_STATE if kind in kept]
+            state[name] = {kind: value for kind, value in kept.items() if kind not in local}
+            errors |= {local_key(name, kind): kept[kind] for kind in local}
         groups = zip(saved[GROUPS], names, strict=True)
         return {
             WORLD_SIZE: transport.world_size,
@@ -134,13 +136,14 @@ class OptimizerState:
         positions = {name: index for index, name in enumerate(itertools.chain(*names))}
         state: dict[int, dict[str, Any]] = {}
         for name, kept in state_dict[STATE].items():
-            error = {"error": errors[name]} if name in errors else {}
-            state[positions[name]] = {**kept, **error}
+            keys = ((kind, local_key(name, kind)) for kind in LOCAL_STATE)
+            local = {kind: errors[key] for kind, key in keys if key in errors}
+            state[positions[name]] = {**kept, **local}
         restored = []
         for group, own, now in zip(groups, names, self._optimizer.param_groups, strict=True):
             indices = [positions[name] for name in own]
-            local = dict(zip(LOCAL, whose, strict=True))
-            restored.append({**_restored(group, now), **local, "params": indices})
+            owner = dict(zip(LOCAL, whose, strict=True))
+            restored.append({**_restored(group, now), **owner, "params": indices})
         self._optimizer.load_state_dict({STATE: state, GROUPS: restored})
 
     def _errors_in(

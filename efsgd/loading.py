@@ -8,7 +8,7 @@ from torch import Tensor
 
 from efsgd.error_feedback import Section
 from efsgd.members import Member, compute_dtype, members
-from efsgd.state import require_shape, require_tensor
+from efsgd.state import LOCAL_STATE, require_shape, require_tensor
 
 __all__ = [
     "exact_copies",
@@ -63,7 +63,7 @@ def exact_copies(
     }
 
 
-_MUST = "Must be what state_dict() returned, of this class or of torch.optim.SGD."
+_MUST = "Must be what state_dict() returned, of this class or, for an SGD, of torch.optim.SGD."
 
 
 def validate_type(state_dict: object) -> None:
@@ -135,11 +135,11 @@ def _exact_copy(saved: Mapping[str, Any], member: Member) -> dict[str, Any]:
     for name, value in saved.items():
         if name == "momentum_buffer" and value is None:  # as earlier versions of torch save it
             continue
-        if name in ("momentum_buffer", "momentum_started", "error"):
+        if name in ("momentum_buffer", "momentum_started", *LOCAL_STATE):
             require_tensor(value, name, member.name)
         if isinstance(value, Tensor):
-            if name in ("momentum_buffer", "error"):
-                shape = member.shape if name == "error" else parameter.shape
+            if name in ("momentum_buffer", *LOCAL_STATE):
+                shape = member.shape if name in LOCAL_STATE else parameter.shape
                 require_shape(value, shape, name, member.name)
             dtype = value.dtype
             if name == "momentum_buffer":

@@ -13,7 +13,14 @@ from efsgd.members import Member, members
 from efsgd.phases import Phases
 from efsgd.rules import Rules
 from efsgd.sections import make_sections, signature
-from efsgd.state import State, adopt_replaced_, complete_, complete_momentum_, withdraw_
+from efsgd.state import (
+    LOCAL_STATE,
+    State,
+    adopt_replaced_,
+    complete_,
+    complete_momentum_,
+    withdraw_,
+)
 from efsgd.update import prepare_updates
 
 __all__ = ["Agreement", "Groups", "Plan", "Signature", "replicated"]
@@ -177,7 +184,7 @@ class Plan:
 
 
 def replicated(listed: Iterable[Member], state: Mapping[Tensor, State]) -> dict[str, Tensor]:
-    """What must be equal on all workers, by name: parameters and state but for errors.
+    """What must be equal on all workers, by name: parameters and state, but for what is local.
 
     Args:
         listed: the parameters.
@@ -187,6 +194,6 @@ def replicated(listed: Iterable[Member], state: Mapping[Tensor, State]) -> dict[
     named = {member.name: member.parameter.detach() for member in chosen}
     for member in chosen:
         for key, value in sorted(state.get(member.parameter, {}).items()):
-            if key != "error" and isinstance(value, Tensor):
+            if key not in LOCAL_STATE and isinstance(value, Tensor):
                 named[f"{key} of {member.name}"] = value
     return named

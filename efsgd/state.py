@@ -7,11 +7,16 @@
     error             e_w, shape of p, float32 or float64; for compressed tensors
     q                 PowerSGD's warm-started Q, [m, r], float32 or float64; for compressed tensors
     p                 with `alternating=True` the warm-started P, [n, r], of the same dtype
+    local_momentum    Signum's m_w, shape of p, float32 or float64; has a momentum_started as well
 
-A complex parameter is worked on as its real view, [..., 2], and that is its error's shape.
+Errors and local momenta are each worker's own (`LOCAL_STATE`), all else is equal on all workers.
 
-During training `error`, `q` and `p` are live views of batched buffers. Like any optimizer's state
-they change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
+A complex parameter is worked on as its real view, [..., 2], and that is its error's shape, and its
+local momentum's.
+
+During training `error`, `q`, `p` and `local_momentum` are live views of batched buffers. Like any
+optimizer's state they change with the next step: copy a state_dict (torch.save, copy.deepcopy) to
+keep it.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
@@ -20,11 +25,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from efsgd.arguments import LOCAL_FORM
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
 from efsgd.members import Member, compute_dtype
 
 __all__ = [
+    "LOCAL_STATE",
     "State",
     "adopt_replaced_",
     "attach_",
@@ -41,6 +48,9 @@ __all__ = [
 
 #: What is kept for one parameter, by name.
 State: TypeAlias = MutableMapping[str, Tensor]
+
+#: What of it is each worker's own.
+LOCAL_STATE = ("error", "local_momentum")
 
 
 def complete_(state: State, member: Member, compressor: Compressor) -> None:
@@ -61,13 +71,19 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
     if entry.level is None:
         return
     for name, initial in compressor.initial_state(entry, group).items():
-        kept, fresh = state.get(name), initial.to(device=device, dtype=dtype)
-        if kept is not None:  # of another rank, perhaps: keep the columns that both have
+        kept, fresh = state.get(name), initial
+        if initial.is_floating_point():
+            fresh = initial.to(device=device, dtype=dtype).contiguous()
+        if kept is not None:
             require_tensor(kept, name, member.name)
-            if kept.dim() != fresh.dim() or kept.shape[:-1] != fresh.shape[:-1]:
+            is_fixed = name in LOCAL_STATE or kept.dim() != fresh.dim()
+            if is_fixed or kept.shape[:-1] != fresh.shape[:-1]:
                 require_shape(kept, fresh.shape, name, member.name)
-            shared = min(kept.shape[-1], fresh.shape[-1])
-            fresh[..., :shared] = kept[..., :shared]
+            # Of another rank, perhaps: keep the columns that both have.
+            columns: Any = ...
+            if kept.shape != fresh.shape:
+                columns = (..., slice(min(kept.shape[-1], fresh.shape[-1])))
+            fresh[columns] = kept[columns]
         state[name] = fresh
 
 
@@ -83,7 +99,8 @@ def validate_states(listed: Iterable[Member], states: Mapping[Tensor, Mapping[st
         ValueError: it has not the shape that its parameter asks for.
     """
     for member in listed:
-        shapes = {"momentum_buffer": member.parameter.shape, "error": member.shape}
+        shapes = {"momentum_buffer": member.parameter.shape}
+        shapes |= dict.fromkeys(LOCAL_STATE, member.shape)
         for name, value in states.get(member.parameter, {}).items():
             if name in shapes:
                 require_tensor(value, name, member.name)
@@ -97,7 +114,7 @@ def complete_momentum_(state: State, member: Member) -> None:
         TypeError: it is no tensor.
         ValueError: its shape is not the parameter's.
     """
-    if "momentum" not in member.group:
+    if "momentum" not in member.group or member.group["momentum_form"] == LOCAL_FORM:
         return
     parameter, present = member.parameter, state.get("momentum_buffer")
     has_started = state.get("momentum_started")
@@ -135,14 +152,15 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
 
 
 def release_zero_errors_(states: Iterable[State]) -> None:
-    """Frees the memory of errors that are zero until `attach_` (modified in place).
+    """Frees the memory of local state that is zero until `attach_` (modified in place).
 
-    A fresh optimizer then never has them twice, in its state and in the buffers of its sections.
+    A fresh optimizer then never has it twice, in its state and in the buffers of its sections.
     """
     for state in states:
-        error = state.get("error")
-        if error is not None and not bool(error.any()):
-            state["error"] = error.new_zeros(()).expand(error.shape)
+        for name in LOCAL_STATE:
+            value = state.get(name)
+            if value is not None and not bool(value.any()):
+                state[name] = value.new_zeros(()).expand(value.shape)
 
 
 def attach_(section: Section, states: Mapping[int, State]) -> None:
@@ -204,7 +222,9 @@ def drop_foreign_errors_(
 ) -> str | None:
     """Zeroes loaded errors that are those of another worker (modified in place).
 
-    If all workers kept them they would count several times, and in place of the workers' own.
+    If all workers kept them they would count several times, and in place of the workers' own. Local
+    momenta are kept, whoever's they are: each is an estimate of the same mean gradient, counts
+    once in each vote, and is soon forgotten.
 
     Args:
         groups: say whose errors these are. With one worker, they are the mean over the workers.
@@ -216,16 +236,21 @@ def drop_foreign_errors_(
         What to warn of, if it was so.
     """
     saved = groups[0]["worker"], groups[0]["world_size"]
-    states = [own for own in state.values() if isinstance(own, Mapping)]
-    errors = [own["error"] for own in states if "error" in own]
-    if saved[1] <= 1 or saved == (worker, world_size) or not any(map(torch.any, errors)):
+    if saved[1] <= 1 or saved == (worker, world_size):
         return None
+    states = [own for own in state.values() if isinstance(own, Mapping)]
+    errors, momenta = ([own[name] for own in states if name in own] for name in LOCAL_STATE)
+    what, effect = "errors", "left out, and what they had yet to send is lost"
+    if not any(map(torch.any, errors)):
+        if not any(map(torch.any, momenta)):
+            return None
+        what, effect = "local momenta", "kept, but training goes on differently until they fade"
     for error in errors:
         error.zero_()
     return (
-        f"The errors that were loaded are those of worker {saved[0]} of {saved[1]}, and this is "
-        f"worker {worker} of {world_size}: they were left out, and what they had yet to send is "
-        f"lost. Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
+        f"The {what} that were loaded are those of worker {saved[0]} of {saved[1]}, and this is "
+        f"worker {worker} of {world_size}: they were {effect}. "
+        f"Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
         f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "
         f"worker save and load a state_dict of its own."
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
 from efsgd.query import initial_query
+from efsgd.state import LOCAL_STATE
 from efsgd.testing import Traced, step_together
 from tests.reference import Reference
 from tests.strategies import Scenario, matrix_dimensions
@@ -74,9 +75,9 @@ def snapshot(optimizers: Sequence[ErrorFeedbackSGD]) -> list[Any]:
 
 
 def replicated(optimizer: ErrorFeedbackSGD) -> Any:
-    """What must be equal on all workers, everything but the errors, as `bits`."""
+    """What must be equal on all workers, everything but what is local, as `bits`."""
     states = [
-        {k: v for k, v in optimizer.state[p].items() if k != "error"}
+        {k: v for k, v in optimizer.state[p].items() if k not in LOCAL_STATE}
         for p in parameters_of(optimizer)
     ]
     return bits([parameters_of(optimizer), states])
