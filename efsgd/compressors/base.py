@@ -150,5 +150,6 @@ class Compressor(Protocol):
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> Aggregator:
         """Makes the aggregator for one layout; its `state` is then overwritten by the caller."""

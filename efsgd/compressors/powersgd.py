@@ -129,6 +129,7 @@ class PowerSGD:
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> PowerIteration:
         """Algorithm 1 for the tensors of one layout."""
         fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None

@@ -166,6 +166,7 @@ class TensorCompressor:
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> Tensorwise:
         """Algorithm 2, lines 8 and 10, for the tensors of one layout."""
         return Tensorwise(layout, dtype, device, worker, averages=self.averages)
