@@ -102,7 +102,9 @@ class QuantizedPowerIteration(PowerIteration):
             coded_P = self._P_coding.encode(self._P_flat.nan_to_num_())
         with self.phases("Alg. 1, line 4: average P"):
             what = "codes of P (Alg. 1, line 4)"
-            received = yield self._P_mean.send(coded_P, what)
+            in_flight = yield Start(self._P_mean.send(coded_P, what))
+            yield vectors  # answers come in the order of the questions: see `efsgd.schedule`
+            received = yield in_flight
             mean_P = yield from self._P_mean.mean(received, self._dtype, "mean P (Alg. 1, line 4)")
             self._P_flat.copy_(mean_P)  # Alg. 1, line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
@@ -113,7 +115,6 @@ class QuantizedPowerIteration(PowerIteration):
             limit = torch.finfo(self._dtype).max * _LARGEST_PART
             coded_Q = self._Q_coding.encode(self.Q_buffer.nan_to_num_().clamp_(-limit, limit))
             self._local_buffer.copy_(self._Q_coding.decode(coded_Q))
-        yield vectors
         what = "codes of Q (Alg. 1, line 7)"
         in_flight = yield Start(self._Q_mean.send(coded_Q, what))  # Alg. 1, line 7
         return self._low_rank(P_hats, self._local_Q, in_flight)
