@@ -1,25 +1,51 @@
 """efsgd: error-feedback compressed SGD for PyTorch.
 
 `PowerSGDOptimizer` takes the place of torch.optim.SGD in data-parallel training and sends rank-r
-gradients in place of full ones. See https://arxiv.org/abs/1905.13727.
+gradients in place of full ones. See https://arxiv.org/abs/1905.13727. `ErrorFeedbackSGD` does so
+with any compressor of the family.
 """
 
 from efsgd.averager import GradientAverager
 from efsgd.buffers import average_buffers
-from efsgd.compressors import PowerSGD, TensorCompressor
+from efsgd.compressors import (
+    LQSGD,
+    Claims,
+    Identity,
+    PowerSGD,
+    PowerSGDPlus,
+    RandomBlock,
+    RandomK,
+    SignNorm,
+    SpectralAtomo,
+    TensorCompressor,
+    TopK,
+    UniformQuantized,
+)
 from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
 from efsgd.optimizer import ErrorFeedbackSGD, PowerSGDOptimizer
 from efsgd.payload import Field
+from efsgd.signum import Signum
 
 __all__ = [
+    "LQSGD",
+    "Claims",
     "CollectiveError",
     "ErrorFeedbackSGD",
     "Field",
     "GradientAverager",
+    "Identity",
     "NonFiniteGradientError",
     "PowerSGD",
     "PowerSGDOptimizer",
+    "PowerSGDPlus",
+    "RandomBlock",
+    "RandomK",
+    "SignNorm",
+    "Signum",
+    "SpectralAtomo",
     "TensorCompressor",
+    "TopK",
+    "UniformQuantized",
     "WorkerMismatchError",
     "__version__",
     "average_buffers",

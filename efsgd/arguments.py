@@ -225,7 +225,7 @@ def validate_compressor(compressor: object) -> None:
     Raises:
         TypeError: it is not.
     """
-    needed = ("settings", "shared_settings", "validate", "level", "initial_state", "aggregator")
+    needed = [name for name in vars(Compressor) if not name.startswith("_")]
     if isinstance(compressor, type) or not all(hasattr(compressor, name) for name in needed):
         raise TypeError(
             f"Invalid compressor: {compressor!r}. Must be an efsgd.compressors.Compressor, for "

@@ -24,6 +24,7 @@ from torch import Tensor
 __all__ = [
     "AllGather",
     "AllReduceMean",
+    "AllToAll",
     "Broadcast",
     "Collective",
     "Exchange",
@@ -65,6 +66,20 @@ class AllGather:
 
 
 @dataclass(frozen=True, eq=False)
+class AllToAll:
+    """Row w of the answer is the row that worker w has for this worker; shape `buffer.shape`.
+
+    Attributes:
+        buffer: contiguous tensor, of equal shape and dtype on every worker: a row for each worker,
+            its own one too. Not written to.
+        purpose: what is sent, for error messages and traces.
+    """
+
+    buffer: Tensor
+    purpose: str
+
+
+@dataclass(frozen=True, eq=False)
 class Broadcast:
     """The buffer of worker `source`, written into `buffer` on every worker.
 
@@ -80,7 +95,7 @@ class Broadcast:
 
 
 #: What workers do together.
-Collective: TypeAlias = AllReduceMean | AllGather | Broadcast
+Collective: TypeAlias = AllReduceMean | AllGather | AllToAll | Broadcast
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ def make_sections(
         words = ControlWords.count(len(alike), world_size)
         layout = Layout.plan((_entry(member, compressor) for member in alike), words)
         options = alike[0].group
-        aggregator = compressor.aggregator(layout, options, dtype, device, worker)
+        aggregator = compressor.aggregator(layout, options, dtype, device, worker, world_size)
         prepare(aggregator, alike)
         section = Section(
             layout,

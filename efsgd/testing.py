@@ -10,6 +10,7 @@ from torch import Tensor
 from efsgd.collectives import (
     AllGather,
     AllReduceMean,
+    AllToAll,
     Broadcast,
     Collective,
     Exchange,
@@ -33,7 +34,7 @@ class Traced:
     """One collective that all workers took part in.
 
     Attributes:
-        kind: "AllReduceMean", "AllGather" or "Broadcast".
+        kind: "AllReduceMean", "AllGather", "AllToAll" or "Broadcast".
         purpose: what was sent.
         shape: of each worker's buffer.
         dtype: of each worker's buffer.
@@ -183,6 +184,8 @@ class _Conductor(Generic[T]):
             Traced(type(c).__name__, c.purpose, tuple(c.buffer.shape), c.buffer.dtype)
             for c in collectives
         ]
+        if any(isinstance(c, AllToAll) and len(c.buffer) != len(collectives) for c in collectives):
+            raise LockstepError(f"{traced[0]} must have a row for each of {len(collectives)}")
         sources = {c.source for c in collectives if isinstance(c, Broadcast)}
         if any(t != traced[0] for t in traced) or len(sources) > 1:
             raise LockstepError(f"Workers ask for different collectives: {traced}")
@@ -206,10 +209,13 @@ class _Conductor(Generic[T]):
             return [CollectiveError(f"injected failure of {purpose}") for _ in started]
         buffers = [handed_over for _, handed_over in started]
         first = started[0][0]
-        if isinstance(first, AllGather):
+        if isinstance(first, AllGather | AllToAll):
             for collective, handed_over in started:
                 collective.buffer.copy_(handed_over)
-            return [torch.stack(buffers) for _ in started]
+            gathered = torch.stack(buffers)
+            if isinstance(first, AllToAll):
+                return [gathered[:, worker].clone() for worker in range(len(started))]
+            return [gathered.clone() for _ in started]
         if isinstance(first, Broadcast):
             answer = buffers[first.source]
         else:

@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from efsgd.collectives import AllGather, AllReduceMean, Broadcast, Collective
+from efsgd.collectives import AllGather, AllReduceMean, AllToAll, Broadcast, Collective
 from efsgd.errors import CollectiveError
 
 if dist.is_available():
@@ -96,6 +96,9 @@ class ProcessGroup:
                 gathered = buffer.new_empty((self.world_size, *buffer.shape))
                 parts = list(gathered.unbind(0))
                 return gathered, dist.all_gather(parts, buffer, group=group, async_op=True)
+            case AllToAll():
+                rows = buffer.new_empty(buffer.shape)
+                return rows, dist.all_to_all_single(rows, buffer, group=group, async_op=True)
             case Broadcast(source=source):
                 work = dist.broadcast(buffer, group_src=source, group=group, async_op=True)
                 return buffer, work

@@ -1,7 +1,32 @@
 """Compressors: what an error-feedback SGD can send in place of a gradient."""
 
 from efsgd.compressors.base import Aggregator, Claims, Compressed, Compressor
+from efsgd.compressors.identity import Identity
+from efsgd.compressors.lq_sgd import LQSGD
 from efsgd.compressors.powersgd import PowerSGD
+from efsgd.compressors.powersgd_plus import PowerSGDPlus
+from efsgd.compressors.random_block import RandomBlock
+from efsgd.compressors.random_k import RandomK
+from efsgd.compressors.sign_norm import SignNorm
+from efsgd.compressors.spectral_atomo import SpectralAtomo
 from efsgd.compressors.tensor_compressor import TensorCompressor
+from efsgd.compressors.top_k import TopK
+from efsgd.compressors.uniform_quantized import UniformQuantized
 
-__all__ = ["Aggregator", "Claims", "Compressed", "Compressor", "PowerSGD", "TensorCompressor"]
+__all__ = [
+    "LQSGD",
+    "Aggregator",
+    "Claims",
+    "Compressed",
+    "Compressor",
+    "Identity",
+    "PowerSGD",
+    "PowerSGDPlus",
+    "RandomBlock",
+    "RandomK",
+    "SignNorm",
+    "SpectralAtomo",
+    "TensorCompressor",
+    "TopK",
+    "UniformQuantized",
+]

@@ -115,14 +115,19 @@ class Compressor(Protocol):
         """What it promises beyond the laws that hold for all."""
 
     def payload_bytes(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        step: int = 0,
+        world_size: int = 1,
     ) -> int:
         """What one worker sends in a step for tensors of these shapes, control words apart.
 
         Args:
             shapes: of all tensors, also of those that it sends uncompressed.
             dtype: of errors and factors: float32, or float64 for parameters of that precision.
-            step: the number of the step, where not all steps are alike.
+            step: counted from the first that compresses, where not all steps are alike.
+            world_size: the number of workers, where it makes a difference.
         """
 
     def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
@@ -150,5 +155,6 @@ class Compressor(Protocol):
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> Aggregator:
         """Makes the aggregator for one layout; its `state` is then overwritten by the caller."""

@@ -45,7 +45,11 @@ class MajorityVote:
         return Claims(averages=False)
 
     def payload_bytes(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        step: int = 0,
+        world_size: int = 1,
     ) -> int:
         """One bit for each element of all tensors, in whole words of four bytes.
 
@@ -53,6 +57,7 @@ class MajorityVote:
             shapes: of all tensors.
             dtype: makes no difference.
             step: makes no difference.
+            world_size: makes no difference.
         """
         return sign_format(sum(map(math.prod, shapes))).nbytes
 
@@ -78,6 +83,7 @@ class MajorityVote:
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> Voting:
         """The vote on the tensors of one layout."""
         return Voting(layout, dtype, device)

@@ -94,7 +94,11 @@ class PowerSGD:
         return Claims(averages=True, contraction=lambda shape: 0.0)
 
     def payload_bytes(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        step: int = 0,
+        world_size: int = 1,
     ) -> int:
         """r·(n + m) numbers for each matrix, and all those of other tensors.
 
@@ -104,6 +108,7 @@ class PowerSGD:
             shapes: of all tensors.
             dtype: of errors and factors: float32, or float64 for parameters of that precision.
             step: counted from the first that compresses.
+            world_size: makes no difference.
 
         Example:
             >>> from efsgd import PowerSGD
@@ -156,6 +161,7 @@ class PowerSGD:
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> PowerIteration | AlternatingPowerIteration:
         """Algorithm 1, or its alternating form, for the tensors of one layout."""
         options = options_of(settings, device)

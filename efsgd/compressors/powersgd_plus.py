@@ -101,6 +101,7 @@ class PowerSGDPlus(PowerSGD):
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> RefreshedPowerIteration:
         """PowerSGD+ for the tensors of one layout."""
         return RefreshedPowerIteration(

@@ -139,7 +139,11 @@ class TensorCompressor:
         return None
 
     def payload_bytes(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, step: int = 0
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float32,
+        step: int = 0,
+        world_size: int = 1,
     ) -> int:
         """What one worker sends in a step for tensors of these shapes, control words apart.
 
@@ -147,6 +151,7 @@ class TensorCompressor:
             shapes: of all tensors.
             dtype: of errors: float32, or float64 for parameters of that precision.
             step: makes no difference.
+            world_size: makes no difference.
         """
         floats, compressed = 0, []
         for shape in map(torch.Size, shapes):
@@ -166,6 +171,7 @@ class TensorCompressor:
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
+        world_size: int = 1,
     ) -> Tensorwise:
         """Algorithm 2, lines 8 and 10, for the tensors of one layout."""
         return Tensorwise(layout, dtype, device, worker, averages=self.averages)

@@ -1,0 +1,431 @@
+"""LQ-SGD: against a naive version of itself, against PowerSGD, and what all compressors promise."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from efsgd import CollectiveError, ErrorFeedbackSGD, PowerSGD, WorkerMismatchError
+from efsgd.compressors import Compressor
+from efsgd.compressors.lq_sgd import LQSGD
+from efsgd.query import initial_query
+from efsgd.testing import Traced, step_together
+from examples.models import CifarResNet18
+from tests import lq_sgd_worker as script
+from tests.launcher import launch
+from tests.reference import decompress, mean, orthogonalize
+from tests.simulation import (
+    bits,
+    difference,
+    errors_of,
+    parameters_of,
+    replicated,
+    snapshot,
+    step_with,
+)
+from tests.strategies import KINDS, Gradients, gaussian, make_gradient, seeds
+
+SHAPES = [(12, 10), (10,), (12, 10), (9, 3, 3, 3)]
+MATRICES = [0, 2, 3]
+AGGREGATIONS = ["gather", "scatter"]
+
+
+def workers_of(
+    compressor: Compressor,
+    world_size: int,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> list[ErrorFeedbackSGD]:
+    """Workers that subtract the mean of what was sent: one is the learning rate."""
+    options = {"lr": 1.0, "momentum_form": "sgd", **options}
+    return [
+        ErrorFeedbackSGD(
+            [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes],
+            compressor=compressor,
+            **options,
+        )
+        for _ in range(world_size)
+    ]
+
+
+def gradients(
+    world_size: int, step: int, shapes: Sequence[tuple[int, ...]] = SHAPES, kind: str = "gaussian"
+) -> Gradients:
+    return [
+        [make_gradient(shape, kind, w, 5, step, i) for i, shape in enumerate(shapes)]
+        for w in range(world_size)
+    ]
+
+
+def train(workers: list[ErrorFeedbackSGD], steps: int, first: int = 0) -> list[Traced]:
+    trace = []
+    for step in range(first, first + steps):
+        trace = step_with(workers, gradients(len(workers), step))
+    return trace
+
+
+# ---- against a naive version --------------------------------------------------------------------
+
+
+def quantize(matrix: Tensor, bits: int, alpha: float) -> Tensor:
+    """What arrives of a matrix that is sent as codes."""
+    scale, L = float(matrix.abs().max()), 2 ** (bits - 1) - 1
+    if scale == 0:
+        return matrix
+    found = []
+    for x in matrix.flatten().tolist():
+        q = math.log(1 + alpha * abs(x / scale)) / math.log(1 + alpha)
+        level = ((1 + alpha) ** (round(L * q) / L) - 1) / alpha
+        found.append(math.copysign(scale * level, x))
+    return torch.tensor(found, dtype=torch.float64).reshape(matrix.shape)
+
+
+def leveled(query: Tensor) -> Tensor:
+    """Each column by a power of two, so that its largest element is in [0.5, 1)."""
+    columns = [column * 2.0 ** -math.frexp(float(column.abs().max()))[1] for column in query.T]
+    return torch.stack(columns, dim=1)
+
+
+class Naive:
+    """LQ-SGD with error feedback for one matrix on all workers, float64, nothing in place."""
+
+    def __init__(self, n: int, m: int, rank: int, bits: int, alpha: float, world_size: int) -> None:
+        self.errors = [torch.zeros(n, m, dtype=torch.float64) for _ in range(world_size)]
+        self.query = initial_query(0, 0, m, rank)
+        self.bits, self.alpha = bits, alpha
+
+    def update(self, matrices: Sequence[Tensor]) -> Tensor:
+        deltas = [g + e for g, e in zip(matrices, self.errors, strict=True)]
+        sent = [quantize(d @ leveled(self.query), self.bits, self.alpha) for d in deltas]
+        p_hat = orthogonalize(mean(sent))
+        queries = [quantize(d.T @ p_hat, self.bits, self.alpha) for d in deltas]
+        self.errors = [d - decompress(p_hat, q) for d, q in zip(deltas, queries, strict=True)]
+        average = mean(queries)
+        alive = average.any(dim=0)
+        self.query = torch.where(alive, average, self.query)
+        return decompress(p_hat, average)
+
+
+@settings(max_examples=60)
+@given(
+    n=st.integers(4, 12), m=st.integers(4, 12), rank=st.integers(1, 3), bits=st.integers(2, 20),
+    alpha=st.sampled_from([0.5, 10.0, 255.0]), world_size=st.sampled_from([1, 2, 3]),
+    aggregation=st.sampled_from(AGGREGATIONS), seed=seeds(),
+)  # fmt: skip
+def test_it_is_the_naive_version(
+    n: int, m: int, rank: int, bits: int, alpha: float, world_size: int, aggregation: str, seed: int
+) -> None:
+    if rank > 1:  # of very few bits, columns are often parallel, and completed by chance
+        bits += 4
+    naive = Naive(n, m, rank, bits, alpha, world_size)
+    compressor = LQSGD(rank, bits, alpha, min_compression_rate=0.0, aggregation=aggregation)
+    workers = workers_of(compressor, world_size, [(n, m)])
+    parameter = parameters_of(workers[0])[0]
+    for step in range(3):
+        matrices = [gaussian((n, m), seed, step, w) for w in range(world_size)]
+        before = parameter.detach().clone()
+        update = naive.update(matrices)
+        step_with(workers, [[matrix] for matrix in matrices])
+        # Rounding of 1e-16 decides for another code once in 1e10 numbers, and is otherwise
+        # multiplied by the condition of P, which is below 1e5 for these.
+        assert difference(before - parameter.detach(), update) < 1e-10
+        for worker, expected in zip(workers, naive.errors, strict=True):
+            assert difference(errors_of(worker)[0], expected) < 1e-9
+        assert difference(workers[0].state[parameter]["q"], naive.query) < 1e-9
+
+
+def test_with_many_bits_it_is_power_sgd() -> None:
+    distances = {}
+    for width in (8, 12, 16, 20, 24, 28, 32):
+        others = workers_of(PowerSGD(rank=2), 3)
+        workers = workers_of(LQSGD(rank=2, bits=width), 3)
+        for optimizers in (others, workers):
+            train(optimizers, 5)
+        pairs = zip(parameters_of(workers[0]), parameters_of(others[0]), strict=True)
+        distances[width] = max(difference(a, b) for a, b in pairs)
+    # A code moves a number by up to ln(1 + α)(1 + 1/α) / 2L = 2.64 · 2^-bits of the largest one;
+    # 100 is for what five steps of error feedback, on noise, make of it.
+    assert all(distance <= 2.64 * 100 * 2.0**-width for width, distance in distances.items())
+    assert 2**20 < distances[8] / distances[32] < 2**28
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("width", [2, 5, 8, 11, 16, 24, 32])
+def test_both_ways_of_averaging_agree_to_the_bit(
+    width: int, world_size: int, dtype: torch.dtype
+) -> None:
+    ends = []
+    for aggregation in AGGREGATIONS:
+        compressor = LQSGD(rank=2, bits=width, aggregation=aggregation)
+        workers = workers_of(compressor, world_size, dtype=dtype)
+        train(workers, 3)
+        ends.append([bits([parameters_of(own), errors_of(own)]) for own in workers])
+        assert all(replicated(own) == replicated(workers[0]) for own in workers)
+    assert ends[0] == ends[1]
+
+
+# ---- what is sent -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("shapes", [SHAPES, [(12, 10)], [(10,)], [(1, 30), (30, 1), (2, 2)]])
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_bytes_sent_are_bytes_announced(
+    world_size: int, shapes: list[tuple[int, ...]], aggregation: str
+) -> None:
+    for dtype, width in itertools.product((torch.float32, torch.float64), (2, 3, 8, 13, 32)):
+        compressor = LQSGD(1, width, min_compression_rate=0.0, aggregation=aggregation)
+        workers = workers_of(compressor, world_size, shapes, dtype)
+        trace = step_with(workers, gradients(world_size, 0, shapes))
+        control_words = (len(shapes) + world_size) * dtype.itemsize
+        announced = compressor.payload_bytes(shapes, dtype, world_size=world_size)
+        stats = workers[0].communication_stats()
+        assert stats["bytes_sent"] == announced + control_words
+        assert sum(traced.nbytes for traced in trace[-stats["collectives"] :]) == (
+            stats["bytes_sent"]
+        )
+
+
+def test_with_gather_the_number_of_workers_makes_no_difference() -> None:
+    assert len({LQSGD().payload_bytes(SHAPES, world_size=w) for w in (1, 4, 16)}) == 1
+
+
+def test_with_scatter_bytes_do_not_grow_with_the_number_of_workers() -> None:
+    shapes, scattered = [(512, 512)] * 4, LQSGD(aggregation="scatter")
+    numbers = 4 * 4 * (512 + 512)
+    sent = [scattered.payload_bytes(shapes, world_size=w) for w in (1, 2, 4, 8, 16, 32)]
+    assert sent == sorted(sent, reverse=True)
+    # A byte for each number, 4 / 32 for their means, and two scales of 4 bytes for each of 32 rows.
+    assert sent[-1] == numbers + numbers * 4 // 32 + 2 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "ratio"),
+    [
+        (8, 1, 596.5), (8, 2, 401.7), (8, 4, 243.0), (8, 7, 152.6),
+        (4, 1, 787.3), (4, 2, 596.5), (4, 4, 401.7), (4, 7, 269.7),
+    ],
+)  # fmt: skip
+def test_ratios_on_the_resnet_for_cifar(width: int, rank: int, ratio: float) -> None:
+    shapes = [p.shape for p in CifarResNet18().parameters()]
+    sent = LQSGD(rank=rank, bits=width).payload_bytes(shapes)
+    assert round(4 * 11_173_962 / sent, 1) == ratio
+    # 36325 is the sum of n + m; each of the two payloads is rounded up to a byte.
+    exact = 4 * 9610 + rank * 36_325 * width / 8 + 2 * 21 * 4
+    assert 0 <= sent - exact < 2
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "kinds"),
+    [
+        ("gather", ["AllReduceMean", "AllGather", "AllGather"]),
+        ("scatter", ["AllReduceMean", *["AllToAll", "AllGather"] * 2]),
+    ],
+)
+def test_every_step_asks_for_the_same(aggregation: str, kinds: list[str]) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 3)
+    traces = [train(workers, 1, step) for step in range(3)]
+    assert [traced.kind for traced in traces[0]][-len(kinds) :] == kinds
+    assert traces[1] == traces[2] == traces[0][-len(kinds) :]
+
+
+# ---- promises -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    kind=st.sampled_from(KINDS), rank=st.integers(1, 4), width=st.sampled_from([2, 4, 8, 17]),
+    world_size=st.sampled_from([1, 2, 3]), aggregation=st.sampled_from(AGGREGATIONS),
+    warm_start=st.booleans(),
+)  # fmt: skip
+def test_nothing_is_lost(
+    kind: str, rank: int, width: int, world_size: int, aggregation: str, warm_start: bool
+) -> None:
+    compressor = LQSGD(rank, width, warm_start=warm_start, aggregation=aggregation)
+    workers = workers_of(compressor, world_size)
+    total = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    for step in range(4):
+        if step == 2:  # in the middle, another rank
+            for worker in workers:
+                worker.param_groups[0]["rank"] = 5 - rank
+        given = gradients(world_size, step, kind=kind)
+        step_with(workers, given)
+        total = [
+            before + mean([own[i] for own in given if own[i] is not None])
+            for i, before in enumerate(total)
+        ]
+    for index, expected in enumerate(total):
+        kept = mean([errors_of(worker)[index] for worker in workers])
+        found = kept - parameters_of(workers[0])[index].detach()
+        assert difference(found, expected) < 1e-10
+    assert all(replicated(worker) == replicated(workers[0]) for worker in workers)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_changed_rank_keeps_the_columns_that_both_have(aggregation: str) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 2)
+    train(workers, 2)
+    first = parameters_of(workers[0])[0]
+    for worker in workers:
+        worker.param_groups[0]["rank"] = 3
+    before = workers[0].state[first]["q"].clone()
+    train(workers, 1, 2)
+    assert workers[0].state[first]["q"].shape == (10, 3)
+    assert not torch.equal(workers[0].state[first]["q"][:, :2], before)
+    by_hand = workers_of(LQSGD(rank=3, aggregation=aggregation), 2)
+    twins = workers_of(LQSGD(rank=2, aggregation=aggregation), 2)
+    train(twins, 2)
+    for worker, twin in zip(by_hand, twins, strict=True):
+        for parameter, other in zip(parameters_of(worker), parameters_of(twin), strict=True):
+            parameter.data.copy_(other.data)
+            if "q" in twin.state[other]:
+                worker.state[parameter]["q"][:, :2] = twin.state[other]["q"]
+                worker.state[parameter]["error"].copy_(twin.state[other]["error"])
+    train(by_hand, 1, 2)
+    assert bits(parameters_of(by_hand[0])) == bits(parameters_of(workers[0]))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_a_refused_step_changes_nothing(index: int, aggregation: str) -> None:
+    compressor = LQSGD(rank=2, aggregation=aggregation)
+    workers = workers_of(compressor, 3, nonfinite="skip")
+    twins = workers_of(compressor, 3)
+    for optimizers in (workers, twins):
+        train(optimizers, 2)
+    before = bits(snapshot(workers))
+    spoiled = gradients(3, 2)
+    bad = spoiled[1][index]
+    assert bad is not None
+    bad.view(-1)[3] = float("nan")
+    step_with(workers, spoiled)
+    assert bits(snapshot(workers)) == before
+    for optimizers in (workers, twins):
+        train(optimizers, 1, 3)
+    assert bits(list(map(parameters_of, workers))) == bits(list(map(parameters_of, twins)))
+
+
+@pytest.mark.parametrize(("aggregation", "collectives"), [("gather", 3), ("scatter", 5)])
+def test_a_failed_collective_changes_nothing(aggregation: str, collectives: int) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 2)
+    train(workers, 1)
+    before = bits(snapshot(workers))
+    for fail_at in range(collectives):
+        with pytest.raises(CollectiveError):
+            step_with(workers, gradients(2, 1), fail_at=fail_at)
+        assert bits(snapshot(workers)) == before
+    train(workers, 1, 1)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("name", "value"), [("rank", 3), ("bits", 5), ("alpha", 2.0), ("aggregation", None)]
+)
+def test_a_setting_that_one_worker_changes_alone_is_an_error_on_all(
+    name: str, value: Any, aggregation: str
+) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 3)
+    train(workers, 1)
+    other = {"gather": "scatter", "scatter": "gather"}[aggregation]
+    workers[1].param_groups[0][name] = other if value is None else value
+    before = bits(snapshot(workers))
+    with pytest.raises(WorkerMismatchError, match=f"{name}=|level") as caught:
+        train(workers, 1, 1)
+    assert len(caught.value.__notes__) == 2
+    assert bits(snapshot(workers)) == before
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("width", [2, 8, 32])
+def test_zeros_stay_zeros_and_what_comes_after_them_is_learned(
+    width: int, aggregation: str
+) -> None:
+    compressor = LQSGD(rank=2, bits=width, aggregation=aggregation)
+    workers = workers_of(compressor, 2, dtype=torch.float32)
+    nothing = gradients(2, 0, kind="zero")
+    queries = [bits(worker.state[parameters_of(worker)[0]]["q"]) for worker in workers]
+    for _ in range(2):
+        step_with(workers, nothing)
+    assert not any(p.any() for worker in workers for p in (*parameters_of(worker),))
+    assert not any(error.any() for worker in workers for error in errors_of(worker))
+    assert queries == [bits(worker.state[parameters_of(worker)[0]]["q"]) for worker in workers]
+    for _ in range(40):  # the error feedback sends all of it in time
+        step_with(workers, [[gaussian(shape, i) for i, shape in enumerate(SHAPES)]] * 2)
+    for index, shape in enumerate(SHAPES):
+        sent = -parameters_of(workers[0])[index].detach() / 40
+        assert float((sent - gaussian(shape, index)).norm() / sent.norm()) < 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [2, 8, 24])
+def test_sixty_orders_of_magnitude_are_finite_and_powers_of_two_make_no_difference(
+    width: int, kind: str
+) -> None:
+    ends = {}
+    for scale in (1.0, 2.0**-60, 2.0**60, 1e-30, 1e30):
+        workers = workers_of(LQSGD(rank=2, bits=width), 2, dtype=torch.float32)
+        for step in range(3):
+            given = gradients(2, step, kind=kind)
+            step_with(workers, [[g.float() * scale for g in own] for own in given])  # type: ignore[union-attr]
+        ends[scale] = [p.detach().double() / scale for p in parameters_of(workers[0])]
+        assert all(end.isfinite().all() for end in ends[scale])
+        assert any(end.any() for end in ends[scale]) == (kind != "zero")
+    assert bits(ends[1.0]) == bits(ends[2.0**-60]) == bits(ends[2.0**60])
+
+
+def test_what_is_too_large_to_be_sent_is_sent_later() -> None:
+    workers = workers_of(LQSGD(rank=2), 2, [(8, 7)], torch.float32, lr=1e-38)
+    huge = (2e38 * gaussian((8, 7), 1).sign()).float()
+    step_with(workers, [[huge], [huge]])
+    parameter = parameters_of(workers[0])[0]
+    assert parameter.isfinite().all()
+    kept = errors_of(workers[0])[0].double() * 1e-38 - parameter.detach().double()
+    # Each is rounded, at 6e-8.
+    assert difference(kept, 1e-38 * huge.double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("rank", 0, "Must be an integer of at least 1"),
+        ("bits", 1, "from 2 to 32"),
+        ("alpha", -1.0, "at least 0"),
+        ("min_compression_rate", -1.0, "at least 0"),
+        ("warm_start", 1, "Must be a bool"),
+        ("seed", -1, "at least 0"),
+        ("aggregation", "reduce", "'gather', for few workers, or 'scatter'"),
+    ],
+)
+def test_settings_out_of_range_are_an_error(name: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {name}: {value!r}.*{words}"):
+        LQSGD(**{name: value})
+    parameter = torch.zeros(4, 4, requires_grad=True)
+    with pytest.raises(ValueError, match=f"Invalid {name}"):
+        ErrorFeedbackSGD([{"params": [parameter], name: value}], lr=0.1, compressor=LQSGD())
+
+
+# ---- real processes -----------------------------------------------------------------------------
+
+
+@pytest.mark.xdist_group("processes")
+def test_processes_compute_what_lockstep_computes(tmp_path: Path) -> None:
+    reports = launch(script.__file__, 3, tmp_path)
+    for worker, report in enumerate(reports):
+        assert report["rows"] == [[[other, worker, 7] for other in range(3)]] * 3
+    for aggregation in AGGREGATIONS:
+        workers = [script.make(aggregation) for _ in range(3)]
+        for step in range(script.STEPS):
+            for worker, optimizer in enumerate(workers):
+                script.set_gradients(optimizer, step, worker)
+            step_together(workers)
+        expected = [script.fingerprint(optimizer) for optimizer in workers]
+        assert [report[aggregation] for report in reports] == expected
