@@ -34,7 +34,7 @@ def inclusion_probabilities(values: Tensor, count: int) -> Tensor:
     probabilities = torch.zeros_like(values)
     probabilities[:sure] = 1.0
     if sure < count:
-        probabilities[sure:] = ((count - sure) * values[sure:] / rests[sure]).clamp(max=1.0)
+        probabilities[sure:] = (count - sure) * values[sure:] / rests[sure]
     return probabilities
 
 
@@ -58,7 +58,8 @@ def systematic_sample(probabilities: Tensor, count: int, draw: float) -> Tensor:
         >>> [systematic_sample(p, 2, draw).tolist() for draw in (0.0, 0.49, 0.5, 0.75)]
         [[0, 1], [0, 1], [0, 2], [0, 3]]
     """
-    teeth = draw + torch.arange(count, dtype=probabilities.dtype)
+    whole = torch.arange(count, dtype=probabilities.dtype)
+    teeth = torch.minimum(whole + draw, torch.nextafter(whole + 1, whole))  # 1 stays excluded
     found = torch.searchsorted(probabilities.cumsum(0), teeth, right=True)
     # Rounding may leave the last tooth beyond the end.
     return found.clamp_(max=int(probabilities.count_nonzero()) - 1)

@@ -87,6 +87,8 @@ def test_all_integer_dtypes_and_strides_are_packed_alike(bits: int) -> None:
         before = variant.clone()
         assert torch.equal(pack(variant, bits), expected)
         assert torch.equal(variant, before)
+    few = some_codes(40, 1)  # a dtype may be narrower than the codes
+    assert torch.equal(pack(few.bool(), bits), pack(few, bits))
     for first in range(4):  # a packed part of a buffer need not be aligned
         buffer = torch.cat([torch.full((first,), 255, dtype=torch.uint8), expected])
         before = buffer.clone()

@@ -81,7 +81,9 @@ def test_codes_are_those_of_the_definition() -> None:
 def test_equal_elements_are_exact(bits: int, value: float, dtype: torch.dtype) -> None:
     delta = torch.full((5, 3), value, dtype=dtype)
     for stochastic in (False, True):
-        assert torch.equal(decompressed(UniformQuantized(bits, stochastic), delta), delta)
+        compressor = UniformQuantized(bits, stochastic)
+        assert torch.equal(decompressed(compressor, delta), delta)
+        assert not compressor.compress(delta, Draws(0, 0, 0, 0))[0].any()
 
 
 @given(
