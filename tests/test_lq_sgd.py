@@ -190,8 +190,8 @@ def test_bytes_sent_are_bytes_announced(
         announced = compressor.payload_bytes(shapes, dtype, world_size=world_size)
         stats = workers[0].communication_stats()
         assert stats["bytes_sent"] == announced + control_words
-        assert sum(traced.nbytes for traced in trace[-stats["collectives"] :]) == (
-            stats["bytes_sent"]
+        assert (
+            sum(traced.nbytes for traced in trace[-stats["collectives"] :]) == (stats["bytes_sent"])
         )
 
 
