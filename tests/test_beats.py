@@ -42,7 +42,7 @@ def test_a_change_on_one_worker_is_an_error_on_all(name: str, step: int) -> None
         step_with(workers, gradients(number))
     before = snapshot(workers)
     workers[1].param_groups[0]["rank"] = 3
-    with pytest.raises(WorkerMismatchError, match="rank=2 in the group|rank=3 in the group"):
+    with pytest.raises(WorkerMismatchError, match=r"rank=2 in the group|rank=3 in the group"):
         step_with(workers, gradients(step))
     workers[1].param_groups[0]["rank"] = 2
     assert bits(snapshot(workers)) == bits(before)
