@@ -26,8 +26,7 @@ class SignNorm(TensorCompressor):
     Compression Schemes", ICML 2019, arXiv 1901.09847; "Sign+Norm" in PowerSGD (arXiv 1905.13727).
 
     Example:
-        >>> from efsgd import ErrorFeedbackSGD
-        >>> from efsgd.compressors.sign_norm import SignNorm
+        >>> from efsgd import ErrorFeedbackSGD, SignNorm
         >>> x = torch.zeros(3, requires_grad=True)
         >>> x.grad = torch.tensor([1.0, -6.0, 2.0])
         >>> ErrorFeedbackSGD([x], lr=1.0, momentum_form="sgd", compressor=SignNorm()).step()

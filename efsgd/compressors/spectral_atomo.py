@@ -74,8 +74,7 @@ class SpectralAtomo(TensorCompressor):
         ValueError: an argument is out of range.
 
     Example:
-        >>> from efsgd import ErrorFeedbackSGD
-        >>> from efsgd.compressors.spectral_atomo import SpectralAtomo
+        >>> from efsgd import ErrorFeedbackSGD, SpectralAtomo
         >>> model, compressor = torch.nn.Linear(64, 32), SpectralAtomo(rank=2)
         >>> optimizer = ErrorFeedbackSGD(
         ...     model.parameters(), lr=0.1, compressor=compressor, error_feedback=False

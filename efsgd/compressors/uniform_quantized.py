@@ -44,8 +44,7 @@ class UniformQuantized(TensorCompressor):
         ValueError: an argument is out of range.
 
     Example:
-        >>> from efsgd import ErrorFeedbackSGD
-        >>> from efsgd.compressors.uniform_quantized import UniformQuantized
+        >>> from efsgd import ErrorFeedbackSGD, UniformQuantized
         >>> x = torch.zeros(4, requires_grad=True)
         >>> x.grad = torch.tensor([0.0, 3.0, 1.25, 1.75])
         >>> compressor = UniformQuantized(bits=2)
