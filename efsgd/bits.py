@@ -12,6 +12,8 @@ from torch import Tensor
 __all__ = ["MAX_BITS", "pack", "packed_size", "unpack"]
 
 MAX_BITS = 32
+# By the bits of a code: integers that are as large as eight codes together.
+_EIGHT_CODES = {2: torch.int16, 4: torch.int32}
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -47,21 +49,25 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     _validate(bits)
     if bits == 8:
         return codes.to(torch.uint8)
-    if bits > 8:  # the low bytes of all codes, then what is above them
-        return torch.cat([pack(codes & 0xFF, 8), pack(codes >> 8, bits - 8)])
     count = len(codes)
+    if bits > 8:  # the lowest bytes of all codes, then those above them, and so on
+        wide = codes.contiguous() if 8 * codes.dtype.itemsize >= bits else codes.long()
+        bytes_ = wide.view(torch.uint8).view(count, wide.dtype.itemsize)
+        widths = _widths(bits)
+        return torch.cat([pack(bytes_[:, byte], width) for byte, width in enumerate(widths)])
     if bits == 1:
         # Eight bytes that are 0 or 1 are one word; this product has their sum, each shifted to a
         # bit of its own, in its highest byte.
-        bytes_ = _padded(codes.to(torch.uint8), 8)
-        packed = (bytes_.view(torch.int64) * 0x0102040810204080) >> 56
-        return packed.to(torch.uint8)
-    groups = _padded(codes.to(torch.uint8), 8).view(-1, 8).long()
-    words = torch.zeros(len(groups), dtype=torch.int64, device=codes.device)
-    for position in range(8):
-        words |= groups[:, position] << (bits * position)
-    packed = words.view(torch.uint8).view(-1, 8)[:, :bits]
-    return packed.reshape(-1)[: packed_size(count, bits)]
+        words = _padded(codes.to(torch.uint8), 8).view(torch.int64)
+        return ((words * 0x0102040810204080) >> 56).to(torch.uint8)
+    words = _padded(codes.to(torch.uint8), 8).view(torch.int64).clone()  # a code in each byte
+    for lane in (8, 16, 32):
+        width = bits * lane // 8  # of what is in use of each lane, at its lower end
+        upper = (words >> lane).bitwise_and_(_in_every_second(lane, width))
+        words.sub_(upper, alpha=(1 << lane) - (1 << width))
+    if bits in _EIGHT_CODES:
+        return words.to(_EIGHT_CODES[bits]).view(torch.uint8)[: packed_size(count, bits)]
+    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[: packed_size(count, bits)]
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
@@ -79,22 +85,39 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     if bits == 8:
         return packed.clone()
     if bits > 8:
-        low, high = unpack(packed[:count], count, 8), unpack(packed[count:], count, bits - 8)
-        return low.long() | high.long() << 8
+        codes = torch.zeros(count, dtype=torch.int64, device=packed.device)
+        bytes_ = codes.view(torch.uint8).view(count, 8)
+        for byte, width in enumerate(_widths(bits)):
+            size = packed_size(count, width)
+            bytes_[:, byte] = unpack(packed[:size], count, width)
+            packed = packed[size:]
+        return codes
     if bits == 1:
         words = _spread_bytes(packed.device)[packed.long()]
         return words.view(torch.bool)[:count]
     groups = _padded(packed, bits).view(-1, bits)
-    words = torch.zeros(len(groups), 8, dtype=torch.uint8, device=packed.device)
-    words[:, :bits] = groups
-    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
-    codes = (words.view(torch.int64) >> shifts) & ((1 << bits) - 1)  # [groups, 8]
-    return codes.to(torch.uint8).reshape(-1)[:count]
+    words = torch.zeros(len(groups), dtype=torch.int64, device=packed.device)
+    words.view(torch.uint8).view(-1, 8)[:, :bits] = groups
+    for lane in (32, 16, 8):
+        width = bits * lane // 8
+        upper = (words >> width).bitwise_and_(_in_every_second(lane, width))
+        words.add_(upper, alpha=(1 << lane) - (1 << width))
+    return words.view(torch.uint8)[:count]
 
 
 def _validate(bits: int) -> None:
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"Invalid bits: {bits}. Must be from 1 to {MAX_BITS}.")
+
+
+def _widths(bits: int) -> list[int]:
+    """How many bits of each of its bytes a code has, the lowest byte first."""
+    return [min(8, bits - first) for first in range(0, bits, 8)]
+
+
+def _in_every_second(lane: int, width: int) -> int:
+    """`width` bits at the lower end of every second lane of a word of 64 bits."""
+    return sum(((1 << width) - 1) << first for first in range(0, 64, 2 * lane))
 
 
 def _padded(values: Tensor, multiple: int) -> Tensor:
