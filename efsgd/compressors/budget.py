@@ -1,0 +1,120 @@
+"""How much of a tensor is sent: a share of its elements, or as much as PowerSGD would send."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efsgd.blocks import matrix_shape
+from efsgd.compressors.tensor_compressor import TensorCompressor
+from efsgd.payload import Field
+from efsgd.units import Draws, Payload
+
+__all__ = [
+    "BudgetCompressor",
+    "elements_of_density",
+    "floats_of_rank",
+    "is_share",
+    "validate_seed",
+]
+
+
+def elements_of_density(shape: Sequence[int], density: float) -> int:
+    """This share of a tensor's elements, rounded down, but at least one.
+
+    Example:
+        >>> from efsgd.compressors.budget import elements_of_density
+        >>> elements_of_density((64, 27), 0.01), elements_of_density((10,), 0.01)
+        (17, 1)
+    """
+    return max(1, int(density * math.prod(shape)))
+
+
+def floats_of_rank(shape: Sequence[int], rank: int) -> int:
+    """What PowerSGD of this rank sends of a tensor, min(r·(n + m), n·m) numbers.
+
+    The tensor is seen as the matrix [n, m], n its first dimension, and r = min(n, m, rank). Of a
+    vector that is all.
+
+    Source: Vogels, Karimireddy, Jaggi: "PowerSGD", NeurIPS 2019, arXiv 1905.13727, whose
+    comparison with other compressors gives all of them this budget.
+
+    Example:
+        >>> from efsgd.compressors.budget import floats_of_rank
+        >>> floats_of_rank((64, 3, 3, 3), 2), floats_of_rank((64,), 2)
+        (182, 64)
+    """
+    n, m = matrix_shape(shape)
+    return min(min(n, m, rank) * (n + m), n * m)
+
+
+def is_share(value: object) -> bool:
+    """Whether it is a number above 0 and at most 1."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def validate_seed(seed: object) -> None:
+    """Raises ValueError where `seed` is no integer of at least 0."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"Invalid seed: {seed!r}. Must be an integer of at least 0.")
+
+
+@dataclass(frozen=True)
+class BudgetCompressor(TensorCompressor):
+    """What compressors have in common that send some elements of a tensor as they are.
+
+    Subclasses write `compress` and `add_decompressed_`.
+
+    Attributes:
+        density: which share of a tensor's elements is sent, above 0 and at most 1.
+        rank: in place of `density`, the rank of a PowerSGD that sends as many floats.
+
+    Raises:
+        ValueError: one of them is out of range, or both are given, or none.
+    """
+
+    density: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        density, rank = self.density, self.rank
+        if (density is None) == (rank is None):
+            raise ValueError(
+                f"Invalid density and rank: {density!r} and {rank!r}. Must be one of them, not "
+                f"both and not none; set the other to None."
+            )
+        if density is not None and not is_share(density):
+            raise ValueError(
+                f"Invalid density: {density!r}. Must be a number above 0 and at most 1; 0.01 "
+                f"sends one element in a hundred."
+            )
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+        if rank is not None and not is_rank:
+            raise ValueError(f"Invalid rank: {rank!r}. Must be an integer of at least 1.")
+
+    def count(self, shape: Sequence[int]) -> int:
+        """How many elements of a tensor of this shape are sent."""
+        if self.density is not None:
+            return elements_of_density(shape, self.density)
+        assert self.rank is not None
+        return floats_of_rank(shape, self.rank)
+
+    def compresses(self, shape: Sequence[int]) -> bool:
+        """Whether fewer elements are sent than there are; otherwise all are, uncompressed."""
+        return self.count(shape) < math.prod(shape)
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        """As many values."""
+        return (Field(self.count(shape)),)
+
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        """What was sent, at its places, and zeros between."""
+        out = payload[0].new_zeros(shape)
+        self.add_decompressed_(out, payload, draws, 1.0)
+        return out
+
+    def sent_share(self, shape: Sequence[int]) -> float:
+        """The part of a tensor's elements that is sent: 1 where it is not compressed."""
+        return self.count(shape) / math.prod(shape) if self.compresses(torch.Size(shape)) else 1.0

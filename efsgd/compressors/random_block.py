@@ -1,0 +1,75 @@
+"""Random Block: a run of elements of each tensor, drawn anew at each step."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from efsgd.compressors.base import Claims
+from efsgd.compressors.budget import BudgetCompressor, validate_seed
+from efsgd.units import Draws, Payload
+
+__all__ = ["RandomBlock"]
+
+
+@dataclass(frozen=True)
+class RandomBlock(BudgetCompressor):
+    """Sends one block of consecutive elements of each tensor, the same on every worker.
+
+    Its start is uniform over the tensor; a block that reaches the end goes on at the beginning. It
+    is not sent, since all workers draw the same one, so that values are averaged in the all-reduce
+    that carries the uncompressed tensors.
+
+    Source: Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for
+    Distributed Optimization", NeurIPS 2019, arXiv 1905.13727, "Random Block" in the comparison with
+    other compressors.
+
+    Attributes:
+        density: which share of a tensor's elements is sent, above 0 and at most 1. May be set per
+            parameter group.
+        rank: in place of `density`, the rank of a PowerSGD that sends as many floats; vectors are
+            then sent uncompressed. May be set per parameter group.
+        seed: of the blocks, the same on every worker.
+
+    Raises:
+        ValueError: a setting is out of range, or density and rank are both given, or none.
+
+    Example:
+        >>> from efsgd.compressors.random_block import RandomBlock
+        >>> RandomBlock(rank=2).payload_bytes([(64, 27), (64,)])  # 182 values, and a vector
+        984
+    """
+
+    seed: int = 0
+
+    averages: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate_seed(self.seed)
+
+    def claims(self) -> Claims:
+        """It is averaged; each element is sent with the same probability."""
+        return Claims(averages=True, is_random=True, contraction=self.sent_share)
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        """The values of this step's block, from its start on."""
+        flat = delta.view(-1)
+        block, wrapped = self._block(delta.shape, draws)
+        return (torch.cat([flat[block], flat[wrapped]]),)
+
+    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """Adds to the block alone (`out` is modified in place)."""
+        flat, (values,) = out.view(-1), payload
+        block, wrapped = self._block(out.shape, draws)
+        flat[block].add_(values[: block.stop - block.start], alpha=alpha)
+        flat[wrapped].add_(values[block.stop - block.start :], alpha=alpha)
+
+    def _block(self, shape: torch.Size, draws: Draws) -> tuple[slice, slice]:
+        """Where the block lies: its part up to the end of the tensor, and the rest at the front."""
+        numel = shape.numel()
+        # So many numbers that the remainder is uniform to within 1e-9, whatever the tensor's size.
+        start = int(torch.randint(2**62, (), generator=draws.shared())) % numel
+        end = start + self.count(shape)
+        return slice(start, min(end, numel)), slice(0, max(end - numel, 0))

@@ -1,0 +1,121 @@
+"""Random K: elements of each tensor at random, drawn anew at each step."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from efsgd.compressors.base import Claims
+from efsgd.compressors.budget import BudgetCompressor, validate_seed
+from efsgd.units import Draws, Payload
+
+__all__ = ["RandomK", "draw_subset"]
+
+
+# Above this share of the elements, marking all that are drawn is faster than sorting them.
+SMALL_SHARE = 1 / 32
+
+
+def draw_subset(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """Draws k different positions in a tensor; all subsets of that size are equally likely.
+
+    Args:
+        numel: of the tensor, up to 2**53.
+        k: at most numel.
+        generator: on the CPU.
+
+    Returns:
+        [k] int64, in ascending order, on the CPU.
+
+    Example:
+        >>> from efsgd.compressors.random_k import draw_subset
+        >>> draw_subset(5, 3, torch.Generator().manual_seed(0)).tolist()
+        [0, 2, 3]
+    """
+    is_small = k <= numel * SMALL_SHARE
+    return _few(numel, k, generator) if is_small else _many(numel, k, generator)
+
+
+def _few(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """In O(k log k): a few too many with replacement, of which some are taken away again.
+
+    How many different ones have come up decides alone what is done next. So whatever their number,
+    all subsets of that size are equally likely.
+    """
+    found = torch.empty(0, dtype=torch.int64)
+    while (missing := k - len(found)) > 0:
+        expected = numel * math.log((numel - len(found)) / (numel - k))
+        count = int(expected + 4 * math.sqrt(missing * k / numel)) + 4
+        found = torch.cat([found, _with_replacement(numel, count, generator)]).unique()
+    is_kept = torch.ones(len(found), dtype=torch.bool)
+    is_kept[_many(len(found), len(found) - k, generator)] = False
+    return found[is_kept]
+
+
+def _many(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """In O(numel): marks positions, or those to leave out if they are fewer, until it is enough."""
+    is_marked = torch.zeros(numel, dtype=torch.bool)
+    enough = min(k, numel - k)
+    while (missing := enough - int(is_marked.count_nonzero())) > 0:
+        is_marked[_with_replacement(numel, missing, generator)] = True
+    return (is_marked if enough == k else ~is_marked).nonzero().view(-1)
+
+
+def _with_replacement(numel: int, count: int, generator: torch.Generator) -> Tensor:
+    # Of so many numbers the remainders are equally likely to within 1e-9, up to 2**32 elements.
+    return torch.randint(2**62, (count,), generator=generator) % numel
+
+
+@dataclass(frozen=True)
+class RandomK(BudgetCompressor):
+    """Sends elements of each tensor that are drawn at random, the same on every worker.
+
+    They are drawn without replacement. Their positions are not sent, since all workers draw the
+    same ones, so that values are averaged in the all-reduce that carries the uncompressed tensors.
+
+    Sources: Stich, Cordonnier, Jaggi: "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599;
+    Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+    Optimization", NeurIPS 2019, arXiv 1905.13727, "Random K" in the comparison with other
+    compressors.
+
+    Attributes:
+        density: which share of a tensor's elements is sent, above 0 and at most 1. May be set per
+            parameter group.
+        rank: in place of `density`, the rank of a PowerSGD that sends as many floats; vectors are
+            then sent uncompressed. May be set per parameter group.
+        seed: of the positions, the same on every worker.
+
+    Raises:
+        ValueError: a setting is out of range, or density and rank are both given, or none.
+
+    Example:
+        >>> from efsgd.compressors.random_k import RandomK
+        >>> RandomK(density=0.25).payload_bytes([(64, 32), (64,)])  # 512 values, and 16
+        2112
+    """
+
+    seed: int = 0
+
+    averages: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate_seed(self.seed)
+
+    def claims(self) -> Claims:
+        """It is averaged; each element is sent with the same probability."""
+        return Claims(averages=True, is_random=True, contraction=self.sent_share)
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        """The values at this step's positions."""
+        return (delta.view(-1)[self._positions(delta, draws)],)
+
+    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """Adds to the drawn positions alone (`out` is modified in place)."""
+        out.view(-1).index_add_(0, self._positions(out, draws), payload[0], alpha=alpha)
+
+    def _positions(self, tensor: Tensor, draws: Draws) -> Tensor:
+        drawn = draw_subset(tensor.numel(), self.count(tensor.shape), draws.shared())
+        return drawn.to(tensor.device)
