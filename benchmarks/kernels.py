@@ -20,8 +20,8 @@ from benchmarks.results import describe_machine, show, write_results
 from benchmarks.timing import Quartiles, Runner, clock_for, measure
 from efsgd.error_feedback import descend_
 from efsgd.fusion import Fusion
+from efsgd.low_rank import FLOATS_AT_ONCE, subtract_
 from efsgd.orthogonalization import orthogonalize
-from efsgd.powersgd import FLOATS_AT_ONCE, subtract_
 
 __all__ = ["SHAPES", "gram_schmidt", "kernels", "taken"]
 

@@ -218,6 +218,7 @@ class Blocks:
         device: of the matrices.
         vectors: flat buffer [layout.vector_floats] for the vectors and, before them, the control
             words; None where there are only matrices.
+        flat: memory for `flat`, of this dtype and device; None: new memory, filled with zeros.
     """
 
     def __init__(
@@ -226,9 +227,12 @@ class Blocks:
         dtype: torch.dtype,
         device: torch.device,
         vectors: Tensor | None = None,
+        flat: Tensor | None = None,
     ) -> None:
         self.layout = layout
-        self.flat = torch.zeros(layout.matrix_floats, dtype=dtype, device=device)
+        if flat is None:
+            flat = torch.zeros(layout.matrix_floats, dtype=dtype, device=device)
+        self.flat = flat
         self.batches = [
             part.view(len(batch.entries), batch.rows, batch.columns)
             for batch, part in zip(

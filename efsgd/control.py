@@ -98,9 +98,10 @@ class ControlWords:
         this worker, and the schedule stays as it is.
 
         Args:
-            exchange: the collectives of one section; its first buffer holds `words` and must be
-                finite only if all gradients are.
-            words: the words' place in that buffer.
+            exchange: the collectives of one section; its first buffer begins with the words and
+                must be finite only if all gradients are.
+            words: holds the words' mean once the exchange has returned; may be the head of that
+                first buffer.
             gradients: this worker's gradients, in the order of the words.
             has_overflowed: it is known already that a gradient of this worker is not finite.
             is_unable: this worker has met an error and cannot take part.
@@ -115,8 +116,9 @@ class ControlWords:
 
         def outgoing(collective: Collective) -> None:
             nonlocal is_first, is_good
+            head = collective.buffer[: len(words)]
             if is_first:
-                words.zero_()  # what the last step has left there is not this worker's
+                head.zero_()  # what the last step has left there is not this worker's
                 is_good = is_good and not has_overflowed and all_finite(collective.buffer)
                 if not is_good:
                     code = self._overflowed if is_scaled else self._first_nonfinite(gradients)
@@ -125,7 +127,7 @@ class ControlWords:
             if not is_good:
                 collective.buffer.zero_()
             if is_first:
-                words.copy_(own)
+                head.copy_(own)
             is_first = False
 
         def incoming(answer: Tensor) -> None:

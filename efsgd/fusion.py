@@ -32,7 +32,7 @@ class Fusion:
     Numbers are passed as tensors, so that a new learning rate compiles nothing.
 
     Example:
-        >>> from efsgd.powersgd import subtract_
+        >>> from efsgd.low_rank import subtract_
         >>> from efsgd.fusion import Fusion
         >>> p_hat, q, x = torch.ones(512, 1), torch.ones(1, 512), torch.ones(512, 512)
         >>> if Fusion().apply_(subtract_, p_hat, q, [x], {}):

@@ -57,6 +57,8 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             them, where that is faster. Results are the same to rounding. The same for all groups
             and on all workers, and not changed by loading a checkpoint. The first step takes
             longer; where there is no compiler, a warning says so and steps run as without.
+        alternating: whether a step multiplies from one side only, by turns: one all-reduce per
+            step in place of two, and half the bytes. See `efsgd.PowerSGD`.
         process_group: the workers; None is the default group, looked up at each step. Without
             torch.distributed there is one worker, and nothing is communicated.
 
@@ -99,6 +101,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         check_every: int = 0,
         seed: int = 0,
         compile: bool = False,
+        alternating: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
@@ -112,7 +115,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
-            compressor=PowerSGD(rank, min_compression_rate, warm_start, seed, compile),
+            compressor=PowerSGD(rank, min_compression_rate, warm_start, seed, compile, alternating),
             momentum_form=momentum_form,
             error_feedback=error_feedback,
             start_compressing_at=start_compressing_at,

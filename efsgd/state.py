@@ -6,11 +6,12 @@
     momentum_started  bool []: whether m was ever updated (torch.optim.SGD's first is undampened)
     error             e_w, shape of p, float32 or float64; for compressed tensors
     q                 PowerSGD's warm-started Q, [m, r], float32 or float64; for compressed tensors
+    p                 with `alternating=True` the warm-started P, [n, r], of the same dtype
 
 A complex parameter is worked on as its real view, [..., 2], and that is its error's shape.
 
-During training `error` and `q` are live views of batched buffers. Like any optimizer's state they
-change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
+During training `error`, `q` and `p` are live views of batched buffers. Like any optimizer's state
+they change with the next step: copy a state_dict (torch.save, copy.deepcopy) to keep it.
 """
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from efsgd import PowerSGD
 from efsgd.blocks import Blocks, Entry, Layout, matrix_shape
 from efsgd.collectives import Exchange, run
-from efsgd.powersgd import LowRank, PowerIteration
+from efsgd.low_rank import LowRank
+from efsgd.powersgd import PowerIteration
 from efsgd.query import initial_query
 from efsgd.testing import lockstep
 from efsgd.transports import Alone

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import profile
 
-from efsgd import PowerSGDOptimizer, powersgd
+from efsgd import PowerSGDOptimizer, low_rank
 from efsgd.blocks import Batch, Entry
 from tests.simulation import make_workers, parameters_of, step_with
 from tests.strategies import gaussian
@@ -49,7 +49,7 @@ def test_the_size_of_the_pieces_does_not_matter(
     shapes = [(12, 10), (6, 5, 3, 3), (12, 10), (30,), (12, 10)]
     ends = []
     for floats in (1, 37, 240, 2**19):
-        monkeypatch.setattr(powersgd, "FLOATS_AT_ONCE", floats)
+        monkeypatch.setattr(low_rank, "FLOATS_AT_ONCE", floats)
         start = [gaussian(shape, 1, i) for i, shape in enumerate(shapes)]
         workers = make_workers(start, 2, lr=0.1, rank=2, **options)
         for step in range(4):
@@ -104,5 +104,5 @@ def test_memory_is_momenta_errors_scratch_and_factors(options: dict[str, Any]) -
             optimizer.step()
     peak = max(itertools.accumulate(changes_of(profiler)))
     everything = sum(4 * p.numel() for p in ps)
-    pieces = 4 * powersgd.FLOATS_AT_ONCE / everything
+    pieces = 4 * low_rank.FLOATS_AT_ONCE / everything
     assert 3.0 < peak / everything - pieces <= 3.1

@@ -1,13 +1,14 @@
 """PowerSGD as a compressor: which tensors, at which rank, starting from which Q."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from efsgd.alternating import AlternatingPowerIteration, initial_left
 from efsgd.blocks import Entry, Layout, matrix_shape
 from efsgd.compressors.base import Claims
 from efsgd.fusion import has_compiler, shared_fusion
@@ -34,6 +35,9 @@ class PowerSGD:
             anew at each step.
         seed: of Q's first values, the same on every worker.
         compile: whether torch.compile fuses products of ranks up to 8 into what is done with them.
+        alternating: whether a step multiplies from one side only, by turns from the right and from
+            the left: one all-reduce per step and half the bytes, and in each step an approximation
+            from a subspace that is one step older. See `efsgd.alternating`.
 
     Example:
         >>> from efsgd import PowerSGD
@@ -49,6 +53,7 @@ class PowerSGD:
     warm_start: bool = True
     seed: int = 0
     compile: bool = False
+    alternating: bool = False
 
     def __post_init__(self) -> None:
         self.validate(self.settings())
@@ -59,7 +64,7 @@ class PowerSGD:
 
     def shared_settings(self) -> tuple[str, ...]:
         """Names of the settings that must be the same in every group."""
-        return ("warm_start", "seed", "compile")
+        return ("warm_start", "seed", "compile", "alternating")
 
     def validate(self, settings: Mapping[str, Any]) -> None:
         """Checks the settings of one group.
@@ -78,7 +83,7 @@ class PowerSGD:
                 f"Invalid min_compression_rate: {rate!r}. Must be a number of at least 0; "
                 f"1.0 compresses wherever fewer floats are sent."
             )
-        for name in ("warm_start", "compile"):
+        for name in ("warm_start", "compile", "alternating"):
             if not isinstance(settings[name], bool):
                 raise ValueError(f"Invalid {name}: {settings[name]!r}. Must be a bool.")
         if not isinstance(settings["seed"], int) or settings["seed"] < 0:
@@ -93,6 +98,13 @@ class PowerSGD:
     ) -> int:
         """r·(n + m) numbers for each matrix, and all those of other tensors.
 
+        With `alternating`, r·n and r·m by turns.
+
+        Args:
+            shapes: of all tensors.
+            dtype: of errors and factors: float32, or float64 for parameters of that precision.
+            step: counted from the first that compresses.
+
         Example:
             >>> from efsgd import PowerSGD
             >>> PowerSGD(rank=2).payload_bytes([(64, 32), (64,)])
@@ -101,11 +113,23 @@ class PowerSGD:
         floats = 0
         for shape in shapes:
             rank = self.level(shape, self.settings())
-            floats += math.prod(shape) if rank is None else rank * sum(matrix_shape(shape))
+            if rank is None:
+                floats += math.prod(shape)
+            else:
+                floats += self._floats_of(*matrix_shape(shape), rank, step)
         return floats * dtype.itemsize
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> None:
-        """All steps are alike."""
+    def _floats_of(self, n: int, m: int, rank: int, step: int) -> int:
+        """What is sent for one matrix in a step, counted from the first that compresses."""
+        if self.alternating:
+            return rank * (n if step % 2 == 0 else m)
+        return rank * (n + m)
+
+    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+        """With `alternating`, which side it is that a step multiplies from. Else all are alike."""
+        if not settings["alternating"]:
+            return None
+        return "left" if (step - start_of(settings)) % 2 else "right"
 
     def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int | None:
         """The rank at which a tensor of this shape is sent; None: uncompressed."""
@@ -116,11 +140,14 @@ class PowerSGD:
         return r if n * m > settings["min_compression_rate"] * r * (n + m) else None
 
     def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-        """{"q": the first Q, [m, r] float64}."""
+        """{"q": the first Q, [m, r] float64}; with `alternating` also "p", the first P, [n, r]."""
         rank = entry.level
         assert isinstance(rank, int)
-        _, m = matrix_shape(entry.shape)
-        return {"q": initial_query(settings["seed"], entry.index, m, rank)}
+        n, m = matrix_shape(entry.shape)
+        state = {"q": initial_query(settings["seed"], entry.index, m, rank)}
+        if settings["alternating"]:
+            state["p"] = initial_left(settings["seed"], entry.index, n, rank)
+        return state
 
     def aggregator(
         self,
@@ -129,10 +156,22 @@ class PowerSGD:
         dtype: torch.dtype,
         device: torch.device,
         worker: int = 0,
-    ) -> PowerIteration:
-        """Algorithm 1 for the tensors of one layout."""
-        fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None
-        seed, warm_start = settings["seed"], settings["warm_start"]
-        return PowerIteration(
-            layout, dtype, device, seed=seed, warm_start=warm_start, fusion=fusion
-        )
+    ) -> PowerIteration | AlternatingPowerIteration:
+        """Algorithm 1, or its alternating form, for the tensors of one layout."""
+        options = options_of(settings, device)
+        if settings["alternating"]:
+            return AlternatingPowerIteration(
+                layout, dtype, device, start=start_of(settings), **options
+            )
+        return PowerIteration(layout, dtype, device, **options)
+
+
+def start_of(settings: Mapping[str, Any]) -> int:
+    """The number of the first step that compresses, of the optimizer whose settings these are."""
+    return int(settings.get("start_compressing_at", 0))
+
+
+def options_of(settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all aggregators of this family are given."""
+    fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None
+    return {"seed": settings["seed"], "warm_start": settings["warm_start"], "fusion": fusion}

@@ -1,0 +1,115 @@
+"""PowerSGD+ as a compressor: PowerSGD whose subspace is found anew every so many steps."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from efsgd.blocks import Layout
+from efsgd.compressors.powersgd import PowerSGD, options_of, start_of
+from efsgd.powersgd_plus import RefreshedPowerIteration
+
+__all__ = ["PowerSGDPlus"]
+
+_CHOICES = {"svd": ("exact", "randomized"), "refresh_update": ("low_rank", "exact")}
+
+
+@dataclass(frozen=True)
+class PowerSGDPlus(PowerSGD):
+    """Rank-r compression with a periodic SVD (Xie, Chen, Yuan 2025, arXiv 2509.11254).
+
+    In the first compressed step and every `refresh_every` steps after it, the workers average their
+    whole matrices and take the subspace of the mean's largest singular values. All other steps are
+    PowerSGD's. It leaves no subspace unseen, as PowerSGD may where its first Q misses one exactly;
+    the price is a step at the full size of the gradients. Of a rank-1 ResNet18, a refresh every 50
+    steps sends 5.9 times the bytes of PowerSGD, one every 1000 steps 1.2 times.
+
+    The settings that are not described here are those of `PowerSGD`.
+
+    Attributes:
+        refresh_every: τ, the number of steps from one refresh to the next, at least 1.
+        svd: "exact", by LAPACK, or "randomized", by two steps of power iteration on r + 8 columns.
+            On one core of a CPU that shares it, a [512, 4608] matrix takes 0.6 seconds exactly and
+            0.03 randomized, beside 0.007 for the products of an ordinary step; a [28869, 650] one
+            2.1, 0.26 and 0.09. Take "randomized" where 1 / `refresh_every` of the exact time is
+            much. Where singular values hardly decay it finds a slightly worse subspace.
+        refresh_update: what a refresh applies: "low_rank", the best approximation of rank r, the
+            rest of which stays in the errors; or "exact", the mean itself, which has been sent
+            anyway. Errors then are zero.
+
+    Example:
+        >>> from efsgd import ErrorFeedbackSGD
+        >>> from efsgd.compressors.powersgd_plus import PowerSGDPlus
+        >>> model = torch.nn.Linear(64, 32)
+        >>> compressor = PowerSGDPlus(rank=2, refresh_every=100)
+        >>> optimizer = ErrorFeedbackSGD(model.parameters(), lr=0.1, compressor=compressor)
+        >>> shapes = [p.shape for p in model.parameters()]
+        >>> [compressor.payload_bytes(shapes, step=step) for step in (0, 1)]
+        [8576, 896]
+    """
+
+    # Not a choice: what would alternate is found by the refresh.
+    alternating: bool = field(default=False, init=False, repr=False)
+    refresh_every: int = 50
+    svd: str = "exact"
+    refresh_update: str = "low_rank"
+
+    def shared_settings(self) -> tuple[str, ...]:
+        """Names of the settings that must be the same in every group."""
+        return (*super().shared_settings(), "refresh_every", *_CHOICES)
+
+    def validate(self, settings: Mapping[str, Any]) -> None:
+        """Checks the settings of one group.
+
+        Raises:
+            ValueError: a setting is of the wrong type or out of range.
+        """
+        super().validate(settings)
+        every = settings["refresh_every"]
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(
+                f"Invalid refresh_every: {every!r}. Must be a number of steps, at least 1. For "
+                f"steps without any refresh, use efsgd.PowerSGD."
+            )
+        for name, choices in _CHOICES.items():
+            if settings[name] not in choices:
+                raise ValueError(
+                    f"Invalid {name}: {settings[name]!r}. Must be {choices[0]!r} or {choices[1]!r}."
+                )
+        if settings["alternating"]:
+            raise ValueError(
+                "Invalid alternating: True. Must be False, since a refresh of PowerSGD+ begins a "
+                "step of both sides; use efsgd.PowerSGD(alternating=True)."
+            )
+
+    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+        """Either "refresh" or "ordinary"."""
+        since = step - start_of(settings)
+        is_refresh = since >= 0 and since % settings["refresh_every"] == 0
+        return "refresh" if is_refresh else "ordinary"
+
+    def _floats_of(self, n: int, m: int, rank: int, step: int) -> int:
+        if step % self.refresh_every != 0:
+            return super()._floats_of(n, m, rank, step)
+        return n * m + (rank * m if self.refresh_update == "low_rank" else 0)
+
+    def aggregator(
+        self,
+        layout: Layout,
+        settings: Mapping[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        worker: int = 0,
+    ) -> RefreshedPowerIteration:
+        """PowerSGD+ for the tensors of one layout."""
+        return RefreshedPowerIteration(
+            layout,
+            dtype,
+            device,
+            refresh_every=settings["refresh_every"],
+            start=start_of(settings),
+            svd=settings["svd"],
+            is_exact=settings["refresh_update"] == "exact",
+            **options_of(settings, device),
+        )
