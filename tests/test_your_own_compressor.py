@@ -30,7 +30,7 @@ def test_it_has_at_most_thirty_lines_of_code() -> None:
 
 
 def test_it_keeps_the_laws_for_all_compressors() -> None:
-    check_compressor(Sketch(bin_size=4), processes=0)
+    check_compressor(Sketch(bin_size=4), world_sizes=(1, 3), processes=0)
 
 
 def test_a_setting_out_of_range_is_refused() -> None:
