@@ -150,6 +150,8 @@ class Format:
         Args:
             buffer: [nbytes] uint8, from any worker.
         """
+        if buffer.storage_offset() % 8 != 0:
+            buffer = buffer.clone()  # so that eight bytes can be read at a time
         parts = {}
         for kind, region in self._regions.items():
             place = buffer[region.first : region.first + region.nbytes]
