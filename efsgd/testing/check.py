@@ -21,6 +21,7 @@ LAWS: tuple[Law, ...] = (
     laws.survives_scales,
     laws.keeps_workers_equal,
     laws.loses_nothing,
+    laws.knows_the_norm,
     laws.contracts_as_claimed,
     laws.is_unbiased_as_claimed,
     laws.repeats_to_the_bit,

@@ -58,9 +58,9 @@ def work(worker: int, world_size: int, name: str, packed: Sequence[bytes]) -> No
     torch.set_num_threads(1)
     folder = Path(name)
     try:
-        store = dist.FileStore(str(folder / "store"), world_size)
+        meeting = (folder / "store").as_uri()
         dist.init_process_group(
-            "gloo", store=store, rank=worker, world_size=world_size, timeout=PATIENCE
+            "gloo", init_method=meeting, rank=worker, world_size=world_size, timeout=PATIENCE
         )
         for number, data in enumerate(packed):
             course = _take_part(pickle.loads(data), worker)

@@ -38,6 +38,7 @@ _REMEDY = (
     "what it draws; and a buffer in flight belongs to its collective."
 )
 
+
 @law
 def agrees_in_processes(trial: Trial) -> None:
     """Real worker processes compute what lockstep computes, over a torch.distributed group.

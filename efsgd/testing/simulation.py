@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from efsgd.compressors import Compressor
-from efsgd.members import members
 from efsgd.error_feedback_sgd import ErrorFeedbackSGD
+from efsgd.members import members
 from efsgd.plan import replicated
 from efsgd.testing.gradients import Gradients
 from efsgd.testing.lockstep import Traced, step_together

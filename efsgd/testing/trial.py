@@ -61,9 +61,7 @@ class Trial:
                 f"one of them and none below 1."
             )
         if not self.shapes or not any(math.prod(shape) for shape in self.shapes):
-            raise ValueError(
-                f"Invalid shapes: {self.shapes!r}. At least one must have an element."
-            )
+            raise ValueError(f"Invalid shapes: {self.shapes!r}. At least one must have an element.")
         if self.steps < 1:
             raise ValueError(f"Invalid steps: {self.steps!r}. Must be at least 1.")
         if self.processes < 0:
@@ -76,6 +74,11 @@ class Trial:
     def several(self) -> int:
         """The smallest number of workers above one, if there is one."""
         return min((size for size in self.world_sizes if size > 1), default=1)
+
+    @property
+    def fewest_and_most(self) -> tuple[int, ...]:
+        """The smallest and the largest number of workers, for what hardly depends on it."""
+        return tuple(sorted({min(self.world_sizes), max(self.world_sizes)}))
 
     def simulate(
         self,
@@ -125,14 +128,12 @@ def law(function: Law) -> Law:
             function(trial)
         except CompressorLawError:
             raise
-        except Violation as violation:
-            name = function.__name__
-            cause = violation.__cause__
-            raise CompressorLawError(name, trial.compressor, violation) from cause
         except Exception as error:
-            violation = Violation(
-                f"it raised {type(error).__name__}: {error}", "Its methods must not raise."
-            )
-            raise CompressorLawError(function.__name__, trial.compressor, violation) from error
+            found, cause = error, error.__cause__
+            if not isinstance(error, Violation):
+                what = f"it raised {type(error).__name__}: {error}"
+                found, cause = Violation(what, "Its methods must not raise."), error
+            assert isinstance(found, Violation)
+            raise CompressorLawError(function.__name__, trial.compressor, found) from cause
 
     return checked

@@ -30,7 +30,6 @@ class CompressorLawError(AssertionError):
     """
 
     def __init__(self, law: str, compressor: object, violation: Violation) -> None:
-        super().__init__(
-            f"{compressor!r} breaks the law {law}: {violation.found}. {violation.remedy}"
-        )
+        found = violation.found.rstrip(".")
+        super().__init__(f"{compressor!r} breaks the law {law}: {found}. {violation.remedy}")
         self.law, self.compressor = law, compressor

@@ -12,6 +12,7 @@ from efsgd.testing.laws.tensors import decompresses_alike, leaves_deltas_alone
 from efsgd.testing.laws.values import (
     keeps_shapes_and_dtypes,
     keeps_workers_equal,
+    knows_the_norm,
     loses_nothing,
     survives_scales,
     survives_zeros,
@@ -25,6 +26,7 @@ __all__ = [
     "is_unbiased_as_claimed",
     "keeps_shapes_and_dtypes",
     "keeps_workers_equal",
+    "knows_the_norm",
     "leaves_deltas_alone",
     "loses_nothing",
     "refuses_without_a_trace",

@@ -38,14 +38,18 @@ def contracts_as_claimed(trial: Trial) -> None:
     by its standard error, and for all others by a bound that holds for any distribution.
     """
     claims = trial.compressor.claims()
-    if claims.contraction is None:
+    if claims.contraction is None or not trial.compressed_shapes():
         return
     remedy = "Claim less: the largest δ that is proven, or None where nothing is known."
-    for shape in trial.compressed_shapes():
+    shapes, kinds = trial.compressed_shapes(), ["gaussian", "one_hot", "constant", "rank_deficient"]
+    if claims.is_random:  # many draws of some
+        shapes = [shapes[number] for number in sorted({0, len(shapes) // 2, len(shapes) - 1})]
+        kinds = kinds[:3]
+    for shape in shapes:
         claimed = claims.contraction(shape)
         if not 0 <= claimed <= 1:
             raise Violation(f"for shape {list(shape)} it claims δ = {claimed!r}", remedy)
-        for kind in ("gaussian", "one_hot", "constant", "rank_deficient"):
+        for kind in kinds:
             draws = DRAWS if claims.is_random else trial.steps
             left = list(_left_out(trial, shape, kind, draws))
             what = f"of {kind} tensors of shape {list(shape)}"
@@ -107,6 +111,8 @@ def is_unbiased_as_claimed(trial: Trial) -> None:
     if not trial.compressor.claims().is_unbiased:
         return
     shapes = trial.compressed_shapes()[-3:]
+    if not shapes:
+        return
     deltas = [gaussian(shape, trial.seed, index) for index, shape in enumerate(shapes)]
     probes = [_directions(delta, trial.seed) for delta in deltas]
     workers = trial.simulate(1, shapes=shapes, error_feedback=False)
@@ -122,7 +128,8 @@ def is_unbiased_as_claimed(trial: Trial) -> None:
         for index, update in enumerate(workers.parameters):
             found[index].append(probes[index] @ (-update - deltas[index]).flatten())
         if draw + 1 >= least and (draw + 1) % 100 == 0:
-            if max(float(_slack(torch.stack(own)).max()) for own in found) < WIDTH:
+            widest = max(float(_slack(torch.stack(own)).max()) for own in found)
+            if widest < WIDTH:
                 break
     for shape, own in zip(shapes, found, strict=True):
         values = torch.stack(own)  # [draws, directions], parts of the tensor's length
@@ -151,7 +158,8 @@ def _directions(delta: Tensor, seed: int) -> Tensor:
     flat = delta.flatten()
     others = [gaussian(flat.shape, seed, 99, number) for number in range(2)]
     rows = torch.stack([flat, flat.sign(), torch.ones_like(flat), *others])
-    return rows / rows.norm(dim=1, keepdim=True) / flat.norm()
+    lengths: Tensor = rows.norm(dim=1, keepdim=True) * flat.norm()
+    return rows / lengths
 
 
 def _slack(values: Tensor) -> Tensor:

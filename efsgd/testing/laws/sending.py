@@ -1,7 +1,8 @@
 """Laws of what is handed to collectives."""
 
+import inspect
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -20,7 +21,8 @@ def sends_what_it_announces(trial: Trial) -> None:
     """What a step hands to collectives has as many bytes as `payload_bytes` announces.
 
     Counted from the buffers themselves, for float32 and float64, for all tensors together, in each
-    step. One word for each parameter and each worker comes in addition.
+    step. One word for each parameter and each worker comes in addition. Where bytes depend on the
+    number of workers, `payload_bytes` takes it as `world_size`.
     """
     for world_size in trial.world_sizes:
         for dtype in (torch.float32, torch.float64):
@@ -46,16 +48,23 @@ def _counted(
         trace = workers.step(gradients(shapes, world_size, step, trial.seed, kinds=["gaussian"]))
         words = ControlWords.count(len(shapes), world_size) * dtype.itemsize
         sent = sum(traced.nbytes for traced in trace) - words
-        announced = _announced(trial.compressor, shapes, dtype, step)
+        announced = _announced(trial.compressor, shapes, dtype, step, world_size)
         if sent != announced:
             return f"{scene} sent {sent} bytes for shapes {list(shapes)}, announced are {announced}"
     return None
 
 
 def _announced(
-    compressor: Compressor, shapes: Sequence[Sequence[int]], dtype: torch.dtype, step: int
+    compressor: Compressor,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    step: int,
+    world_size: int,
 ) -> int:
-    return compressor.payload_bytes(shapes, dtype, step)
+    """By a `payload_bytes` that may ask for the number of workers, too, where that matters."""
+    announce: Callable[..., int] = compressor.payload_bytes
+    asks = "world_size" in inspect.signature(announce).parameters
+    return announce(shapes, dtype, step, **({"world_size": world_size} if asks else {}))
 
 
 @law
@@ -66,7 +75,7 @@ def has_one_schedule(trial: Trial) -> None:
     whose `beat` is equal.
     """
     cases = [("gaussian", 1.0), ("zero", 1.0), ("one_hot", 1.0), ("gaussian", 1e30)]
-    for world_size in trial.world_sizes:
+    for world_size in trial.fewest_and_most:
         known: dict[Hashable, tuple[str, list[str]]] = {}
         for kind, scale in cases:
             workers = trial.simulate(world_size, torch.float32, nonfinite="skip")

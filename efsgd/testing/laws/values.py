@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from efsgd.members import compute_dtype
-from efsgd.testing.gradients import Gradients
+from efsgd.testing.gradients import KINDS, Gradients
 from efsgd.testing.simulation import Simulation, first_difference, parameters_of
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
@@ -14,6 +14,7 @@ from efsgd.testing.violations import Violation
 __all__ = [
     "keeps_shapes_and_dtypes",
     "keeps_workers_equal",
+    "knows_the_norm",
     "loses_nothing",
     "survives_scales",
     "survives_zeros",
@@ -58,31 +59,55 @@ def keeps_shapes_and_dtypes(trial: Trial) -> None:
 
 
 @law
+def knows_the_norm(trial: Trial) -> None:
+    """`squared_norms` are those of what is decompressed, so that `max_grad_norm` clips to it.
+
+    To 1e-9 in float64, with gradients that all workers lack.
+    """
+    workers = trial.simulate(trial.several, max_grad_norm=1e30)
+    for step in range(trial.steps):
+        scene = workers.scene
+        for optimizer in workers.optimizers:
+            for parameter in parameters_of(optimizer):
+                parameter.detach().zero_()
+        workers.step(trial.gradients(trial.several, step, with_missing=True))
+        norm = float(torch.cat([update.flatten() for update in workers.parameters]).norm())
+        reported = workers.optimizers[0].communication_stats()["grad_norm"]
+        if not abs(reported - norm) <= 1e-9 * norm:
+            raise Violation(
+                f"in {scene} squared_norms give a norm of {reported:.9g}, and the updates have "
+                f"{norm:.9g}",
+                "They must be the sums of squares of the decompressed tensors that are wanted.",
+            )
+
+
+@law
 def survives_zeros(trial: Trial) -> None:
     """Where all gradients are zero nothing moves and nothing is NaN, and learning goes on after it.
 
-    From zeros alone come zeros, as parameters' updates and as errors. Once gradients are there,
-    every parameter moves, within 50 steps at most, and nothing is lost.
+    From zeros alone come zeros, as parameters' updates and as errors. A parameter that then has
+    the same gradients again and again, all others none but zeros, moves within 50 steps.
     """
-    for dtype in (torch.float32, torch.float64):
-        for world_size in trial.world_sizes:
-            workers = trial.simulate(world_size, dtype, start=1.0)
-            for step in range(2):
-                scene = workers.scene
-                workers.step(trial.gradients(world_size, step, kinds=["zero"]))
-                _require_rest(workers, trial.shapes, scene)
-            balance = _Balance(trial, workers)
-            resting = {n for n, p in enumerate(workers.parameters) if p.numel() > 0}
-            for step in range(50):
-                balance.step(trial.gradients(world_size, step, kinds=["gaussian"]))
-                resting -= {n for n in resting if bool((workers.parameters[n] != 1.0).any())}
-                if not resting and step > 0:
-                    break
-            if resting:
-                index = min(resting)
+    for world_size in trial.fewest_and_most:
+        workers = trial.simulate(world_size, torch.float32, start=1.0)
+        rest = trial.gradients(world_size, 0, kinds=["zero"])
+        for _ in range(2):
+            scene = workers.scene
+            workers.step(rest)
+            _require_rest(workers, trial.shapes, scene)
+        awake = trial.gradients(world_size, 0, kinds=["gaussian"])
+        for index, parameter in enumerate(workers.parameters):
+            own = [list(gradients) for gradients in rest]
+            for worker, gradients in enumerate(own):
+                gradients[index] = awake[worker][index]
+            steps = 50 if parameter.numel() else 0
+            while steps > 0 and bool((parameter == 1.0).all()):
+                workers.step(own)
+                steps -= 1
+            if parameter.numel() and steps == 0:
                 raise Violation(
-                    f"with {world_size} workers in {dtype} parameter {index} of shape "
-                    f"{list(trial.shapes[index])} never moves again after two steps of zeros",
+                    f"with {world_size} workers parameter {index} of shape "
+                    f"{list(parameter.shape)} never moves again after two steps of zeros",
                     "State that a zero gradient can bring to zero must find a way back.",
                 )
 
@@ -104,7 +129,7 @@ def _require_rest(workers: Simulation, shapes: Sequence[Sequence[int]], scene: s
 def survives_scales(trial: Trial) -> None:
     """Gradients of size 1e-30 and 1e+30, in float32, give updates and errors that are finite."""
     for scales in [(1e-30,), (1e30,), (1e30, 1e-30)]:
-        for world_size in trial.world_sizes:
+        for world_size in trial.fewest_and_most:
             workers = trial.simulate(world_size, torch.float32)
             for step in range(trial.steps):
                 scale, scene = scales[step % len(scales)], workers.scene
@@ -125,23 +150,22 @@ def survives_scales(trial: Trial) -> None:
 
 @law
 def keeps_workers_equal(trial: Trial) -> None:
-    """After each step all workers have the bitwise same parameters and state, errors apart."""
-    for dtype in (torch.float32, torch.float64):
-        for world_size in trial.world_sizes:
-            workers = trial.simulate(world_size, dtype)
-            for step in range(trial.steps):
-                scene = workers.scene
-                workers.step(trial.gradients(world_size, step, with_missing=True))
-                first = workers.replicated(0)
-                for worker in range(1, world_size):
-                    name = first_difference(first, workers.replicated(worker))
-                    if name is not None:
-                        raise Violation(
-                            f"after {scene}, {name} of worker {worker} is not bitwise that of "
-                            f"worker 0",
-                            "What is decompressed must depend on what was received alone, not on "
-                            "the worker, nor on its own numbers.",
-                        )
+    """After each step all workers have the bitwise same parameters and state, errors apart, in float32."""
+    for world_size in trial.world_sizes:
+        workers = trial.simulate(world_size, torch.float32)
+        for step in range(trial.steps):
+            scene = workers.scene
+            workers.step(trial.gradients(world_size, step, with_missing=True))
+            first = workers.replicated(0)
+            for worker in range(1, world_size):
+                name = first_difference(first, workers.replicated(worker))
+                if name is not None:
+                    raise Violation(
+                        f"after {scene}, {name} of worker {worker} is not bitwise that of "
+                        f"worker 0",
+                        "What is decompressed must depend on what was received alone, not on "
+                        "the worker, nor on its own numbers.",
+                    )
 
 
 @law
@@ -149,34 +173,35 @@ def loses_nothing(trial: Trial) -> None:
     """All updates and the mean of the workers' errors add up to the mean of all gradients.
 
     After each step, to 1e-10 of the largest of them, in float64; with gradients that some or all
-    workers lack, and through the step at which compression starts. With error feedback only.
+    workers lack, after a step of zeros alone, and through the step at which compression starts.
+    With error feedback only.
     """
     if not trial.error_feedback:
         return
     for world_size in trial.world_sizes:
         for start in (0, 2):
             workers = trial.simulate(world_size, start_compressing_at=start)
-            balance = _Balance(trial, workers)
+            balance = _Balance(workers)
             for step in range(max(trial.steps, start + 2)):
-                balance.step(trial.gradients(world_size, step, with_missing=True))
+                kinds = ["zero"] if step == 1 else KINDS
+                own = trial.gradients(world_size, step, kinds=kinds, with_missing=True)
+                balance.step(own)
 
 
 class _Balance:
     """Books what goes into workers with lr 1, in float64, and what comes out."""
 
-    def __init__(self, trial: Trial, workers: Simulation) -> None:
-        self._workers, self._is_kept = workers, trial.error_feedback
+    def __init__(self, workers: Simulation) -> None:
+        self._workers = workers
         self._start = [parameter.clone() for parameter in workers.parameters]
         self._received = [torch.zeros_like(parameter) for parameter in workers.parameters]
         self._largest = [0.0] * len(self._start)
 
     def step(self, own: Gradients) -> None:
-        """One step, after which nothing may be lost, where that can be told."""
+        """One step, after which nothing may be lost."""
         workers = self._workers
         scene = workers.scene
         workers.step(own)
-        if not self._is_kept or self._start[0].dtype != torch.float64:
-            return
         columns: list[tuple[Tensor | None, ...]] = list(zip(*own, strict=True))
         errors = list(zip(*map(workers.errors, range(workers.world_size)), strict=True))
         for index, parameter in enumerate(workers.parameters):
