@@ -310,7 +310,7 @@ class Mortal(TensorwiseOf):
 class KnowsTheWorker(Tensorwise):
     def aggregate(self, local: Sent) -> Exchange[Dense]:
         found = yield from super().aggregate(local)
-        found.blocks.flat.mul_(1 + 1e-15 * self._worker)
+        found.blocks.flat.mul_(1 + 1e-6 * self._worker)
         return found
 
 
@@ -476,6 +476,13 @@ class KnowsTheProcess(Largest):
         value, where = super().compress(delta, draws)
         is_child = multiprocessing.parent_process() is not None
         return value * (0.5 if is_child else 1.0), where
+
+
+class FailsInProcesses(Largest):
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        if draws.worker == 1 and multiprocessing.parent_process() is not None:
+            raise ValueError("only in a process")
+        return super().compress(delta, draws)
 
 
 #: The law that each breaks.

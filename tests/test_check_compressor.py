@@ -8,14 +8,16 @@ import pytest
 
 from efsgd import PowerSGD
 from efsgd.compressors import Claims
-from efsgd.testing import LAWS, CompressorLawError, check_compressor, check_in_processes, processes
+from efsgd.testing import LAWS, CompressorLawError, check_compressor, check_in_processes
 from efsgd.testing.laws import contracts_as_claimed
 from efsgd.testing.laws.claims import _divergence, _is_above
+from efsgd.testing.processes import failures
 from efsgd.testing.trial import Trial
 from tests.contract_cases import (
     BROKEN,
     GOOD,
     DecompressesPrivately,
+    FailsInProcesses,
     Half,
     KnowsTheProcess,
     Largest,
@@ -23,7 +25,7 @@ from tests.contract_cases import (
 )
 
 #: What finds all that is broken here, in little time.
-FEW: dict[str, Any] = {"world_sizes": (1, 2), "shapes": [(7, 6), (6,), (7, 6)], "processes": 0}
+FEW: dict[str, Any] = {"world_sizes": (1, 2), "shapes": [(7, 6), (30,), (7, 6)], "processes": 0}
 
 
 def name_of(value: object) -> str | None:
@@ -111,23 +113,14 @@ def test_arguments_out_of_range_are_refused(name: str) -> None:
 
 
 @pytest.mark.xdist_group("processes")
-def test_a_compressor_that_differs_in_processes_is_named_beside_one_that_does_not() -> None:
-    with pytest.raises(CompressorLawError, match=r"KnowsTheProcess.*it is in lockstep") as caught:
-        check_in_processes([Half(), KnowsTheProcess()], shapes=[(3, 2)], steps=2)
-    assert caught.value.law == "agrees_in_processes"
-    assert caught.value.compressor == KnowsTheProcess()
-
-
-@pytest.mark.xdist_group("processes")
-def test_a_compressor_that_stops_its_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LIMIT", 60.0)
-    with pytest.raises(CompressorLawError, match=r"worker 1: ValueError: only in a process"):
-        check_compressor(FailsInProcesses(), **{**FEW, "processes": 2, "world_sizes": (1,)})
-
-
-@dataclasses.dataclass(frozen=True)
-class FailsInProcesses(KnowsTheProcess):
-    """In a process of its own it is an error."""
+def test_compressors_that_differ_or_fail_in_processes_are_named() -> None:
+    options: dict[str, Any] = {"shapes": [(3, 2)], "steps": 2, "processes": 2}
+    compressors = [Half(), KnowsTheProcess(), FailsInProcesses()]
+    found = list(failures([Trial(compressor, **options) for compressor in compressors]))
+    assert [failure.compressor for failure in found] == compressors[1:]
+    assert {failure.law for failure in found} == {"agrees_in_processes"}
+    assert "of 2 processes is not what it is in lockstep" in str(found[0])
+    assert "worker 1: ValueError: only in a process" in str(found[1])
 
 
 def test_a_compressor_that_cannot_be_pickled_is_told_so() -> None:
@@ -135,4 +128,4 @@ def test_a_compressor_that_cannot_be_pickled_is_told_so() -> None:
         pass
 
     with pytest.raises(CompressorLawError, match=r"cannot be pickled.*at the top of a module"):
-        check_in_processes([Local()])
+        check_compressor(Local(), **{**FEW, "processes": 2})

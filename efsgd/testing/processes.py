@@ -25,7 +25,7 @@ from efsgd.testing.simulation import first_difference
 from efsgd.testing.trial import SHAPES, Trial, law
 from efsgd.testing.violations import CompressorLawError, Violation
 
-__all__ = ["agrees_in_processes", "check_in_processes"]
+__all__ = ["agrees_in_processes", "check_in_processes", "failures"]
 
 #: Seconds for a launch, of which loading torch takes most, and for each compressor in it.
 LIMIT, LIMIT_EACH = 90.0, 10.0
@@ -46,8 +46,8 @@ def agrees_in_processes(trial: Trial) -> None:
     To the bit for two of them. With more, a process group may add in another order than lockstep:
     then, in float64, to 1e-6 of the largest value.
     """
-    if trial.processes > 0:
-        _check([trial])
+    for failure in failures([trial]) if trial.processes > 0 else ():
+        raise failure
 
 
 def check_in_processes(
@@ -76,10 +76,19 @@ def check_in_processes(
     if processes < 1:
         raise ValueError(f"Invalid processes: {processes!r}. Must be at least 1.")
     own = (processes,), shapes, steps, seed, processes, error_feedback
-    _check([Trial(compressor, *own) for compressor in compressors])
+    for failure in failures([Trial(compressor, *own) for compressor in compressors]):
+        raise failure
 
 
-def _check(trials: Sequence[Trial]) -> None:
+def failures(trials: Sequence[Trial]) -> Iterator[CompressorLawError]:
+    """Starts worker processes, and says what is wrong with each trial where something is.
+
+    Args:
+        trials: all with as many processes, at least one.
+
+    Raises:
+        CompressorLawError: a compressor cannot be pickled, or fails in lockstep already.
+    """
     if not trials:
         return
     packed = [_pickled(trial) for trial in trials]
@@ -95,9 +104,12 @@ def _check(trials: Sequence[Trial]) -> None:
             codes = [worker.exitcode for worker in workers]
             states = [late if code is None else f"has exit code {code}" for code in codes]
         for number, trial in enumerate(trials):
-            courses = _results(folder, number, trial, states)
-            for worker, course in enumerate(courses):
-                _compare(trial, worker, course, expected[number][worker])
+            try:
+                courses = _results(folder, number, trial, states)
+                for worker, course in enumerate(courses):
+                    _compare(trial, worker, course, expected[number][worker])
+            except CompressorLawError as error:
+                yield error
 
 
 def _blame(trial: Trial, found: str, remedy: str = _REMEDY) -> CompressorLawError:
