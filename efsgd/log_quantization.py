@@ -26,8 +26,8 @@ _ALPHA_OF_FLOAT32 = 2.0**32
 class LogQuantizer:
     """Numbers from -scale to scale as signed codes of a few bits.
 
-    A number x of scale s becomes round(L·q(x / s)), where q(x) = sign(x)·ln(1 + α·abs(x)) / ln(1 + α)
-    and L = 2^(bits - 1) - 1 is the number of levels of either sign. At most it is moved by
+    A number x of scale s becomes round(L·q(x / s)), where q(x) = sign(x)·ln(1 + α·abs(x)) / ln(1 +
+    α) and L = 2^(bits - 1) - 1 is the number of levels of either sign. At most it is moved by
     s·ln(1 + α)·(abs(x) / s + 1 / α) / 2L, up to a factor of 1 + O(1 / L).
 
     Laws: what codes stand for has the same codes again, if its dtype can hold it; a power of two
