@@ -89,7 +89,7 @@ class LogQuantizer:
             return q.clone()
         magnitude = torch.expm1(q.abs() * math.log1p(self.alpha)).div_(float(self.alpha))
         magnitude.masked_fill_(q.abs() == 1, 1.0)  # whatever the rounding of α
-        return magnitude.clamp_(max=1).copysign_(q)
+        return magnitude.copysign_(q)
 
     def encode(self, x: Tensor, scale: Tensor) -> Tensor:
         """The codes of numbers.

@@ -266,8 +266,8 @@ def test_sixty_orders_of_magnitude_are_finite_and_powers_of_two_make_no_differen
 
 
 def test_what_is_too_large_to_be_sent_is_sent_later() -> None:
-    workers = workers_of(LQSGD(rank=2), 2, [(8, 7)], torch.float32, lr=1e-38)
-    huge = (2e38 * gaussian((8, 7), 1).sign()).float()
+    workers = workers_of(LQSGD(rank=2), 2, [(16, 40)], torch.float32, lr=1e-38)
+    huge = (3.3e38 * gaussian((16, 40), 1).sign()).float()
     step_with(workers, [[huge], [huge]])
     parameter = parameters_of(workers[0])[0]
     assert parameter.isfinite().all()
