@@ -226,6 +226,22 @@ def test_a_layer_that_was_dead_learns_again(rank: int, dead: int) -> None:
         assert (p - t).norm() < 0.05 * t.norm()
 
 
+def test_a_column_of_zeros_keeps_what_it_was_and_zeros_within_a_column_do_not() -> None:
+    workers = make_workers([torch.zeros(9, 8)], 2, lr=0.1, rank=2, alternating=True)
+    states = [optimizer.state[parameters_of(optimizer)[0]] for optimizer in workers]
+    column = torch.tensor([0.0, 1, 2, 3, 4, 0, 0, 0, 0])
+    for state in states:
+        state["q"] = torch.eye(8, 2)  # of M it takes the first two columns
+    kept = states[0]["p"][:, 1].clone()
+    step_with(workers, [[torch.outer(column, torch.eye(8)[0])]] * 2)
+    assert torch.equal(states[0]["p"], torch.stack([column, kept], dim=1))
+    for state in states:
+        state["p"] = torch.eye(9, 2)  # and the first two rows
+    row, kept = column[:8], states[0]["q"][:, 1].clone()
+    step_with(workers, [[torch.outer(torch.eye(9)[0], row)]] * 2)
+    assert torch.equal(states[0]["q"], torch.stack([row, kept], dim=1))
+
+
 def test_a_parameter_without_gradient_keeps_both_factors() -> None:
     workers, scenario = a_run()
     for step in range(4):
