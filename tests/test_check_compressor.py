@@ -116,7 +116,7 @@ def test_arguments_out_of_range_are_refused(name: str) -> None:
 def test_compressors_that_differ_or_fail_in_processes_are_named() -> None:
     options: dict[str, Any] = {"shapes": [(3, 2)], "steps": 2, "processes": 2}
     compressors = [Half(), KnowsTheProcess(), FailsInProcesses()]
-    found = list(failures([Trial(compressor, **options) for compressor in compressors]))
+    found = failures([Trial(compressor, **options) for compressor in compressors])
     assert [failure.compressor for failure in found] == compressors[1:]
     assert {failure.law for failure in found} == {"agrees_in_processes"}
     assert "of 2 processes is not what it is in lockstep" in str(found[0])
