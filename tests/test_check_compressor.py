@@ -13,16 +13,10 @@ from efsgd.testing.laws import contracts_as_claimed
 from efsgd.testing.laws.claims import _divergence, _is_above
 from efsgd.testing.processes import failures
 from efsgd.testing.trial import Trial
-from tests.contract_cases import (
-    BROKEN,
-    GOOD,
-    DecompressesPrivately,
-    FailsInProcesses,
-    Half,
-    KnowsTheProcess,
-    Largest,
-    Rounded,
-)
+from tests.broken_compressors import BROKEN
+from tests.broken_runs import FailsInProcesses, KnowsTheProcess
+from tests.broken_sending import DecompressesPrivately
+from tests.good_compressors import GOOD, Half, Largest, Rounded
 
 #: What finds all that is broken here, in little time.
 FEW: dict[str, Any] = {"world_sizes": (1, 2), "shapes": [(7, 6), (30,), (7, 6)], "processes": 0}
