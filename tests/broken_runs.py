@@ -109,7 +109,14 @@ class CountsCommits(Tensorwise):
 @dataclasses.dataclass(frozen=True)
 class Forgetful(Half):
     def aggregator(
-        self, layout: Any, settings: Any, dtype: Any, device: Any, worker: int = 0, *rest: Any
+        self,
+        layout: Any,
+        settings: Any,
+        dtype: Any,
+        device: Any,
+        worker: int = 0,
+        *_: Any,
+        **__: Any,
     ) -> Tensorwise:
         return CountsCommits(layout, dtype, device, worker, averages=True)
 

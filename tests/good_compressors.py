@@ -110,9 +110,11 @@ class LowRankOf(PowerSGD):
 
     kind: ClassVar[type[PowerIteration]] = PowerIteration
 
-    def aggregator(self, layout: Any, settings: Mapping[str, Any], *args: Any) -> PowerIteration:
+    def aggregator(
+        self, layout: Any, settings: Mapping[str, Any], dtype: Any, device: Any, *_: Any, **__: Any
+    ) -> PowerIteration:
         options = {"seed": settings["seed"], "warm_start": settings["warm_start"]}
-        return self.kind(layout, *args[:2], **options)
+        return self.kind(layout, dtype, device, **options)
 
 
 class TensorwiseOf(Largest):
@@ -121,6 +123,13 @@ class TensorwiseOf(Largest):
     kind: ClassVar[type[Tensorwise]] = Tensorwise
 
     def aggregator(
-        self, layout: Any, settings: Any, dtype: Any, device: Any, worker: int = 0, *rest: Any
+        self,
+        layout: Any,
+        settings: Any,
+        dtype: Any,
+        device: Any,
+        worker: int = 0,
+        *_: Any,
+        **__: Any,
     ) -> Tensorwise:
         return self.kind(layout, dtype, device, worker, averages=self.averages)
