@@ -13,16 +13,10 @@ from efsgd.testing.laws import contracts_as_claimed
 from efsgd.testing.laws.claims import _divergence, _is_above
 from efsgd.testing.processes import failures
 from efsgd.testing.trial import Trial
-from tests.contract_cases import (
-    BROKEN,
-    GOOD,
-    DecompressesPrivately,
-    FailsInProcesses,
-    Half,
-    KnowsTheProcess,
-    Largest,
-    Rounded,
-)
+from tests.broken_compressors import BROKEN
+from tests.broken_runs import FailsInProcesses, KnowsTheProcess
+from tests.broken_sending import DecompressesPrivately
+from tests.good_compressors import GOOD, Half, Largest, Rounded
 
 #: What finds all that is broken here, in little time.
 FEW: dict[str, Any] = {"world_sizes": (1, 2), "shapes": [(7, 6), (30,), (7, 6)], "processes": 0}
@@ -116,7 +110,7 @@ def test_arguments_out_of_range_are_refused(name: str) -> None:
 def test_compressors_that_differ_or_fail_in_processes_are_named() -> None:
     options: dict[str, Any] = {"shapes": [(3, 2)], "steps": 2, "processes": 2}
     compressors = [Half(), KnowsTheProcess(), FailsInProcesses()]
-    found = list(failures([Trial(compressor, **options) for compressor in compressors]))
+    found = failures([Trial(compressor, **options) for compressor in compressors])
     assert [failure.compressor for failure in found] == compressors[1:]
     assert {failure.law for failure in found} == {"agrees_in_processes"}
     assert "of 2 processes is not what it is in lockstep" in str(found[0])

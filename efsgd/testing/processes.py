@@ -80,8 +80,8 @@ def check_in_processes(
         raise failure
 
 
-def failures(trials: Sequence[Trial]) -> Iterator[CompressorLawError]:
-    """Starts worker processes, and says what is wrong with each trial where something is.
+def failures(trials: Sequence[Trial]) -> list[CompressorLawError]:
+    """Starts worker processes, and says for each trial what is wrong, if anything is.
 
     Args:
         trials: all with as many processes, at least one.
@@ -89,8 +89,9 @@ def failures(trials: Sequence[Trial]) -> Iterator[CompressorLawError]:
     Raises:
         CompressorLawError: a compressor cannot be pickled, or fails in lockstep already.
     """
+    found: list[CompressorLawError] = []
     if not trials:
-        return
+        return found
     packed = [_pickled(trial) for trial in trials]
     limit = LIMIT + LIMIT_EACH * len(trials)
     deadline = time.monotonic() + limit
@@ -109,7 +110,8 @@ def failures(trials: Sequence[Trial]) -> Iterator[CompressorLawError]:
                 for worker, course in enumerate(courses):
                     _compare(trial, worker, course, expected[number][worker])
             except CompressorLawError as error:
-                yield error
+                found.append(error)
+    return found
 
 
 def _blame(trial: Trial, found: str, remedy: str = _REMEDY) -> CompressorLawError:

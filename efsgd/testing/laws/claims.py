@@ -25,7 +25,7 @@ NATS = 18.4
 #: numbers, with their own standard deviation, is that far below its expectation with 1e-7.
 STANDARD_ERRORS = 7.0
 #: At least and at most; in between, until the mean is known as exactly as this.
-MANY_DRAWS = (400, 1600)
+MANY_DRAWS = (400, 1000)
 WIDTH = 0.03
 
 
@@ -42,9 +42,8 @@ def contracts_as_claimed(trial: Trial) -> None:
         return
     remedy = "Claim less: the largest δ that is proven, or None where nothing is known."
     shapes, kinds = trial.compressed_shapes(), ["gaussian", "one_hot", "constant", "rank_deficient"]
-    if claims.is_random:  # many draws of some
-        shapes = [shapes[number] for number in sorted({0, len(shapes) // 2, len(shapes) - 1})]
-        kinds = kinds[:3]
+    if claims.is_random:  # many draws of few
+        shapes, kinds = [*shapes[len(shapes) // 2 : -1][:1], shapes[-1]], kinds[:3]
     for shape in shapes:
         claimed = claims.contraction(shape)
         if not 0 <= claimed <= 1:
@@ -105,12 +104,12 @@ def is_unbiased_as_claimed(trial: Trial) -> None:
     """Where `claims().is_unbiased`, the mean of what is decompressed is what was compressed.
 
     Tested along the tensor itself, its signs, the direction of all ones, and two at random: over
-    400 to 1600 draws the mean must be within 6 standard errors of what it is to be. A bias of a
+    400 to 1000 draws the mean must be within 6 standard errors of what it is to be. A bias of a
     few percent of the tensor is found where a single draw is less wrong than the tensor is long.
     """
     if not trial.compressor.claims().is_unbiased:
         return
-    shapes = trial.compressed_shapes()[-3:]
+    shapes = trial.compressed_shapes()[-2:]
     if not shapes:
         return
     deltas = [gaussian(shape, trial.seed, index) for index, shape in enumerate(shapes)]
