@@ -73,7 +73,7 @@ def budget_table(
             candidate.algorithm,
             f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(histories) > 1 else ""),
             _size(sent),
-            f"{_bytes_per_epoch(baseline) / sent:.1f}×",
+            f"{_bytes_per_epoch(baseline) / sent:.1f}×" if sent else "",
             "yes" if candidate.averages else "no",
             f"{milliseconds(histories):.1f} ms",
         )
@@ -111,7 +111,7 @@ def _draw(
 ) -> None:
     families: dict[str, list[tuple[float, float, float]]] = {}
     for name, histories in runs.items():
-        point = (_bytes_per_epoch(histories) / 2**10, *mean_and_deviation(histories))
+        point = (max(_bytes_per_epoch(histories), 1) / 2**10, *mean_and_deviation(histories))
         families.setdefault(candidates[name].family, []).append(point)
     for number, (family, points) in enumerate(families.items()):
         sent, means, deviations = zip(*sorted(points), strict=True)
@@ -133,4 +133,6 @@ def _bytes_per_epoch(histories: Sequence[History]) -> float:
 
 
 def _size(count: float) -> str:
+    if not count:
+        return "nothing"
     return f"{count / 2**10:.1f} KiB" if count < 2**20 else f"{count / 2**20:.2f} MiB"

@@ -130,8 +130,8 @@ def candidates(arguments: argparse.Namespace) -> list[Candidate]:
     return [Candidate("", "No compression", "No compression", averages=True, train=sgd), *others]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line, or these words of one."""
     parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10's binary files")
     parser.add_argument("--medium-rank", type=int, help="default: 4, of ResNet18 7")
@@ -141,7 +141,7 @@ def parse_arguments() -> argparse.Namespace:
         "--only", nargs="+", metavar="WORD", help="methods whose names have any of these words"
     )
     parser.add_argument("--signum-lr", type=float, help="Signum's learning rate of one worker")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main(arguments: argparse.Namespace, chosen: Sequence[Candidate]) -> None:
