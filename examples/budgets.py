@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from rich.table import Table
 
 from examples.comparison import Method
@@ -56,7 +57,7 @@ def budget_table(
     """
     table = Table(title=title, title_justify="left")
     for column in ("Budget", "Algorithm"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in (quality.capitalize(), "Sent per epoch", "Ratio", "All-reduce", "Time per batch"):
         table.add_column(column, justify="right")
     baseline = next(iter(runs.values()))
@@ -122,6 +123,9 @@ def _draw(
     mean, _ = mean_and_deviation(next(iter(runs.values())))
     axes.axhline(mean, color="#000000", linewidth=0.8, linestyle="--", zorder=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
