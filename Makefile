@@ -26,7 +26,7 @@ SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs
 
 .PHONY: help
 help: ## print this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them
@@ -35,6 +35,10 @@ demo: $(VENV)/.with-examples ## train with several ranks of compression and comp
 .PHONY: demo-adamw
 demo-adamw: $(VENV)/.with-examples ## the same for AdamW, on gradients that were compressed and averaged
 	$(BIN)/python examples/any_optimizer.py $(DEMO_FLAGS)
+
+.PHONY: demo-compressors
+demo-compressors: $(VENV)/.with-examples ## the same for other compressors, at equal numbers of bytes
+	$(BIN)/python examples/compare_compressors.py $(DEMO_FLAGS)
 
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests

@@ -136,9 +136,9 @@ def markdown(sent: Sequence[float]) -> str:
         "    python -m benchmarks.volumes --output docs/volumes.md",
         "",
         "Control words are left out: one number for each parameter and each worker. A megabyte is",
-        "2^20 bytes; an epoch has 24 steps of one of 16 workers (ResNet18), or 70 (LSTM), as in the",
-        "paper. The last column is what the paper prints (arXiv 1905.13727, Tables 3, 4, 6 and 7).",
-        "Where not all steps are alike, the mean over a period is given.",
+        "2^20 bytes; an epoch has 24 steps of each of 16 workers (ResNet18), or 70 (LSTM), as in",
+        "the paper. The last column is what the paper prints (arXiv 1905.13727, Tables 3, 4, 6 and",
+        "7). Where not all steps are alike, the mean over a period is given.",
     ]
     for workload, steps in STEPS_PER_EPOCH.items():
         numel = sum(gradient.numel() for gradient in _gradients(workload))

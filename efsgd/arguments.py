@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.compressors import Compressor
+from efsgd.compressors.majority_vote import LOCAL_FORM
 
 __all__ = [
     "LOCAL",
@@ -54,9 +55,6 @@ SHARED = (
 
 #: Those of them that may differ between workers: whose errors are kept, in which step's company.
 LOCAL = ("worker", "world_size")
-
-#: The momentum form of groups whose momenta are each worker's own, and the compressor's business.
-LOCAL_FORM = "local"
 
 # What a vote cannot do: it is no estimate of the gradient, and its norm says nothing.
 _FIXED_IN_SIGNUM = {

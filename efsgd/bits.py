@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = ["MAX_BITS", "pack", "packed_size", "unpack"]
 
+#: The most that a code may have.
 MAX_BITS = 32
 # By the bits of a code: integers that are as large as eight codes together.
 _EIGHT_CODES = {2: torch.int16, 4: torch.int32}

@@ -26,9 +26,9 @@ _ALPHA_OF_FLOAT32 = 2.0**32
 class LogQuantizer:
     """Numbers from -scale to scale as signed codes of a few bits.
 
-    A number x of scale s becomes round(L·q(x / s)), where q(x) = sign(x)·ln(1 + α|x|) / ln(1 + α)
-    and L = 2^(bits - 1) - 1 is the number of levels of either sign. At most it is moved by
-    s·ln(1 + α)·(|x| / s + 1 / α) / 2L, up to a factor of 1 + O(1 / L).
+    A number x of scale s becomes round(L·q(x / s)), where q(x) = sign(x)·ln(1 + α·abs(x)) / ln(1 +
+    α) and L = 2^(bits - 1) - 1 is the number of levels of either sign. At most it is moved by
+    s·ln(1 + α)·(abs(x) / s + 1 / α) / 2L, up to a factor of 1 + O(1 / L).
 
     Laws: what codes stand for has the same codes again, if its dtype can hold it; a power of two
     that multiplies numbers and scale changes no code.
@@ -89,7 +89,7 @@ class LogQuantizer:
             return q.clone()
         magnitude = torch.expm1(q.abs() * math.log1p(self.alpha)).div_(float(self.alpha))
         magnitude.masked_fill_(q.abs() == 1, 1.0)  # whatever the rounding of α
-        return magnitude.clamp_(max=1).copysign_(q)
+        return magnitude.copysign_(q)
 
     def encode(self, x: Tensor, scale: Tensor) -> Tensor:
         """The codes of numbers.

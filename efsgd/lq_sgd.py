@@ -99,7 +99,7 @@ class QuantizedPowerIteration(PowerIteration):
         with self.phases("Alg. 1, line 3: P = M Q"):
             for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
                 # A matrix has one scale, for which the columns of P must be of like size.
-                torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
+                torch.bmm(M, normalize_columns(Q.mT), out=P)  # line 3
             coded_P = self._P_coding.encode(self._P_flat.nan_to_num_())
         with self.phases("Alg. 1, line 4: average P"):
             what = "codes of P (Alg. 1, line 4)"
@@ -107,17 +107,17 @@ class QuantizedPowerIteration(PowerIteration):
             yield vectors  # answers come in the order of the questions: see `efsgd.schedule`
             received = yield in_flight
             mean_P = yield from self._P_mean.mean(received, self._dtype, "mean P (Alg. 1, line 4)")
-            self._P_flat.copy_(mean_P)  # Alg. 1, line 4
+            self._P_flat.copy_(mean_P)  # line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
-            P_hats = [orthogonalize(P) for P in self._P]  # Alg. 1, line 5
+            P_hats = [orthogonalize(P) for P in self._P]  # line 5
         with self.phases("Alg. 1, line 6: Q = M^T P"):
             for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
-                torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
+                torch.bmm(P_hat.mT, M, out=Q)  # line 6
             limit = torch.finfo(self._dtype).max * _LARGEST_PART
             coded_Q = self._Q_coding.encode(self.Q_buffer.nan_to_num_().clamp_(-limit, limit))
             self._local_buffer.copy_(self._Q_coding.decode(coded_Q))
         what = "codes of Q (Alg. 1, line 7)"
-        in_flight = yield Start(self._Q_mean.send(coded_Q, what))  # Alg. 1, line 7
+        in_flight = yield Start(self._Q_mean.send(coded_Q, what))  # line 7
         return self._low_rank(P_hats, self._local_Q, in_flight)
 
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
@@ -127,8 +127,8 @@ class QuantizedPowerIteration(PowerIteration):
                 received = yield local.in_flight
                 what = "mean Q (Alg. 1, line 7)"
                 mean_Q = yield from self._Q_mean.mean(received, self._dtype, what)
-                self.Q_buffer.copy_(mean_Q)  # Alg. 1, line 7
-        return self._low_rank(local.P_hat, self._Q)  # Alg. 1, line 8
+                self.Q_buffer.copy_(mean_Q)  # line 7
+        return self._low_rank(local.P_hat, self._Q)  # line 8
 
 
 def factor_sizes(layout: Layout) -> tuple[list[int], list[int]]:

@@ -71,20 +71,23 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
     if entry.level is None:
         return
     for name, initial in compressor.initial_state(entry, group).items():
-        kept, fresh = state.get(name), initial
-        if initial.is_floating_point():
-            fresh = initial.to(device=device, dtype=dtype).contiguous()
+        kept = state.get(name)
         if kept is not None:
             require_tensor(kept, name, member.name)
-            is_fixed = name in LOCAL_STATE or kept.dim() != fresh.dim()
-            if is_fixed or kept.shape[:-1] != fresh.shape[:-1]:
-                require_shape(kept, fresh.shape, name, member.name)
-            # Of another rank, perhaps: keep the columns that both have.
-            columns: Any = ...
-            if kept.shape != fresh.shape:
-                columns = (..., slice(min(kept.shape[-1], fresh.shape[-1])))
-            fresh[columns] = kept[columns]
-        state[name] = fresh
+        if kept is None or kept.shape != initial.shape:
+            state[name] = initial if kept is None else _widened(initial, kept, name, member.name)
+        kind = (device, dtype) if initial.is_floating_point() else (initial.device, initial.dtype)
+        state[name] = state[name].to(*kind).contiguous()
+
+
+def _widened(initial: Tensor, kept: Tensor, name: str, owner: str) -> Tensor:
+    """A tensor of another rank, perhaps: the columns that both have are kept."""
+    is_fixed = name in LOCAL_STATE or kept.dim() != initial.dim()
+    if is_fixed or kept.shape[:-1] != initial.shape[:-1]:
+        require_shape(kept, initial.shape, name, owner)
+    shared = min(kept.shape[-1], initial.shape[-1])
+    initial[..., :shared] = kept[..., :shared]
+    return initial
 
 
 def validate_states(listed: Iterable[Member], states: Mapping[Tensor, Mapping[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from efsgd import GradientAverager, PowerSGD
 from examples.baseline import data_parallel
 from examples.builtin import TOPICS, topics_task
-from examples.comparison import Comparison, Subject
+from examples.comparison import Comparison, Subject, argument_parser
 from examples.distributed import Workers
 from examples.optimizers import AveragedOptimizer, Optimizer
 from examples.settings import Settings
@@ -53,7 +53,6 @@ if __name__ == "__main__":
     ranks = {f"Rank {rank}": partial(compressed_adamw, rank=rank) for rank in (4, 8)}
     Comparison(
         name="any_optimizer",
-        description=__doc__,
         subjects=[Subject(WORDS, SETTINGS, topics_task)],
         methods={"AdamW": adamw, **ranks},
-    ).main()
+    ).run(argument_parser(__doc__).parse_args())

@@ -6,11 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
 from examples.distributed import Workers
 from examples.optimizers import Wrapped
+from examples.settings import Settings
+from examples.training import parameter_groups
 
-__all__ = ["CountedOptimizer", "data_parallel"]
+__all__ = ["CountedOptimizer", "data_parallel", "sgd"]
 
 
 class CountedOptimizer(Wrapped):
@@ -56,3 +59,11 @@ def data_parallel(
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
     parallel.register_comm_hook(counted, _count_and_average)
     return parallel, counted
+
+
+def sgd(
+    model: nn.Module, settings: Settings, seed: int, workers: Workers
+) -> tuple[nn.Module, CountedOptimizer]:
+    """torch.optim.SGD under DistributedDataParallel."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return data_parallel(model, SGD(groups, **settings.of_sgd()), workers)

@@ -15,12 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from torch import nn
-from torch.optim import SGD
 
 from efsgd import PowerSGDOptimizer
-from examples.baseline import data_parallel
+from examples.baseline import sgd
 from examples.builtin import DIGITS, TOPICS, digits_task, topics_task
-from examples.comparison import Comparison, Subject
+from examples.comparison import Comparison, Subject, argument_parser
 from examples.distributed import Workers
 from examples.optimizers import Optimizer
 from examples.settings import Settings
@@ -28,14 +27,6 @@ from examples.training import parameter_groups
 
 IMAGES = "Image classification: a CNN on scikit-learn's digits"
 WORDS = "Language modeling: an LSTM on Python's help topics"
-
-
-def sgd(
-    model: nn.Module, settings: Settings, seed: int, workers: Workers
-) -> tuple[nn.Module, Optimizer]:
-    """torch.optim.SGD under DistributedDataParallel."""
-    groups = parameter_groups(model, settings.weight_decay)
-    return data_parallel(model, SGD(groups, **settings.of_sgd()), workers)
 
 
 def powersgd(
@@ -50,7 +41,6 @@ if __name__ == "__main__":
     ranks = {f"Rank {rank}": partial(powersgd, rank=rank) for rank in (1, 2, 4)}
     Comparison(
         name="compare_ranks",
-        description=__doc__,
         subjects=[Subject(IMAGES, DIGITS, digits_task), Subject(WORDS, TOPICS, topics_task)],
         methods={"SGD": sgd, **ranks},
-    ).main()
+    ).run(argument_parser(__doc__).parse_args())

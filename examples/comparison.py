@@ -5,20 +5,22 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import multiprocessing, nn
 
 from examples.distributed import Workers, join_workers
 from examples.optimizers import Optimizer
-from examples.reporting import comparison_table, plot_runs, progress_bar, save_json
+from examples.reporting import comparison_table, markdown, plot_runs, progress_bar, save_json
 from examples.settings import Settings
 from examples.training import History, Task, Training, prepare, seed_worker
 
-__all__ = ["Comparison", "Method", "Subject"]
+__all__ = ["Comparison", "Method", "Subject", "argument_parser"]
 
 #: Makes of a model, settings, the seed and the workers the model to call, and its optimizer.
 Method = Callable[[nn.Module, Settings, int, Workers], tuple[nn.Module, Optimizer]]
@@ -39,35 +41,51 @@ class Subject:
     make: Callable[[int, Workers], tuple[Task, nn.Module]]
 
 
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of all comparisons; a script may add some of its own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=4, help="processes (default: 4)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings each (default: 3)")
+    parser.add_argument("--epochs", type=int, help="fewer epochs than the settings say")
+    parser.add_argument("--batch-size", type=int, help="images or streams per worker")
+    parser.add_argument("--lr", type=float, help="learning rate of one worker, for trying out")
+    parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), help="directory for results"
+    )
+    return parser
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Every method on every subject, some seeds each. It is pickled to start the workers.
 
     Attributes:
         name: of the files with results.
-        description: for the command line.
         subjects: what is trained.
         methods: how; the first is what the others are compared with.
+        own_settings: hyper-parameters in which a method differs from the subjects' settings.
+        table: makes one of a subject's title, what its quality means, and histories by method.
+        plot: draws, under a path, what quality means and histories by method, for each subject.
     """
 
     name: str
-    description: str | None
     subjects: Sequence[Subject]
     methods: Mapping[str, Method]
+    own_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    table: Callable[[str, str, Mapping[str, Sequence[History]]], Table] = comparison_table
+    plot: Callable[[Path, Mapping[str, tuple[str, Mapping[str, Sequence[History]]]]], None] = (
+        plot_runs
+    )
 
-    def main(self) -> None:
-        """Reads the command line, starts the workers if torchrun has not, and runs."""
-        parser = argparse.ArgumentParser(
-            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        parser.add_argument("--workers", type=int, default=4, help="processes (default: 4)")
-        parser.add_argument("--seeds", type=int, default=3, help="trainings each (default: 3)")
-        parser.add_argument("--epochs", type=int, help="fewer epochs than the settings say")
-        parser.add_argument("--lr", type=float, help="learning rate of one worker, for trying out")
-        parser.add_argument(
-            "--output", type=Path, default=Path("results"), help="directory for results"
-        )
-        arguments = parser.parse_args()
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Starts the workers if torchrun has not, trains, and shows what came of it.
+
+        Args:
+            arguments: what the parser of `argument_parser` has read.
+        """
         if "WORLD_SIZE" in os.environ:  # started by torchrun
             with join_workers() as workers:
                 self._run(workers, arguments)
@@ -86,7 +104,8 @@ class Comparison:
     def _run(self, workers: Workers, arguments: argparse.Namespace) -> None:
         """Runs everything on one worker; the first one reports."""
         started = time.monotonic()
-        given = {"epochs": arguments.epochs, "lr": arguments.lr}
+        names = ("epochs", "batch_size", "lr")
+        given = {name: getattr(arguments, name) for name in names}
         changes = {name: value for name, value in given.items() if value is not None}
         subjects = [replace(s, settings=replace(s.settings, **changes)) for s in self.subjects]
         runs: dict[str, dict[str, list[History]]] = {subject.title: {} for subject in subjects}
@@ -99,25 +118,30 @@ class Comparison:
                     runs[subject.title].setdefault(method, []).append(history)
         if not workers.is_first:
             return
-        console = Console(width=None if Console().is_terminal else 100)
-        for title, of_subject in runs.items():
-            console.print(comparison_table(title, qualities[title], of_subject), end="\n\n")
         about = f"{workers.world_size} workers, {arguments.seeds} seeds, {os.cpu_count()} cores"
         seconds = time.monotonic() - started
-        console.print(f"{about}, torch {torch.__version__}, {seconds:.0f} s in all")
         settings = {subject.title: subject.settings for subject in subjects}
-        content = {"about": about, "quality": qualities, "settings": settings, "runs": runs}
+        content = {"about": about, "quality": qualities, "settings": settings}
+        content |= {"own_settings": self.own_settings, "runs": runs}
+        shown = {title: (qualities[title], of_subject) for title, of_subject in runs.items()}
+        console = Console(width=None if Console().is_terminal else 100)
+        for title, (quality, of_subject) in shown.items():
+            table = self.table(title, quality, of_subject)
+            if arguments.markdown:
+                print(markdown(table))
+            else:
+                console.print(table, end="\n\n")
+        console.print(f"{about}, torch {torch.__version__}, {seconds:.0f} s in all")
         path = arguments.output / self.name
         save_json(path.with_suffix(".json"), content)
-        plotted = {title: (qualities[title], of_subject) for title, of_subject in runs.items()}
-        plot_runs(path.with_suffix(".png"), plotted)
+        self.plot(path.with_suffix(".png"), shown)
         console.print(f"saved {path}.json and {path}.png")
 
     def _train(
         self, subject: Subject, method: str, seed: int, workers: Workers
     ) -> tuple[History, str]:
         """Trains one model with one method: what came of it, and what its quality means."""
-        settings = subject.settings
+        settings = replace(subject.settings, **self.own_settings.get(method, {}))
         prepare(workers, seed)
         task, model = subject.make(settings.batch_size, workers)
         model, optimizer = self.methods[method](model, settings, seed, workers)

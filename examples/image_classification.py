@@ -12,18 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from torch import nn
-from torch.optim import SGD
-
 from efsgd import PowerSGDOptimizer
-from examples.baseline import data_parallel
+from examples.baseline import sgd
 from examples.builtin import DIGITS, digits_task
 from examples.command_line import parse_arguments, save_run
-from examples.data import cifar10
 from examples.distributed import join_workers
-from examples.models import CifarResNet18
+from examples.downloaded import cifar10_task
 from examples.reporting import progress_bar
-from examples.tasks import CIFAR10, ImageClassification
+from examples.tasks import CIFAR10
 from examples.training import Training, parameter_groups, prepare, seed_worker
 
 
@@ -34,15 +30,13 @@ def main() -> None:
     with join_workers() as workers:
         prepare(workers, arguments.seed)
         if arguments.data:
-            model: nn.Module = CifarResNet18().to(workers.device)
-            data = cifar10.load(arguments.data)
-            task = ImageClassification(data, settings.batch_size, workers, padding=4, flip=True)
+            task, model = cifar10_task(settings.batch_size, workers, directory=arguments.data)
         else:
             task, model = digits_task(settings.batch_size, workers)
-        groups = parameter_groups(model, settings.weight_decay)
         if arguments.rank is None:
-            model, optimizer = data_parallel(model, SGD(groups, **settings.of_sgd()), workers)
+            model, optimizer = sgd(model, settings, arguments.seed, workers)
         else:
+            groups = parameter_groups(model, settings.weight_decay)
             optimizer = PowerSGDOptimizer(groups, **settings.of_ours(), rank=arguments.rank)
         seed_worker(arguments.seed, workers.worker)
         steps = settings.epochs * task.steps_per_epoch

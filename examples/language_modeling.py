@@ -12,18 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from torch import nn
-from torch.optim import SGD
-
 from efsgd import PowerSGDOptimizer
-from examples.baseline import data_parallel
+from examples.baseline import sgd
 from examples.builtin import TOPICS, topics_task
 from examples.command_line import parse_arguments, save_run
-from examples.data import text
 from examples.distributed import join_workers
-from examples.models import LSTMLanguageModel
+from examples.downloaded import wikitext2_task
 from examples.reporting import progress_bar
-from examples.tasks import WIKITEXT2, LanguageModeling
+from examples.tasks import WIKITEXT2
 from examples.training import Training, parameter_groups, prepare, seed_worker
 
 
@@ -34,16 +30,13 @@ def main() -> None:
     with join_workers() as workers:
         prepare(workers, arguments.seed)
         if arguments.data:
-            corpus = text.load_wikitext2(arguments.data)
-            model: nn.Module = LSTMLanguageModel(len(corpus.vocabulary), 650, 650, 3, dropout=0.4)
-            model = model.to(workers.device)
-            task = LanguageModeling(corpus, settings.batch_size, 30, workers)
+            task, model = wikitext2_task(settings.batch_size, workers, directory=arguments.data)
         else:
             task, model = topics_task(settings.batch_size, workers)
-        groups = parameter_groups(model, settings.weight_decay)
         if arguments.rank is None:
-            model, optimizer = data_parallel(model, SGD(groups, **settings.of_sgd()), workers)
+            model, optimizer = sgd(model, settings, arguments.seed, workers)
         else:
+            groups = parameter_groups(model, settings.weight_decay)
             optimizer = PowerSGDOptimizer(groups, **settings.of_ours(), rank=arguments.rank)
         seed_worker(arguments.seed, workers.worker)
         steps = settings.epochs * task.steps_per_epoch

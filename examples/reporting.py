@@ -20,14 +20,25 @@ matplotlib.use("Agg")  # writes files, needs no screen
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-__all__ = ["comparison_table", "plot_runs", "progress_bar", "save_json"]
+__all__ = [
+    "comparison_table",
+    "look",
+    "markdown",
+    "mean_and_deviation",
+    "milliseconds",
+    "plot_runs",
+    "progress_bar",
+    "save_figure",
+    "save_json",
+]
 
 Report = Callable[[int, float, float], None]
 
 # Okabe and Ito's colors, which the color-blind can tell apart, with markers besides.
-COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")
-MARKERS = ("o", "s", "^", "D", "v")
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MIB = 2**20
 
 
@@ -77,19 +88,36 @@ def comparison_table(title: str, quality: str, runs: Mapping[str, Sequence[Histo
         table.add_column(column, justify="left" if column == "Algorithm" else "right")
     baseline = next(iter(runs.values()))
     sent_by_baseline = baseline[0].bytes_per_epoch
-    time_of_baseline = statistics.median(run.seconds_per_batch for run in baseline)
     for method, histories in runs.items():
-        final = [history.quality[-1] for history in histories]
-        spread = f" ± {statistics.stdev(final):.2f}" if len(final) > 1 else ""
-        sent = histories[0].bytes_per_epoch
-        seconds = statistics.median(run.seconds_per_batch for run in histories)
+        mean, deviation = mean_and_deviation(histories)
+        sent, time = histories[0].bytes_per_epoch, milliseconds(histories)
         table.add_row(
             method,
-            f"{statistics.mean(final):.2f}{spread}",
+            f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(histories) > 1 else ""),
             f"{sent / MIB:.2f} MB ({sent_by_baseline / sent:.0f}×)" if sent else "nothing",
-            f"{1e3 * seconds:.1f} ms ({100 * (seconds / time_of_baseline - 1):+.0f}%)",
+            f"{time:.1f} ms ({100 * (time / milliseconds(baseline) - 1):+.0f}%)",
         )
     return table
+
+
+def mean_and_deviation(histories: Sequence[History]) -> tuple[float, float]:
+    """Of the final qualities; the deviation of a single one is 0."""
+    final = [history.quality[-1] for history in histories]
+    return statistics.mean(final), statistics.stdev(final) if len(final) > 1 else 0.0
+
+
+def milliseconds(histories: Sequence[History]) -> float:
+    """Of a batch, the median over the seeds."""
+    return 1e3 * statistics.median(history.seconds_per_batch for history in histories)
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown, under its title."""
+    rows = zip(*([column.header, *column.cells] for column in table.columns), strict=True)
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    lines.insert(1, f"|{'|'.join(rules)}|")
+    return "\n".join([f"**{table.title}**", "", *lines, ""])
 
 
 def plot_runs(path: Path, tasks: Mapping[str, tuple[str, Mapping[str, Sequence[History]]]]) -> None:
@@ -106,7 +134,7 @@ def plot_runs(path: Path, tasks: Mapping[str, tuple[str, Mapping[str, Sequence[H
     )
     for (title, (quality, runs)), (left, right) in zip(tasks.items(), rows, strict=True):
         for number, (method, histories) in enumerate(runs.items()):
-            style = {"color": COLORS[number % 5], "marker": MARKERS[number % 5], "markersize": 3}
+            style = {**look(number), "markersize": 3}
             _draw(left, histories[0].steps, histories, method, style)
             sent = [max(size, 1) / MIB for size in histories[0].bytes_sent]
             _draw(right, sent, histories, method, style)
@@ -124,10 +152,24 @@ def plot_runs(path: Path, tasks: Mapping[str, tuple[str, Mapping[str, Sequence[H
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes an image and forgets the figure."""
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def look(number: int) -> dict[str, str]:
+    """A color and a marker for each number, different ones up to 48."""
+    count = len(COLORS)
+    return {
+        "color": COLORS[number % count],
+        "marker": MARKERS[(number + number // count) % count],
+    }
 
 
 def _draw(

@@ -1,6 +1,6 @@
 """What one worker of `test_lq_sgd.py` does, under torchrun: RESULTS/worker.json says what came.
 
-    python lq_sgd_worker.py RESULTS
+python lq_sgd_worker.py RESULTS
 """
 
 import json

@@ -10,6 +10,7 @@ from efsgd.agreement import broadcast_values, checksum, checksums, compare
 from efsgd.collectives import (
     AllGather,
     AllReduceMean,
+    AllToAll,
     Broadcast,
     Collective,
     Exchange,
@@ -45,6 +46,23 @@ def test_lockstep_answers_all_kinds() -> None:
 
 def test_alone_answers_all_kinds() -> None:
     assert run(all_kinds(3.0), Alone()) == [[[3.0]], [3.0], [6.0], [3.0]]
+
+
+def rows_of(worker: int, world_size: int) -> Exchange[list[list[int]]]:
+    """A row for each worker: from whom it is, and for whom."""
+    rows = torch.tensor([[worker, other] for other in range(world_size)])
+    answer: torch.Tensor = yield AllToAll(rows, "rows")
+    assert rows.tolist() == [[worker, other] for other in range(world_size)]  # as it was
+    return answer.tolist()
+
+
+def test_all_to_all_gives_each_worker_the_rows_that_are_for_it() -> None:
+    outcome = lockstep([rows_of(worker, 3) for worker in range(3)])
+    assert outcome.results == [[[other, worker] for other in range(3)] for worker in range(3)]
+    assert [(t.kind, t.nbytes) for t in outcome.trace] == [("AllToAll", 3 * 2 * 8)]
+    assert run(rows_of(0, 1), Alone()) == [[0, 0]]
+    with pytest.raises(LockstepError, match="a row for each of 3"):
+        lockstep([rows_of(worker, 2) for worker in range(3)])
 
 
 def test_lockstep_finds_workers_that_ask_for_different_things() -> None:

@@ -1,9 +1,7 @@
 """LQ-SGD: against a naive version of itself, against PowerSGD, and what all compressors promise."""
 
-import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import CollectiveError, ErrorFeedbackSGD, PowerSGD, WorkerMismatchError
-from efsgd.compressors import Compressor
 from efsgd.compressors.lq_sgd import LQSGD
 from efsgd.query import initial_query
-from efsgd.testing import Traced, step_together
-from examples.models import CifarResNet18
-from tests import lq_sgd_worker as script
-from tests.launcher import launch
+from tests.lq_sgd_runs import AGGREGATIONS, SHAPES, gradients, train, workers_of
 from tests.reference import decompress, mean, orthogonalize
 from tests.simulation import (
     bits,
@@ -30,47 +24,7 @@ from tests.simulation import (
     snapshot,
     step_with,
 )
-from tests.strategies import KINDS, Gradients, gaussian, make_gradient, seeds
-
-SHAPES = [(12, 10), (10,), (12, 10), (9, 3, 3, 3)]
-MATRICES = [0, 2, 3]
-AGGREGATIONS = ["gather", "scatter"]
-
-
-def workers_of(
-    compressor: Compressor,
-    world_size: int,
-    shapes: Sequence[tuple[int, ...]] = SHAPES,
-    dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> list[ErrorFeedbackSGD]:
-    """Workers that subtract the mean of what was sent: one is the learning rate."""
-    options = {"lr": 1.0, "momentum_form": "sgd", **options}
-    return [
-        ErrorFeedbackSGD(
-            [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes],
-            compressor=compressor,
-            **options,
-        )
-        for _ in range(world_size)
-    ]
-
-
-def gradients(
-    world_size: int, step: int, shapes: Sequence[tuple[int, ...]] = SHAPES, kind: str = "gaussian"
-) -> Gradients:
-    return [
-        [make_gradient(shape, kind, w, 5, step, i) for i, shape in enumerate(shapes)]
-        for w in range(world_size)
-    ]
-
-
-def train(workers: list[ErrorFeedbackSGD], steps: int, first: int = 0) -> list[Traced]:
-    trace = []
-    for step in range(first, first + steps):
-        trace = step_with(workers, gradients(len(workers), step))
-    return trace
-
+from tests.strategies import KINDS, gaussian, seeds
 
 # ---- against a naive version --------------------------------------------------------------------
 
@@ -114,7 +68,7 @@ class Naive:
         return decompress(p_hat, average)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     n=st.integers(4, 12), m=st.integers(4, 12), rank=st.integers(1, 3), bits=st.integers(2, 20),
     alpha=st.sampled_from([0.5, 10.0, 255.0]), world_size=st.sampled_from([1, 2, 3]),
@@ -157,91 +111,10 @@ def test_with_many_bits_it_is_power_sgd() -> None:
     assert 2**20 < distances[8] / distances[32] < 2**28
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("width", [2, 5, 8, 11, 16, 24, 32])
-def test_both_ways_of_averaging_agree_to_the_bit(
-    width: int, world_size: int, dtype: torch.dtype
-) -> None:
-    ends = []
-    for aggregation in AGGREGATIONS:
-        compressor = LQSGD(rank=2, bits=width, aggregation=aggregation)
-        workers = workers_of(compressor, world_size, dtype=dtype)
-        train(workers, 3)
-        ends.append([bits([parameters_of(own), errors_of(own)]) for own in workers])
-        assert all(replicated(own) == replicated(workers[0]) for own in workers)
-    assert ends[0] == ends[1]
-
-
-# ---- what is sent -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("shapes", [SHAPES, [(12, 10)], [(10,)], [(1, 30), (30, 1), (2, 2)]])
-@pytest.mark.parametrize("world_size", [1, 3, 5])
-def test_bytes_sent_are_bytes_announced(
-    world_size: int, shapes: list[tuple[int, ...]], aggregation: str
-) -> None:
-    for dtype, width in itertools.product((torch.float32, torch.float64), (2, 3, 8, 13, 32)):
-        compressor = LQSGD(1, width, min_compression_rate=0.0, aggregation=aggregation)
-        workers = workers_of(compressor, world_size, shapes, dtype)
-        trace = step_with(workers, gradients(world_size, 0, shapes))
-        control_words = (len(shapes) + world_size) * dtype.itemsize
-        announced = compressor.payload_bytes(shapes, dtype, world_size=world_size)
-        stats = workers[0].communication_stats()
-        assert stats["bytes_sent"] == announced + control_words
-        assert sum(traced.nbytes for traced in trace[-stats["collectives"] :]) == (
-            stats["bytes_sent"]
-        )
-
-
-def test_with_gather_the_number_of_workers_makes_no_difference() -> None:
-    assert len({LQSGD().payload_bytes(SHAPES, world_size=w) for w in (1, 4, 16)}) == 1
-
-
-def test_with_scatter_bytes_do_not_grow_with_the_number_of_workers() -> None:
-    shapes, scattered = [(512, 512)] * 4, LQSGD(aggregation="scatter")
-    numbers = 4 * 4 * (512 + 512)
-    sent = [scattered.payload_bytes(shapes, world_size=w) for w in (1, 2, 4, 8, 16, 32)]
-    assert sent == sorted(sent, reverse=True)
-    # A byte for each number, 4 / 32 for their means, and two scales of 4 bytes for each of 32 rows.
-    assert sent[-1] == numbers + numbers * 4 // 32 + 2 * 32 * 4
-
-
-@pytest.mark.parametrize(
-    ("width", "rank", "ratio"),
-    [
-        (8, 1, 596.5), (8, 2, 401.7), (8, 4, 243.0), (8, 7, 152.6),
-        (4, 1, 787.3), (4, 2, 596.5), (4, 4, 401.7), (4, 7, 269.7),
-    ],
-)  # fmt: skip
-def test_ratios_on_the_resnet_for_cifar(width: int, rank: int, ratio: float) -> None:
-    shapes = [p.shape for p in CifarResNet18().parameters()]
-    sent = LQSGD(rank=rank, bits=width).payload_bytes(shapes)
-    assert round(4 * 11_173_962 / sent, 1) == ratio
-    # 36325 is the sum of n + m; each of the two payloads is rounded up to a byte.
-    exact = 4 * 9610 + rank * 36_325 * width / 8 + 2 * 21 * 4
-    assert 0 <= sent - exact < 2
-
-
-@pytest.mark.parametrize(
-    ("aggregation", "kinds"),
-    [
-        ("gather", ["AllReduceMean", "AllGather", "AllGather"]),
-        ("scatter", ["AllReduceMean", *["AllToAll", "AllGather"] * 2]),
-    ],
-)
-def test_every_step_asks_for_the_same(aggregation: str, kinds: list[str]) -> None:
-    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 3)
-    traces = [train(workers, 1, step) for step in range(3)]
-    assert [traced.kind for traced in traces[0]][-len(kinds) :] == kinds
-    assert traces[1] == traces[2] == traces[0][-len(kinds) :]
-
-
 # ---- promises -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(KINDS), rank=st.integers(1, 4), width=st.sampled_from([2, 4, 8, 17]),
     world_size=st.sampled_from([1, 2, 3]), aggregation=st.sampled_from(AGGREGATIONS),
@@ -346,23 +219,33 @@ def test_a_setting_that_one_worker_changes_alone_is_an_error_on_all(
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("width", [2, 8, 32])
-def test_zeros_stay_zeros_and_what_comes_after_them_is_learned(
-    width: int, aggregation: str
-) -> None:
+def test_after_zeros_it_goes_on_as_if_they_had_not_been(width: int, aggregation: str) -> None:
     compressor = LQSGD(rank=2, bits=width, aggregation=aggregation)
-    workers = workers_of(compressor, 2, dtype=torch.float32)
-    nothing = gradients(2, 0, kind="zero")
-    queries = [bits(worker.state[parameters_of(worker)[0]]["q"]) for worker in workers]
+    workers, twins = (workers_of(compressor, 2, dtype=torch.float32) for _ in range(2))
     for _ in range(2):
-        step_with(workers, nothing)
-    assert not any(p.any() for worker in workers for p in (*parameters_of(worker),))
-    assert not any(error.any() for worker in workers for error in errors_of(worker))
-    assert queries == [bits(worker.state[parameters_of(worker)[0]]["q"]) for worker in workers]
-    for _ in range(40):  # the error feedback sends all of it in time
-        step_with(workers, [[gaussian(shape, i) for i, shape in enumerate(SHAPES)]] * 2)
-    for index, shape in enumerate(SHAPES):
-        sent = -parameters_of(workers[0])[index].detach() / 40
-        assert float((sent - gaussian(shape, index)).norm() / sent.norm()) < 0.5
+        step_with(workers, gradients(2, 0, kind="zero"))
+    assert bits([parameters_of(own) for own in workers]) == bits(list(map(parameters_of, twins)))
+    assert not any(error.any() for own in workers for error in errors_of(own))
+    for optimizers in (workers, twins):
+        train(optimizers, 2)
+    assert all(parameter.any() for parameter in parameters_of(workers[0]))
+    assert bits([parameters_of(own) for own in workers]) == bits(list(map(parameters_of, twins)))
+
+
+def test_a_matrix_without_gradient_beside_others_learns_when_it_has_one() -> None:
+    workers = workers_of(LQSGD(rank=2), 2)
+    given = gradients(2, 0)
+    half = [[None if i == 0 else g for i, g in enumerate(own)] for own in given]
+    zero = [[torch.zeros_like(g) if i == 0 and g is not None else g for i, g in enumerate(own)]
+            for own in given]  # fmt: skip
+    for others in (half, zero):
+        step_with(workers, others)
+        assert not parameters_of(workers[0])[0].any()
+    step_with(workers, given)
+    twins = workers_of(LQSGD(rank=2), 2)
+    step_with(twins, given)
+    # Neighbors in a batch may be added in another order: rounding, and the condition of P.
+    assert difference(parameters_of(workers[0])[0], parameters_of(twins[0])[0]) < 1e-10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,8 +266,8 @@ def test_sixty_orders_of_magnitude_are_finite_and_powers_of_two_make_no_differen
 
 
 def test_what_is_too_large_to_be_sent_is_sent_later() -> None:
-    workers = workers_of(LQSGD(rank=2), 2, [(8, 7)], torch.float32, lr=1e-38)
-    huge = (2e38 * gaussian((8, 7), 1).sign()).float()
+    workers = workers_of(LQSGD(rank=2), 2, [(16, 40)], torch.float32, lr=1e-38)
+    huge = (3.3e38 * gaussian((16, 40), 1).sign()).float()
     step_with(workers, [[huge], [huge]])
     parameter = parameters_of(workers[0])[0]
     assert parameter.isfinite().all()
@@ -411,21 +294,3 @@ def test_settings_out_of_range_are_an_error(name: str, value: Any, words: str) -
     parameter = torch.zeros(4, 4, requires_grad=True)
     with pytest.raises(ValueError, match=f"Invalid {name}"):
         ErrorFeedbackSGD([{"params": [parameter], name: value}], lr=0.1, compressor=LQSGD())
-
-
-# ---- real processes -----------------------------------------------------------------------------
-
-
-@pytest.mark.xdist_group("processes")
-def test_processes_compute_what_lockstep_computes(tmp_path: Path) -> None:
-    reports = launch(script.__file__, 3, tmp_path)
-    for worker, report in enumerate(reports):
-        assert report["rows"] == [[[other, worker, 7] for other in range(3)]] * 3
-    for aggregation in AGGREGATIONS:
-        workers = [script.make(aggregation) for _ in range(3)]
-        for step in range(script.STEPS):
-            for worker, optimizer in enumerate(workers):
-                script.set_gradients(optimizer, step, worker)
-            step_together(workers)
-        expected = [script.fingerprint(optimizer) for optimizer in workers]
-        assert [report[aggregation] for report in reports] == expected

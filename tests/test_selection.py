@@ -102,6 +102,12 @@ def test_few_elements_of_a_large_tensor_are_given_to_topk(kind: str, share: floa
     assert sum(sizes) <= 3.25 * k
 
 
+def test_where_fewer_than_k_differ_from_zero_all_of_them_are_found() -> None:
+    flat = torch.zeros(2**18)
+    flat[-100:] = torch.randn(100, generator=generator(6))
+    check_largest(flat, 2000)
+
+
 # ---- subsets at random --------------------------------------------------------------------------
 
 Draw = Callable[[int, int, torch.Generator], Tensor]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from efsgd import ErrorFeedbackSGD
+from efsgd import ErrorFeedbackSGD, GradientAverager
+from efsgd.compressors.majority_vote import MajorityVote
 from efsgd.signum import Signum
 from efsgd.testing import step_together
 from tests.simulation import bits, parameters_of, set_gradients, step_with
@@ -158,6 +159,12 @@ def test_what_a_vote_cannot_do_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"Invalid {name}: {value}. Must be .* in a Signum"):
         Signum([{"params": [parameter], name: value}])
     assert ErrorFeedbackSGD([{"params": [parameter], name: value}], lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [ErrorFeedbackSGD, GradientAverager])
+def test_no_other_optimizer_votes(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"for a majority vote: .* Must be 'local'.*Signum"):
+        kind([torch.ones(3, requires_grad=True)], compressor=MajorityVote())
 
 
 def test_a_closure_is_called_once_and_a_tensor_is_a_learning_rate() -> None:

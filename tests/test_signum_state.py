@@ -169,13 +169,17 @@ def test_state_dicts_of_other_optimizers_are_refused_both_ways() -> None:
         others[2].load_state_dict(signum.state_dict())
 
 
-def test_replaced_momenta_are_adopted_and_wrong_ones_refused() -> None:
-    workers, scenario = trained()
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_replaced_momenta_are_adopted_and_wrong_ones_refused(world_size: int) -> None:
+    workers, scenario = trained(world_size=world_size)
     for optimizer in workers:
         optimizer.state[parameters_of(optimizer)[0]]["local_momentum"] = torch.full((12, 10), -1e9)
     step_with(workers, scenario.gradients(3))
     assert all(bool((momenta_of(o)[0] < -8e8).all()) for o in workers)
     for optimizer in workers:
         optimizer.state[parameters_of(optimizer)[0]]["local_momentum"] = torch.ones(12, 9)
-    with pytest.raises(ValueError, match="Invalid local_momentum of parameter 0"):
-        step_with(workers, scenario.gradients(4))
+    for _ in range(2):  # also where sections are made anew
+        with pytest.raises(ValueError, match="Invalid local_momentum of parameter 0"):
+            step_with(workers, scenario.gradients(4))
+        for optimizer in workers:
+            optimizer.param_groups[0]["check_every"] = 7

@@ -1,4 +1,4 @@
-"""Compressors of one tensor at a time, inside error-feedback SGD: beside a naive loop over tensors."""
+"""Compressors of one tensor at a time, in error-feedback SGD: beside a naive loop over tensors."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -84,7 +84,8 @@ class Naive:
 
     def __init__(self, compressor: TensorCompressor, shapes: Sequence[Any], workers: int) -> None:
         self.compressor, self.step = compressor, 0
-        self.errors = [[torch.zeros(s, dtype=torch.float64) for s in shapes] for _ in range(workers)]
+        zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        self.errors = [list(zeros) for _ in range(workers)]
 
     def updates(self, gradients: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -236,7 +237,7 @@ class TestBadPayloads:
 
         x = torch.ones(3, requires_grad=True)
         x.grad = torch.ones(3)
-        with pytest.raises(ValueError, match="Invalid payload.*announce"):
+        with pytest.raises(ValueError, match=r"Invalid payload.*announce"):
             ErrorFeedbackSGD([x], lr=1.0, compressor=Bad()).step()
         assert x.tolist() == [1.0] * 3
 
@@ -248,7 +249,7 @@ class TestBadPayloads:
 
         x = torch.ones(3, requires_grad=True)
         x.grad = torch.ones(3)
-        with pytest.raises(ValueError, match="Invalid payload.*announce"):
+        with pytest.raises(ValueError, match=r"Invalid payload.*announce"):
             ErrorFeedbackSGD([x], lr=1.0, compressor=Short()).step()
 
     def test_private_numbers_are_not_for_decompressing(self) -> None:

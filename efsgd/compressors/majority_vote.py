@@ -12,7 +12,10 @@ from efsgd.blocks import Entry, Layout
 from efsgd.compressors.base import Claims
 from efsgd.majority_vote import GroupMomentum, Voting, sign_format
 
-__all__ = ["MajorityVote"]
+__all__ = ["LOCAL_FORM", "MajorityVote"]
+
+#: The momentum form of groups whose momenta are each worker's own, and the compressor's business.
+LOCAL_FORM = "local"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,17 @@ class MajorityVote:
         return ()
 
     def validate(self, settings: Mapping[str, Any]) -> None:
-        """Nothing to check."""
+        """Checks that the group is one of a `Signum`.
+
+        Raises:
+            ValueError: it is not.
+        """
+        form = settings.get("momentum_form")
+        if form != LOCAL_FORM:
+            raise ValueError(
+                f"Invalid momentum_form for a majority vote: {form!r}. Must be {LOCAL_FORM!r}, as "
+                f"in the groups of efsgd.signum.Signum: use that in place of another optimizer."
+            )
 
     def claims(self) -> Claims:
         """It is gathered."""

@@ -132,9 +132,10 @@ class PowerSGD:
 
     def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
         """With `alternating`, which side it is that a step multiplies from. Else all are alike."""
-        if not settings["alternating"]:
+        since = step - start_of(settings)
+        if not settings["alternating"] or since < 0:
             return None
-        return "left" if (step - start_of(settings)) % 2 else "right"
+        return "left" if since % 2 else "right"
 
     def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int | None:
         """The rank at which a tensor of this shape is sent; None: uncompressed."""

@@ -32,7 +32,7 @@ def draw_subset(numel: int, k: int, generator: torch.Generator) -> Tensor:
     Example:
         >>> from efsgd.compressors.random_k import draw_subset
         >>> draw_subset(5, 3, torch.Generator().manual_seed(0)).tolist()
-        [0, 2, 3]
+        [1, 2, 3]
     """
     is_small = k <= numel * SMALL_SHARE
     return _few(numel, k, generator) if is_small else _many(numel, k, generator)

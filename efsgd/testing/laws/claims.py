@@ -1,0 +1,165 @@
+"""Laws for compressors that claim more than others: contraction, and a mean without bias.
+
+Where random numbers are involved these are statistical tests. A compressor that keeps its word
+fails one of them with a probability below 1e-6 in all.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from efsgd.testing.gradients import gaussian, made_up
+from efsgd.testing.trial import Trial, law
+from efsgd.testing.violations import Violation
+
+__all__ = ["contracts_as_claimed", "is_unbiased_as_claimed"]
+
+#: Payloads may have numbers in float32 while tensors are float64.
+ROUNDING = 1e-6
+DRAWS = 150
+#: Of one test of a few dozen; ln 1e8.
+NATS = 18.4
+#: One-sided at 7 standard errors: 1e-12 for a normal mean; a mean of 150 squares of normal
+#: numbers, with their own standard deviation, is that far below its expectation with 1e-7.
+STANDARD_ERRORS = 7.0
+#: At least and at most; in between, until the mean is known as exactly as this.
+MANY_DRAWS = (400, 1000)
+WIDTH = 0.03
+
+
+@law
+def contracts_as_claimed(trial: Trial) -> None:
+    """What is not sent is as short as `claims().contraction` says.
+
+    Its squared norm is at most (1 - δ) times that of what was compressed: always, for a compressor
+    that draws no random numbers; else in the mean over draws, which is tested for gaussian tensors
+    by its standard error, and for all others by a bound that holds for any distribution.
+    """
+    claims = trial.compressor.claims()
+    if claims.contraction is None or not trial.compressed_shapes():
+        return
+    remedy = "Claim less: the largest δ that is proven, or None where nothing is known."
+    shapes, kinds = trial.compressed_shapes(), ["gaussian", "one_hot", "constant", "rank_deficient"]
+    if claims.is_random:  # many draws of few
+        shapes, kinds = [*shapes[len(shapes) // 2 : -1][:1], shapes[-1]], kinds[:3]
+    for shape in shapes:
+        claimed = claims.contraction(shape)
+        if not 0 <= claimed <= 1:
+            raise Violation(f"for shape {list(shape)} it claims δ = {claimed!r}", remedy)
+        for kind in kinds:
+            draws = DRAWS if claims.is_random else trial.steps
+            left = list(_left_out(trial, shape, kind, draws))
+            what = f"of {kind} tensors of shape {list(shape)}"
+            if not claims.is_random:
+                if max(left) > 1 - claimed + ROUNDING:
+                    raise Violation(
+                        f"{what} it leaves out {max(left):.6g} of the squared norm, and claims "
+                        f"δ = {claimed:.6g}",
+                        remedy,
+                    )
+            elif _is_above(left, 1 - claimed, is_smooth=kind == "gaussian"):
+                raise Violation(
+                    f"{what} it leaves out {sum(left) / draws:.6g} of the squared norm in the mean "
+                    f"over {draws} draws, and claims δ = {claimed:.6g}",
+                    remedy,
+                )
+
+
+def _left_out(trial: Trial, shape: torch.Size, kind: str, draws: int) -> Iterator[float]:
+    """The part of the squared norm that is not sent, of one tensor after the other."""
+    workers = trial.simulate(1, shapes=[shape], error_feedback=False)
+    for draw in range(draws):
+        delta = made_up(kind, shape, 0, trial.seed, draw)
+        workers.parameters[0].zero_()
+        workers.step([[delta]])
+        yield float((delta + workers.parameters[0]).norm() / delta.norm()) ** 2  # x = -C(Δ)
+
+
+def _is_above(sample: Sequence[float], limit: float, *, is_smooth: bool) -> bool:
+    """Whether the expectation of what was sampled is above a limit from 0 to 1, surely.
+
+    By Chernoff's bound for means of numbers from 0 to 1, and, for numbers that are spread, by the
+    standard error of their mean.
+    """
+    limit = min(limit + ROUNDING, 1.0)
+    values = torch.tensor(sample, dtype=torch.float64)
+    clipped = float(values.clamp(max=1).mean())  # their expectation is not above it either
+    if clipped > limit and len(sample) * _divergence(clipped, limit) > NATS:
+        return True
+    is_spread = is_smooth and len(set(sample)) > len(sample) // 2
+    slack = STANDARD_ERRORS * float(values.std()) / math.sqrt(len(sample))
+    return is_spread and float(values.mean()) > limit + slack
+
+
+def _divergence(mean: float, limit: float) -> float:
+    """Of two coins that show 1 with these probabilities, in nats."""
+    pairs = [(mean, limit), (1 - mean, 1 - limit)]
+    return sum(p * (math.log(p / q) if q > 0 else math.inf) for p, q in pairs if p > 0)
+
+
+@law
+def is_unbiased_as_claimed(trial: Trial) -> None:
+    """Where `claims().is_unbiased`, the mean of what is decompressed is what was compressed.
+
+    Tested along the tensor itself, its signs, the direction of all ones, and two at random: over
+    400 to 1000 draws the mean must be within 6 standard errors of what it is to be. A bias of a
+    few percent of the tensor is found where a single draw is less wrong than the tensor is long.
+    """
+    if not trial.compressor.claims().is_unbiased:
+        return
+    shapes = trial.compressed_shapes()[-2:]
+    if not shapes:
+        return
+    deltas = [gaussian(shape, trial.seed, index) for index, shape in enumerate(shapes)]
+    probes = [_directions(delta, trial.seed) for delta in deltas]
+    workers = trial.simulate(1, shapes=shapes, error_feedback=False)
+    found: list[list[Tensor]] = [[] for _ in shapes]
+    least, most = MANY_DRAWS
+    for draw in range(most):
+        for parameter in workers.parameters:
+            parameter.zero_()
+        if draw == 0:
+            workers.step([list(deltas)])
+        else:
+            workers.step_again()
+        for index, update in enumerate(workers.parameters):
+            found[index].append(probes[index] @ (-update - deltas[index]).flatten())
+        if draw + 1 >= least and (draw + 1) % 100 == 0:
+            widest = max(float(_slack(torch.stack(own)).max()) for own in found)
+            if widest < WIDTH:
+                break
+    for shape, own in zip(shapes, found, strict=True):
+        values = torch.stack(own)  # [draws, directions], parts of the tensor's length
+        mean = values.mean(0).abs()
+        worst = int((mean - _slack(values)).argmax())
+        if mean[worst] > _slack(values)[worst]:
+            raise Violation(
+                f"the mean of {len(own)} draws for a tensor of shape {list(shape)} differs from it "
+                f"by {float(mean[worst]):.3g} of its length {_DIRECTIONS[worst]}, with a standard "
+                f"error of {float(values.std(0)[worst]) / math.sqrt(len(own)):.2g}",
+                "Do not claim to be without bias, or divide what is sent by the probability with "
+                "which it is sent, and round up with the probability that the fraction says.",
+            )
+
+
+_DIRECTIONS = (
+    "along itself",
+    "along its signs",
+    "along all ones",
+    *["along a random direction"] * 2,
+)
+
+
+def _directions(delta: Tensor, seed: int) -> Tensor:
+    """Unit vectors, divided by the length of `delta`: [directions, delta.numel()]."""
+    flat = delta.flatten()
+    others = [gaussian(flat.shape, seed, 99, number) for number in range(2)]
+    rows = torch.stack([flat, flat.sign(), torch.ones_like(flat), *others])
+    lengths: Tensor = rows.norm(dim=1, keepdim=True) * flat.norm()
+    return rows / lengths
+
+
+def _slack(values: Tensor) -> Tensor:
+    return 6 * values.std(0) / math.sqrt(len(values)) + ROUNDING

@@ -1,0 +1,182 @@
+"""Laws of whole runs: the same again, after a refused step, from a checkpoint, without a group."""
+
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from efsgd.collectives import run
+from efsgd.testing.laws.sending import requests
+from efsgd.testing.simulation import (
+    Simulation,
+    first_difference,
+    give_,
+    parameters_of,
+    snapshot,
+)
+from efsgd.testing.trial import Trial, law
+from efsgd.testing.violations import Violation
+from efsgd.transports import Alone
+
+__all__ = [
+    "agrees_when_alone",
+    "refuses_without_a_trace",
+    "repeats_to_the_bit",
+    "resumes_to_the_bit",
+]
+
+
+@law
+def repeats_to_the_bit(trial: Trial) -> None:
+    """The same run twice gives the same to the bit, and no global generator is touched.
+
+    Neither torch's, whose state is another one in the second run, nor random's, nor NumPy's.
+    """
+    ends = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # leaves those of devices alone
+            before = _generators()
+            workers = trial.simulate(trial.several)
+            for step in range(trial.steps):
+                workers.step(trial.gradients(trial.several, step, with_missing=True))
+            for name, state in _generators().items():
+                if state != before[name]:
+                    raise Violation(
+                        f"a run draws from the global generator of {name}",
+                        "Draw from draws.shared() or draws.private(); data and dropout must not "
+                        "depend on how gradients are compressed.",
+                    )
+            ends.append(workers.snapshots())
+    _require_equal(
+        ends[0],
+        ends[1],
+        "after the same run with another global seed",
+        "All that is random must come from the seed, the parameter's index, the step and the "
+        "worker: draw from draws.shared() or draws.private().",
+    )
+
+
+def _generators() -> dict[str, Any]:
+    """The states of global generators, by whose they are."""
+    found: dict[str, Any] = {"torch": torch.get_rng_state().tolist(), "random": random.getstate()}
+    if "numpy" in sys.modules:
+        state = sys.modules["numpy"].random.get_state()
+        found["numpy"] = [state[1].tolist(), *state[2:]]
+    return found
+
+
+def _require_equal(
+    found: list[dict[str, torch.Tensor]],
+    expected: list[dict[str, torch.Tensor]],
+    when: str,
+    remedy: str,
+) -> None:
+    for worker, (own, other) in enumerate(zip(found, expected, strict=True)):
+        name = first_difference(own, other)
+        if name is not None:
+            raise Violation(f"{when}, {name} differs on worker {worker} of {len(found)}", remedy)
+
+
+@law
+def refuses_without_a_trace(trial: Trial) -> None:
+    """A step that is refused, as one worker has a NaN or infinity, asks for the same and is undone.
+
+    In whichever parameter it is: parameters and state are bitwise what they were, on all workers,
+    and the steps after it are those of a run in which it never was.
+    """
+    remedy = (
+        "What is kept from step to step must change in the aggregator's `commit_` alone, and "
+        "`shows_nonfinite` be True only if its first buffer shows every NaN and infinity."
+    )
+    for world_size in trial.fewest_and_most:
+        workers, others = (trial.simulate(world_size, nonfinite="skip") for _ in range(2))
+        positions = [n for n, p in enumerate(workers.parameters) if p.numel() > 0]
+        for step in range(trial.steps):
+            own = trial.gradients(world_size, step, kinds=["gaussian"])
+            refused = []
+            for position in positions if step == 1 else []:
+                refused.append(_refuse(workers, own, position, remedy))
+            expected, _ = requests(workers.step(own)), others.step(own)
+            for asked in refused:
+                if asked != expected:
+                    raise Violation(
+                        f"with {world_size} workers a refused step asked for {asked}, and the "
+                        f"same step, when it was not refused, for {expected}",
+                        "What is asked for must not depend on data.",
+                    )
+        when = f"{trial.steps - 1} steps after refused ones"
+        _require_equal(workers.snapshots(), others.snapshots(), when, remedy)
+
+
+def _refuse(workers: Simulation, own: list[list[Any]], position: int, remedy: str) -> list[str]:
+    """Has the workers refuse a step, which must change nothing. What did it ask for?"""
+    value = (torch.nan, torch.inf, -torch.inf)[position % 3]
+    bad = [list(gradients) for gradients in own]
+    bad[-1][position] = own[-1][position].clone()
+    bad[-1][position].view(-1)[-1] = value
+    before, count = workers.snapshots(), workers.optimizers[0].communication_stats()
+    scene = workers.scene
+    asked = requests(workers.step(bad))
+    what = f"{scene}, with {value} in the gradient of parameter {position} on the last worker,"
+    if workers.optimizers[0].communication_stats()["skipped_steps"] == count["skipped_steps"]:
+        raise Violation(f"{what} is not refused", remedy)
+    _require_equal(workers.snapshots(), before, f"after {what} which is refused", remedy)
+    return asked
+
+
+@law
+def resumes_to_the_bit(trial: Trial) -> None:
+    """From a copy of parameters and `state_dict` a run goes on as if it had not been interrupted.
+
+    To the bit, with momentum, each worker with its own `state_dict`.
+    """
+    options: dict[str, Any] = {"momentum": 0.9, "lr": 0.1}
+    for world_size in sorted({min(trial.world_sizes), trial.several}):
+        workers = trial.simulate(world_size, **options)
+        for step in range(2):
+            workers.step(trial.gradients(world_size, step))
+        resumed = trial.simulate(world_size, **options)
+        for old, new in zip(workers.optimizers, resumed.optimizers, strict=True):
+            for source, target in zip(parameters_of(old), parameters_of(new), strict=True):
+                target.data.copy_(source.data)
+            new.load_state_dict(copy.deepcopy(old.state_dict()))
+        for step in range(2, 2 + trial.steps):
+            own = trial.gradients(world_size, step)
+            workers.step(own)
+            resumed.step(own)
+            _require_equal(
+                resumed.snapshots(),
+                workers.snapshots(),
+                f"{step - 1} steps after a state_dict was loaded",
+                "What is kept from step to step must be in the aggregator's `state`, from where "
+                "it is saved, or be computed from the number of the step.",
+            )
+
+
+@law
+def agrees_when_alone(trial: Trial) -> None:
+    """`optimizer.step()` of one worker without a process group is a step of one in lockstep."""
+    workers, alone = trial.simulate(1), trial.simulate(1).optimizers[0]
+    step_of: Callable[[], Any] = alone.step
+    if dist.is_available() and dist.is_initialized():
+        step_of = lambda: run(alone.exchange(), Alone())  # noqa: E731
+    for step in range(trial.steps):
+        own = trial.gradients(1, step, with_missing=True)
+        workers.step(own)
+        give_(alone, own[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step_of()
+        _require_equal(
+            [snapshot(alone)],
+            workers.snapshots(),
+            f"after step {step} without a process group, compared with lockstep",
+            "An answer may be the buffer that was sent, or another: read neither before the "
+            "answer is there, and write to neither afterwards.",
+        )

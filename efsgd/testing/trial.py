@@ -1,0 +1,139 @@
+"""What a compressor is tried with, and what makes a function a law."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from efsgd.compressors import Compressor
+from efsgd.testing.gradients import Gradients, gradients
+from efsgd.testing.simulation import Simulation
+from efsgd.testing.violations import CompressorLawError, Violation
+
+__all__ = ["SHAPES", "Law", "Trial", "law"]
+
+#: Matrices, tall and wide; tensors of more dimensions; vectors; one number; nothing. Equal shapes
+#: stand apart.
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (12, 10),
+    (10,),
+    (),
+    (6, 4, 3, 3),
+    (1, 9),
+    (12, 10),
+    (0, 3),
+    (40, 24),
+    (9, 1),
+    (33,),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A compressor, and what it is tried with. See `efsgd.testing.check_compressor`.
+
+    Attributes:
+        compressor: to be tried.
+        world_sizes: numbers of workers.
+        shapes: of the parameters.
+        steps: of most runs.
+        seed: of all gradients.
+        processes: worker processes to start; 0 starts none.
+        error_feedback: whether what was not sent is kept.
+    """
+
+    compressor: Compressor
+    world_sizes: Sequence[int] = (1, 2, 3, 4)
+    shapes: Sequence[Sequence[int]] = SHAPES
+    steps: int = 4
+    seed: int = 0
+    processes: int = 0
+    error_feedback: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.world_sizes or min(self.world_sizes) < 1:
+            raise ValueError(
+                f"Invalid world_sizes: {self.world_sizes!r}. Must be numbers of workers, at least "
+                f"one of them and none below 1."
+            )
+        if not self.shapes or not any(math.prod(shape) for shape in self.shapes):
+            raise ValueError(f"Invalid shapes: {self.shapes!r}. At least one must have an element.")
+        if self.steps < 1:
+            raise ValueError(f"Invalid steps: {self.steps!r}. Must be at least 1.")
+        if self.processes < 0:
+            raise ValueError(
+                f"Invalid processes: {self.processes!r}. Must be a number of worker processes; "
+                f"0 starts none."
+            )
+
+    @property
+    def several(self) -> int:
+        """The smallest number of workers above one, if there is one."""
+        return min((size for size in self.world_sizes if size > 1), default=1)
+
+    @property
+    def fewest_and_most(self) -> tuple[int, ...]:
+        """The smallest and the largest number of workers, for what hardly depends on it."""
+        return tuple(sorted({min(self.world_sizes), max(self.world_sizes)}))
+
+    def simulate(
+        self,
+        world_size: int,
+        dtype: torch.dtype = torch.float64,
+        shapes: Sequence[Sequence[int]] | None = None,
+        *,
+        start: float = 0.0,
+        **options: Any,
+    ) -> Simulation:
+        """Fresh workers.
+
+        Args:
+            world_size: their number.
+            dtype: of the parameters.
+            shapes: of the parameters, where not those of the trial.
+            start: all values of all parameters.
+            options: of `ErrorFeedbackSGD`.
+        """
+        options = {"error_feedback": self.error_feedback, **options}
+        shapes = self.shapes if shapes is None else shapes
+        values: list[Tensor] = [torch.full(torch.Size(shape), start) for shape in shapes]
+        return Simulation(self.compressor, world_size, values, dtype, **options)
+
+    def gradients(self, world_size: int, step: int, **options: Any) -> Gradients:
+        """Those of one step; see `efsgd.testing.gradients.gradients`."""
+        return gradients(self.shapes, world_size, step, self.seed, **options)
+
+    def compressed_shapes(self) -> list[torch.Size]:
+        """The shapes that are compressed, each once, the smallest first."""
+        group = self.simulate(1).group
+        distinct = {torch.Size(shape) for shape in self.shapes if math.prod(shape) > 0}
+        found = [shape for shape in distinct if self.compressor.level(shape, group) is not None]
+        return sorted(found, key=lambda shape: (shape.numel(), tuple(shape)))
+
+
+#: Raises a `CompressorLawError` where it does not hold.
+Law: TypeAlias = Callable[[Trial], None]
+
+
+def law(function: Law) -> Law:
+    """Makes a function a law: what it finds, and any error, is raised in its name."""
+
+    @functools.wraps(function)
+    def checked(trial: Trial) -> None:
+        try:
+            function(trial)
+        except CompressorLawError:
+            raise
+        except Exception as error:
+            found, cause = error, error.__cause__
+            if not isinstance(error, Violation):
+                what = f"it raised {type(error).__name__}: {error}"
+                found, cause = Violation(what, "Its methods must not raise."), error
+            assert isinstance(found, Violation)
+            raise CompressorLawError(function.__name__, trial.compressor, found) from cause
+
+    return checked

@@ -1,0 +1,152 @@
+"""Compressors that break their claims, and laws of whole runs."""
+
+import dataclasses
+import itertools
+import multiprocessing
+import random
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from efsgd.collectives import Exchange
+from efsgd.compressors import Claims
+from efsgd.powersgd import LowRank, PowerIteration
+from efsgd.tensorwise import Dense, Sent, Tensorwise
+from efsgd.units import Draws, Payload, Unit
+from tests.good_compressors import Half, Largest, LowRankOf, Rounded, TensorwiseOf
+
+# ---- claims --------------------------------------------------------------------------------------
+
+
+class ClaimsTooMuch(Largest):
+    def claims(self) -> Claims:
+        return Claims(False, contraction=lambda shape: 0.4)
+
+
+class Expands(Largest):
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        return super().decompress((payload[0] * 2.5, payload[1]), shape, draws)
+
+    def claims(self) -> Claims:
+        return Claims(False, contraction=lambda shape: 0.0)
+
+
+class ClaimsTooMuchInTheMean(Half):
+    def claims(self) -> Claims:
+        return Claims(True, is_random=True, contraction=lambda shape: 0.7)
+
+
+class RoundsToNearest(Rounded):
+    """Almost without bias: it keeps to zero."""
+
+    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
+        return 0.4 + 0.2 * super().noise(delta, draws)
+
+
+class RoundsDown(Rounded):
+    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
+        return 0.9 * super().noise(delta, draws)
+
+
+class Shrinks(Rounded):
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        return 0.96 * super().decompress(payload, shape, draws)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+class DrawsGlobally(Rounded):
+    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
+        return torch.rand(delta.shape, dtype=delta.dtype)
+
+
+class DrawsFromRandom(Rounded):
+    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
+        return torch.full_like(delta, random.random())
+
+
+class Counts(Rounded):
+    """Draws from a count of its own, in place of the number of the step."""
+
+    count: ClassVar[Any] = itertools.count()
+
+    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
+        own = dataclasses.replace(draws, step=next(self.count))
+        return super().noise(delta, own)
+
+
+class KeepsTooEarly(PowerIteration):
+    def aggregate(self, local: LowRank) -> Exchange[LowRank]:
+        found = yield from super().aggregate(local)
+        super().commit_()
+        return found
+
+
+class Hasty(LowRankOf):
+    kind = KeepsTooEarly
+
+
+class HidesNonfinite(Tensorwise):
+    shows_nonfinite = True
+
+
+class Hiding(TensorwiseOf):
+    kind = HidesNonfinite
+
+
+class CountsCommits(Tensorwise):
+    count = 0
+
+    def commit_(self, absent: frozenset[int]) -> None:
+        self.count += 1
+
+    def _draws(self, unit: Unit, step: int, worker: int | None = None) -> Draws:
+        return super()._draws(unit, self.count, worker)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetful(Half):
+    def aggregator(
+        self,
+        layout: Any,
+        settings: Any,
+        dtype: Any,
+        device: Any,
+        worker: int = 0,
+        *_: Any,
+        **__: Any,
+    ) -> Tensorwise:
+        return CountsCommits(layout, dtype, device, worker, averages=True)
+
+
+class CleansUpEarly(Tensorwise):
+    def aggregate(self, local: Sent) -> Exchange[Dense]:
+        if len(local.in_flight) == 1:
+            return (yield from super().aggregate(local))
+        yield local.in_flight[0]
+        answer = yield local.in_flight[1]
+        self._bytes.zero_()
+        flat = self._mean.flat.zero_()
+        for own in answer.unbind():
+            self.add_(flat, self._format.unpack(own), local.step, 1 / len(answer))
+        return Dense(self.layout, self._mean)
+
+
+class Tidy(TensorwiseOf):
+    kind = CleansUpEarly
+
+
+class KnowsTheProcess(Largest):
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        value, where = super().compress(delta, draws)
+        is_child = multiprocessing.parent_process() is not None
+        return value * (0.5 if is_child else 1.0), where
+
+
+class FailsInProcesses(Largest):
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        if draws.worker == 1 and multiprocessing.parent_process() is not None:
+            raise ValueError("only in a process")
+        return super().compress(delta, draws)

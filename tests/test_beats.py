@@ -1,0 +1,110 @@
+"""Where not all steps are alike, workers still come to terms: no hang, whatever step it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from efsgd import CollectiveError, ErrorFeedbackSGD, PowerSGD, PowerSGDPlus, WorkerMismatchError
+from efsgd.testing import LockstepError
+from tests.simulation import bits, parameters_of, replicated, snapshot, step_with
+from tests.strategies import Gradients, gaussian
+
+SHAPES = [(8, 6), (6,), (5, 7)]
+COMPRESSORS = {
+    "alternating": PowerSGD(2, alternating=True, min_compression_rate=0.5),
+    "refresh": PowerSGDPlus(2, refresh_every=3, min_compression_rate=0.5),
+    "exact refresh": PowerSGDPlus(
+        2, refresh_every=2, refresh_update="exact", min_compression_rate=0.5
+    ),
+}
+STEPS = range(5)  # both kinds of steps, known to the workers already and not
+
+
+def a_run(compressor: Any, **options: Any) -> list[ErrorFeedbackSGD]:
+    workers = []
+    for _ in range(3):
+        own = [gaussian(shape, 5, i).requires_grad_() for i, shape in enumerate(SHAPES)]
+        workers.append(ErrorFeedbackSGD(own, lr=0.1, compressor=compressor, **options))
+    return workers
+
+
+def gradients(step: int) -> Gradients:
+    return [[gaussian(shape, w, step, i) for i, shape in enumerate(SHAPES)] for w in range(3)]
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_change_on_one_worker_is_an_error_on_all(name: str, step: int) -> None:
+    workers = a_run(COMPRESSORS[name])
+    for number in range(step):
+        step_with(workers, gradients(number))
+    before = snapshot(workers)
+    workers[1].param_groups[0]["rank"] = 3
+    with pytest.raises(WorkerMismatchError, match=r"rank=2 in the group|rank=3 in the group"):
+        step_with(workers, gradients(step))
+    workers[1].param_groups[0]["rank"] = 2
+    assert bits(snapshot(workers)) == bits(before)
+    untouched = a_run(COMPRESSORS[name])
+    for number in range(step + 4):
+        step_with(untouched, gradients(number))
+        if number >= step:
+            step_with(workers, gradients(number))
+    assert bits(snapshot(workers)) == bits(snapshot(untouched))
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("step", STEPS)
+def test_an_error_of_one_worker_is_an_error_on_all(name: str, step: int) -> None:
+    workers = a_run(COMPRESSORS[name], momentum=0.9)
+    for number in range(step):
+        step_with(workers, gradients(number))
+    spoiled = workers[2].state[parameters_of(workers[2])[0]]
+    kept, spoiled["momentum_buffer"] = spoiled["momentum_buffer"], torch.zeros(2)
+    before = snapshot(workers[:2])
+    with pytest.raises(Exception) as caught:
+        step_with(workers, gradients(step))
+    assert isinstance(caught.value, CollectiveError | WorkerMismatchError)
+    assert any("momentum_buffer" in note for note in caught.value.__notes__)
+    assert not isinstance(caught.value, LockstepError)
+    assert bits(snapshot(workers[:2])) == bits(before)
+    spoiled["momentum_buffer"] = kept
+    for number in range(step, step + 3):
+        step_with(workers, gradients(number))
+        assert all(replicated(worker) == replicated(workers[0]) for worker in workers)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_change_on_all_workers_is_none(name: str) -> None:
+    workers = a_run(COMPRESSORS[name])
+    for step in range(7):
+        for worker in workers:
+            worker.param_groups[0]["rank"] = 1 + step % 3
+        step_with(workers, gradients(step))
+        assert all(replicated(worker) == replicated(workers[0]) for worker in workers)
+
+
+def kinds(trace: list[Any]) -> list[tuple[str, int]]:
+    return [(traced.kind, traced.nbytes) for traced in trace]
+
+
+@pytest.mark.parametrize(
+    ("name", "beat"),
+    [
+        ("alternating", lambda step: step % 2),
+        ("refresh", lambda step: step % 3 == 0),
+        ("exact refresh", lambda step: step % 2 == 0),
+    ],
+)
+def test_steps_of_one_beat_ask_for_the_same(name: str, beat: Callable[[int], int]) -> None:
+    workers = a_run(COMPRESSORS[name], start_compressing_at=2)
+    plain = kinds(step_with(workers, gradients(0)))[-1:]
+    assert kinds(step_with(workers, gradients(1))) == plain
+    seen: dict[int, Any] = {}
+    for step in range(2, 10):
+        trace = kinds(step_with(workers, gradients(step)))
+        # The first of each beat begins with comparing the workers.
+        trace = [traced for traced in trace if traced[0] != "AllGather"]
+        assert seen.setdefault(beat(step - 2), trace) == trace
+    assert len(seen) == 2
