@@ -13,7 +13,6 @@ from efsgd.compressors.majority_vote import LOCAL_FORM
 
 __all__ = [
     "LOCAL",
-    "LOCAL_FORM",
     "SGD_SETTINGS",
     "SHARED",
     "number_of",

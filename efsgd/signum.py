@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from efsgd.arguments import LOCAL_FORM, number_of, validate_signum_group
-from efsgd.compressors.majority_vote import MajorityVote
+from efsgd.arguments import number_of, validate_signum_group
+from efsgd.compressors.majority_vote import LOCAL_FORM, MajorityVote
 from efsgd.error_feedback import add_multiple_, regularize_
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.rules import Rule, Rules

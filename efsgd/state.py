@@ -25,8 +25,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from efsgd.arguments import LOCAL_FORM
 from efsgd.compressors import Compressor
+from efsgd.compressors.majority_vote import LOCAL_FORM
 from efsgd.error_feedback import Section
 from efsgd.members import Member, compute_dtype
 
