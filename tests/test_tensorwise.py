@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -10,73 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd import CollectiveError, ErrorFeedbackSGD, Field, NonFiniteGradientError, TensorCompressor
+from efsgd import CollectiveError, ErrorFeedbackSGD, NonFiniteGradientError, TensorCompressor
 from efsgd.testing import LockstepError
 from efsgd.units import Draws, Payload
+from tests.made_compressors import Mask, Signs, make_workers
 from tests.simulation import bits, parameters_of, replicated, snapshot, step_with
 from tests.strategies import LAYOUTS, Scenario, gaussian, scenarios
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask(TensorCompressor):
-    """Every element with some probability, the same ones everywhere: random, and averaged."""
-
-    keep: float = 0.5
-    seed: int = 3
-    averages: ClassVar[bool] = True
-
-    def fields(self, shape: torch.Size) -> Sequence[Field]:
-        return (Field(shape.numel()),)
-
-    def mask(self, shape: torch.Size, draws: Draws) -> Tensor:
-        return torch.rand(shape.numel(), generator=draws.shared()) < self.keep
-
-    def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        assert delta.isfinite().all()
-        return (delta.reshape(-1) * self.mask(delta.shape, draws),)
-
-    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        return (payload[0] * self.mask(shape, draws)).view(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Signs(TensorCompressor):
-    """One bit for each element, a scale, and a position, each with another dtype: gathered."""
-
-    factor: float = 1.0
-    all_at_once: bool = False
-
-    @property
-    def takes_all_at_once(self) -> bool:
-        return self.all_at_once
-
-    def compresses(self, shape: torch.Size) -> bool:
-        return shape.numel() != 3
-
-    def fields(self, shape: torch.Size) -> Sequence[Field]:
-        return Field(shape.numel(), bits=1), Field(1), Field(1, torch.int64)
-
-    def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        largest = delta.abs().argmax().view(1)
-        return delta.reshape(-1) >= 0, delta.abs().mean().view(1) * self.factor, largest
-
-    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        is_positive, scale, largest = payload
-        signs = torch.where(is_positive, scale, -scale)
-        signs[largest] *= 2
-        return signs.view(shape)
-
-
-def make_workers(
-    parameters: Sequence[Tensor], world_size: int, compressor: Any, **options: Any
-) -> list[ErrorFeedbackSGD]:
-    """Plain SGD steps of length 1, so that parameters show the updates."""
-    workers = []
-    for _ in range(world_size):
-        own = [p.detach().clone().requires_grad_() for p in parameters]
-        own_options = {"lr": 1.0, "momentum_form": "sgd", "compressor": compressor, **options}
-        workers.append(ErrorFeedbackSGD(own, **own_options))
-    return workers
 
 
 class Naive:
@@ -213,55 +152,6 @@ def test_settings_may_differ_between_groups_and_change_between_steps() -> None:
     optimizer.param_groups[0]["factor"] = 0.5
     optimizer.step()  # the first error was 0 but for the largest element, the second's is 6
     assert own[0][1, 1].item() < -8.0 < -4.0
-
-
-class TestBadPayloads:
-    @pytest.mark.parametrize(
-        "payload",
-        [
-            (torch.zeros(2),),
-            (torch.zeros(3), torch.zeros(1)),
-            (torch.zeros(3, dtype=torch.float64),),
-            (torch.zeros(3, 1),),
-        ],
-        ids=["short", "one too many", "dtype", "shape"],
-    )
-    def test_what_was_not_announced_is_refused(self, payload: Payload) -> None:
-        @dataclasses.dataclass(frozen=True)
-        class Bad(TensorCompressor):
-            def fields(self, shape: torch.Size) -> Sequence[Field]:
-                return (Field(3),)
-
-            def compress(self, delta: Tensor, draws: Draws) -> Payload:
-                return payload
-
-        x = torch.ones(3, requires_grad=True)
-        x.grad = torch.ones(3)
-        with pytest.raises(ValueError, match=r"Invalid payload.*announce"):
-            ErrorFeedbackSGD([x], lr=1.0, compressor=Bad()).step()
-        assert x.tolist() == [1.0] * 3
-
-    def test_averaged_ones_as_well(self) -> None:
-        @dataclasses.dataclass(frozen=True)
-        class Short(Mask):
-            def compress(self, delta: Tensor, draws: Draws) -> Payload:
-                return (delta.reshape(-1)[:-1],)
-
-        x = torch.ones(3, requires_grad=True)
-        x.grad = torch.ones(3)
-        with pytest.raises(ValueError, match=r"Invalid payload.*announce"):
-            ErrorFeedbackSGD([x], lr=1.0, compressor=Short()).step()
-
-    def test_private_numbers_are_not_for_decompressing(self) -> None:
-        with pytest.raises(RuntimeError, match="Only compress"):
-            Draws(0, 0, 0, None).private()
-
-    def test_a_compressor_must_be_a_dataclass(self) -> None:
-        class Plain(TensorCompressor):
-            pass
-
-        with pytest.raises(TypeError, match="Plain is no dataclass"):
-            ErrorFeedbackSGD([torch.ones(3, requires_grad=True)], compressor=Plain())
 
 
 @dataclasses.dataclass(frozen=True)
