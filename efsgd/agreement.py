@@ -144,8 +144,9 @@ def checksum(tensor: Tensor) -> int:
         False
     """
     flat = real_view(tensor.resolve_neg()).contiguous().reshape(-1)
-    if flat.storage_offset() * flat.element_size() % 8 != 0:
-        flat = flat.clone()  # so that eight bytes can be taken at a time
+    # A single element may have any stride, and be contiguous all the same.
+    if flat.storage_offset() * flat.element_size() % 8 != 0 or flat.stride() != (1,):
+        flat = flat.new_empty(flat.shape).copy_(flat)  # so that eight bytes can be taken at a time
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     words = flat.view(integers[flat.element_size()])
     whole = words.numel() - words.numel() % (8 // words.element_size())

@@ -210,6 +210,8 @@ def test_checksums_do_not_depend_on_memory(dtype: torch.dtype) -> None:
         assert torch.equal(other, values)
         assert checksum(other) == expected
     assert checksum(values[:1].expand(7)) == checksum(values[:1].repeat(7))
+    single = torch.stack([values[:1], values[1:2]], dim=1)[:, 0]  # of stride 2
+    assert checksum(single) == checksum(values[:1])
 
 
 def test_a_long_tensor_is_summed_in_parts() -> None:
