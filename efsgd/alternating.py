@@ -128,7 +128,8 @@ class AlternatingPowerIteration(LowRankAggregator):
             (P_w, Q̂) or (P̂, Q_w): the one factor the same on every worker, the other this worker's
             own, its mean in flight.
         """
-        self._from_right = (step - self._start) % 2 == 0
+        # Where nothing is compressed, and before that starts, all steps are alike.
+        self._from_right = not deltas.batches or (step - self._start) % 2 == 0
         if self._from_right:
             return (yield from self._multiply_from_right(deltas, step))
         return (yield from self._multiply_from_left(deltas, step))

@@ -7,9 +7,10 @@ parameter and one for each worker, so they cost no collective of their own and t
 depends on them.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,10 @@ class Verdict:
     def is_good(self) -> bool:
         """Whether the step may be applied."""
         return not (self.nonfinite or self.overflowed or self.unable or self.changed)
+
+    def with_mean(self, *, is_finite: bool) -> Self:
+        """The same, but for a mean that was found not to be finite."""
+        return self if is_finite else dataclasses.replace(self, overflowed=True)
 
 
 class ControlWords:
@@ -147,7 +152,8 @@ class ControlWords:
         Returns:
             The verdict; `changed` has the workers that have changed.
         """
-        words = torch.zeros(len(self._indices) + self.world_size)
+        count = len(self._indices) + self.world_size
+        words = torch.zeros(count, dtype=torch.float64, device="cpu")
         code = self._unable if is_unable else self._changed
         words[len(self._indices) + self._worker] = code
         answer = yield from schedule.replay(words)

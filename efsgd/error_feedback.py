@@ -164,7 +164,7 @@ def exchange_gradients(
         is_unable=obstacle is not None,
         is_scaled=is_scaled,
     )
-    return Outcome(mean, verdict, obstacle)
+    return Outcome(mean, verdict.with_mean(is_finite=mean.is_finite), obstacle)
 
 
 def decompress_with_(

@@ -136,6 +136,11 @@ class LowRank:
     Q: Sequence[Tensor]
     in_flight: InFlight | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """The factors are, if what was sent is."""
+        return True
+
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:

@@ -224,6 +224,11 @@ class Votes:
     scratch: Tensor
     in_flight: tuple[InFlight, ...] = ()
 
+    @property
+    def is_finite(self) -> bool:
+        """Votes always are."""
+        return True
+
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:

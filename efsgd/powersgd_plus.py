@@ -14,7 +14,7 @@ Legend. b matrices of equal shape lie in one batch::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class RefreshedPowerIteration(PowerIteration):
                 torch.bmm(P_hat.mT, M, out=Q)
             self._local_buffer.copy_(self.Q_buffer)
         if self._is_exact:
-            return Whole(self.layout, self._matrices(deltas.flat), mean)
+            return Whole(self.layout, self._matrices(deltas.flat), mean=mean)
         in_flight = yield Start(AllReduceMean(self.Q_buffer, "Q (PowerSGD+, refresh)"))
         return self._low_rank(P_hats, self._local_Q, in_flight)
 
@@ -143,7 +143,7 @@ class Whole(Dense):
         mean: those of all workers, averaged.
     """
 
-    mean: Blocks
+    mean: Blocks = field(kw_only=True)
 
 
 def leading_left_singular_vectors(

@@ -182,7 +182,7 @@ def attach_(section: Section, states: Mapping[int, State]) -> None:
         if section.errors is not None and entry.level is not None:
             section.errors.views[entry.index].copy_(state["error"])
         elif "error" in state:
-            state["error"] = state["error"].contiguous()
+            state["error"] = _apart(state["error"]).contiguous()
             if bool(state["error"].any()):
                 section.leftovers[entry.index] = state["error"]
     show_errors_(section, states)
@@ -213,8 +213,13 @@ def adopt_replaced_(section: Section, states: Mapping[int, State]) -> None:
 def withdraw_(state: State) -> None:
     """Moves the state of a frozen parameter out of the buffers it shared with others."""
     for name, value in state.items():
-        if value.untyped_storage().nbytes() > value.numel() * value.element_size():
-            state[name] = value.clone()
+        state[name] = _apart(value)
+
+
+def _apart(value: Tensor) -> Tensor:
+    """A tensor that keeps no memory alive but its own: a copy, if it is part of a larger one."""
+    is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    return value.clone() if is_part else value
 
 
 def drop_foreign_errors_(

@@ -180,6 +180,7 @@ class Stepper:
         self._apply(outcomes, rules, groups[0]["max_grad_norm"])
         for group in groups:
             group.update(step=step + 1, world_size=context[0], worker=context[1])
+        self._terms.expected = step + 1
         self.ledger.end_step()
         return True
 

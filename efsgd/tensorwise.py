@@ -10,14 +10,15 @@ are decompressed worker by worker, in worker order, and the sum is the same on e
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.blocks import Blocks, Elementwise, Layout
-from efsgd.collectives import AllGather, AllReduceMean, Exchange, InFlight, Start
+from efsgd.collectives import AllGather, AllReduceMean, Exchange, Start
+from efsgd.control import all_finite
 from efsgd.payload import Format
 from efsgd.phases import Phases
 from efsgd.units import Draws, Payload, Unit, units
@@ -72,7 +73,11 @@ class Tensorwise:
         """Nothing to do."""
 
     def compress(self, deltas: Blocks, step: int) -> Exchange[Sent]:
-        """Line 8: compresses each tensor, and sends it."""
+        """Line 8: compresses each tensor. Nothing is sent yet.
+
+        So that an error of the compressor, also in line 9, is met while no other worker counts on
+        this one.
+        """
         with self.phases("Alg. 2, line 8: compress"):
             payloads = [
                 unit.operator.compress(unit.of(deltas.flat), self._draws(unit, step, self._worker))
@@ -82,19 +87,19 @@ class Tensorwise:
                 self._fill_buffer_(payloads)
             else:
                 self._format.pack_(payloads, self._bytes)
-        local = Sent(self, payloads, step)
-        what = "vectors and payload" if self._averages else "vectors"
-        local.in_flight.append((yield Start(AllReduceMean(self._buffer, what))))
-        if self._format.nbytes:
-            local.in_flight.append((yield Start(AllGather(self._bytes, "payload"))))
-        return local
+        yield from ()
+        return Sent(self, payloads, step)
 
     def aggregate(self, local: Sent) -> Exchange[Dense]:
-        """Line 10: the mean of what all workers sent, decompressed."""
+        """Line 10: sends, and decompresses the mean of what all workers sent."""
         with self.phases("Alg. 2, line 10: exchange"):
+            what = "vectors and payload" if self._averages else "vectors"
+            in_flight = [(yield Start(AllReduceMean(self._buffer, what)))]
+            if self._format.nbytes:
+                in_flight.append((yield Start(AllGather(self._bytes, "payload"))))
             answers = []
-            for in_flight in local.in_flight:
-                answers.append((yield in_flight))
+            for each in in_flight:
+                answers.append((yield each))
         with self.phases("Alg. 2, line 11: decompress"):
             flat = self._mean.flat.zero_()
             received: list[Sequence[Payload]] = [self._split_buffer()] if self._averages else []
@@ -103,7 +108,7 @@ class Tensorwise:
             for payloads in received:
                 # Dividing first, so that a sum of finite numbers stays finite.
                 self.add_(flat, payloads, local.step, 1 / len(received))
-        return Dense(self.layout, self._mean)
+        return Dense(self.layout, self._mean, is_finite=all_finite(flat))
 
     def add_(
         self, flat: Tensor, payloads: Sequence[Payload], step: int, alpha: float = 1.0
@@ -150,13 +155,12 @@ class Sent:
         aggregator: that made it.
         payloads: of each unit.
         step: the number of the step.
-        in_flight: the collectives that carry it.
     """
 
     aggregator: Tensorwise
     payloads: Sequence[Payload]
     step: int
-    in_flight: list[InFlight] = field(default_factory=list)
+    is_finite: bool = True
 
     def subtract_from_(self, blocks: Blocks) -> None:
         """See `efsgd.compressors.Compressed`."""
@@ -186,10 +190,12 @@ class Dense:
     Attributes:
         layout: whose they are.
         blocks: their values.
+        is_finite: whether all of them are, as far as it is known.
     """
 
     layout: Layout
     blocks: Blocks
+    is_finite: bool = True
 
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any

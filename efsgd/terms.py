@@ -33,6 +33,9 @@ __all__ = ["Terms"]
 class Terms:
     """What the workers have agreed on, kept between steps.
 
+    Attributes:
+        expected: the number of the step that the others are about to take, as far as is known.
+
     Args:
         compressor: decides what is compressed and how far.
         settings: names of the group entries that workers must agree on.
@@ -51,13 +54,14 @@ class Terms:
         self._validate, self._rules = validate, rules
         self._agreed: Agreement | None = None
         self._compared: Hashable = None
+        self.expected: int | None = None
         # Of each beat that was seen: the collectives of a step, by section.
         self._schedules: dict[Hashable, list[tuple[ControlWords, Schedule]]] = {}
         self._scheduled: Signature | None = None
 
     def forget(self) -> None:
         """The workers are others: nothing is agreed on with them."""
-        self._agreed = self._compared = self._scheduled = None
+        self._agreed = self._compared = self._scheduled = self.expected = None
         self._schedules = {}
 
     def doubt(self) -> None:
@@ -122,7 +126,8 @@ class Terms:
             plan.update(groups, state, context, rules)
             return rules
         # Whether all workers begin with a comparison, and whether this one has news for it.
-        step, is_new = groups[0].get("step", 0), True
+        step = groups[0].get("step", 0) if self.expected is None else self.expected
+        is_new = True
         compares = self._is_time(step, plan)
         device = next(p.device for group in groups for p in group["params"])
         try:
@@ -155,6 +160,7 @@ class Terms:
             beat = functools.partial(self._compressor.beat, settings=dict(groups[0]))
             self._agreed = Agreement(plan.sign(groups, state), plan.roundings, *numbers, beat)
             self._schedules = {}  # they were those of another plan
+            self.expected = groups[0]["step"]
         return rules
 
     def _is_new(self, present: Signature) -> bool:
@@ -173,6 +179,8 @@ class Terms:
     ) -> Exchange[Outcome]:
         """Passes on an exchange; if it raises before it has sent anything, zeros are sent instead.
 
+        After that, the next step is an error on all workers.
+
         Args:
             number: of the section whose exchange it is.
             exchange: lines 7 to 10 of Algorithm 2.
@@ -189,6 +197,9 @@ class Terms:
             raise
         except Exception as obstacle:
             schedules = self._scheduled_for(step)
+            if sent:  # the others cannot know, and apply the step
+                self.expected = step + 1
+                self.doubt()
             if sent or schedules is None or not self.is_scheduled(plan, step):
                 raise
             control, schedule = schedules[number]

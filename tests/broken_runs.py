@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from efsgd.collectives import Exchange
+from efsgd.collectives import AllGather, AllReduceMean, Exchange
 from efsgd.compressors import Claims
 from efsgd.powersgd import LowRank, PowerIteration
 from efsgd.tensorwise import Dense, Sent, Tensorwise
@@ -123,10 +123,10 @@ class Forgetful(Half):
 
 class CleansUpEarly(Tensorwise):
     def aggregate(self, local: Sent) -> Exchange[Dense]:
-        if len(local.in_flight) == 1:
+        if not self._format.nbytes:
             return (yield from super().aggregate(local))
-        yield local.in_flight[0]
-        answer = yield local.in_flight[1]
+        yield AllReduceMean(self._buffer, "vectors")
+        answer = yield AllGather(self._bytes, "payload")
         self._bytes.zero_()
         flat = self._mean.flat.zero_()
         for own in answer.unbind():

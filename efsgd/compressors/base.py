@@ -15,7 +15,16 @@ __all__ = ["Aggregator", "Claims", "Compressed", "Compressor"]
 
 
 class Compressed(Protocol):
-    """A compressed form of the matrices of a layout, not yet multiplied out."""
+    """A compressed form of the matrices of a layout, not yet multiplied out.
+
+    Attributes:
+        is_finite: of a mean, False where it is known that decompressed numbers are not; the same
+            on every worker. The floats that collectives carry are looked at elsewhere.
+    """
+
+    @property
+    def is_finite(self) -> bool:
+        """See above."""
 
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
