@@ -56,7 +56,7 @@ class Aggregator(Protocol):
     Attributes:
         vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
             called and their mean once `aggregate` has returned. The first collective's buffer
-            begins with them: with this memory itself, or a copy.
+            begins with them, this memory itself or a copy, and is answered before any other.
         rounding: a word for how this worker rounds, where that may differ from another's with the
             same settings. Workers with different words refuse to train together.
         phases: names the phases of a step; set by the section that the aggregator works for.
