@@ -124,7 +124,7 @@ class Comparison:
         content = {"about": about, "quality": qualities, "settings": settings}
         content |= {"own_settings": self.own_settings, "runs": runs}
         shown = {title: (qualities[title], of_subject) for title, of_subject in runs.items()}
-        console = Console(width=None if Console().is_terminal else 100)
+        console = Console(width=None if Console().is_terminal else 110)
         for title, (quality, of_subject) in shown.items():
             table = self.table(title, quality, of_subject)
             if arguments.markdown:
