@@ -62,7 +62,13 @@ def test_a_broken_compressor_is_caught_with_other_options(
 
 
 @pytest.mark.parametrize(
-    "compressor", [RandomK(density=1.0), SpectralAtomo(rank=6), PowerSGD(rank=6)], ids=name_of
+    "compressor",
+    [
+        RandomK(density=1.0),
+        SpectralAtomo(rank=6),
+        PowerSGD(rank=6, min_compression_rate=0.0, warm_start=False),
+    ],
+    ids=name_of,
 )
 def test_what_sends_all_need_not_be_random_as_it_claims(compressor: Any) -> None:
     draws_as_claimed(Trial(compressor, shapes=[(7, 6)]))
