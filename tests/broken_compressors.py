@@ -3,14 +3,22 @@
 from typing import Any
 
 from tests.broken_runs import (
+    AveragesAndGathers,
     ClaimsTooMuch,
     ClaimsTooMuchInTheMean,
     Counts,
     DrawsFromRandom,
     DrawsGlobally,
+    DrawsInSilence,
+    DrawsNothing,
+    DrawsWhatItKeeps,
     Expands,
     Forgetful,
+    GathersAndAverages,
+    GrowsAtRandom,
     Hasty,
+    HastyAtRefreshes,
+    HastyFromTheFirst,
     Hiding,
     RoundsDown,
     RoundsToNearest,
@@ -33,6 +41,7 @@ from tests.broken_sending import (
 )
 from tests.broken_values import (
     AveragesRoots,
+    AveragesSigns,
     CodesTooLarge,
     DividesByTheNorm,
     Guessing,
@@ -62,11 +71,15 @@ BROKEN: list[tuple[str, Any]] = [
     ("survives_scales", Overflowing()),
     ("keeps_workers_equal", Partial()),
     ("loses_nothing", AveragesRoots()),
+    ("loses_nothing", AveragesSigns()),
     ("loses_nothing", CodesTooLarge()),
     ("knows_the_norm", Guessing()),
+    ("travels_as_claimed", GathersAndAverages()),
+    ("travels_as_claimed", AveragesAndGathers(rank=1)),
     ("contracts_as_claimed", ClaimsTooMuch()),
     ("contracts_as_claimed", Expands()),
     ("contracts_as_claimed", ClaimsTooMuchInTheMean()),
+    ("contracts_as_claimed", GrowsAtRandom()),
     ("is_unbiased_as_claimed", RoundsToNearest()),
     ("is_unbiased_as_claimed", RoundsDown()),
     ("is_unbiased_as_claimed", Shrinks()),
@@ -74,7 +87,19 @@ BROKEN: list[tuple[str, Any]] = [
     ("repeats_to_the_bit", DrawsFromRandom()),
     ("repeats_to_the_bit", Counts()),
     ("refuses_without_a_trace", Hasty(rank=1)),
+    ("refuses_without_a_trace", HastyFromTheFirst(rank=1)),
+    ("refuses_without_a_trace", HastyAtRefreshes(rank=1, refresh_every=2)),
     ("refuses_without_a_trace", Hiding()),
     ("resumes_to_the_bit", Forgetful()),
+    ("draws_as_claimed", DrawsInSilence(density=0.1)),
+    ("draws_as_claimed", DrawsWhatItKeeps(rank=1, refresh_every=2, svd="randomized")),
+    ("draws_as_claimed", DrawsNothing()),
     ("agrees_when_alone", Tidy()),
+]
+#: The law that each breaks when it is tried with other options than usual.
+BROKEN_WITH: list[tuple[str, Any, dict[str, Any]]] = [
+    ("averages_what_is_sent", AveragesRoots(), {"error_feedback": False}),
+    ("averages_what_is_sent", AveragesSigns(), {"error_feedback": False}),
+    ("refuses_without_a_trace", HastyFromTheFirst(rank=1), {"steps": 1}),
+    ("refuses_without_a_trace", HastyAtRefreshes(rank=1, refresh_every=2), {"steps": 1}),
 ]

@@ -9,9 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from efsgd import PowerSGD, PowerSGDPlus, RandomK, SignNorm
+from efsgd.blocks import Blocks
 from efsgd.collectives import AllGather, AllReduceMean, Exchange
 from efsgd.compressors import Claims
 from efsgd.powersgd import LowRank, PowerIteration
+from efsgd.powersgd_plus import RefreshedPowerIteration
 from efsgd.tensorwise import Dense, Sent, Tensorwise
 from efsgd.units import Draws, Payload, Unit
 from tests.good_compressors import Half, Largest, LowRankOf, Rounded, TensorwiseOf
@@ -54,6 +57,39 @@ class Shrinks(Rounded):
         return 0.96 * super().decompress(payload, shape, draws)
 
 
+class GathersAndAverages(SignNorm):
+    def claims(self) -> Claims:
+        return Claims(averages=True)
+
+
+class AveragesAndGathers(PowerSGD):
+    def claims(self) -> Claims:
+        return Claims(averages=False)
+
+
+class DrawsInSilence(RandomK):
+    def claims(self) -> Claims:
+        return Claims(averages=True, is_random=False)
+
+
+class DrawsWhatItKeeps(PowerSGDPlus):
+    def claims(self) -> Claims:
+        return Claims(averages=True, is_random=False)
+
+
+class DrawsNothing(SignNorm):
+    def claims(self) -> Claims:
+        return Claims(averages=False, is_random=True)
+
+
+class GrowsAtRandom(Half):
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        return 2.5 * super().decompress(payload, shape, draws)
+
+    def claims(self) -> Claims:
+        return Claims(True, is_random=True, contraction=lambda shape: 0.0)
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 
@@ -86,6 +122,35 @@ class KeepsTooEarly(PowerIteration):
 
 class Hasty(LowRankOf):
     kind = KeepsTooEarly
+
+
+class KeepsBeforeAll(PowerIteration):
+    def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
+        found = yield from super().compress(deltas, step)
+        for query in self.queries:
+            query.mul_(1.5)
+        return found
+
+
+class HastyFromTheFirst(LowRankOf):
+    kind = KeepsBeforeAll
+
+
+class KeepsAtRefreshes(RefreshedPowerIteration):
+    def compress(self, deltas: Blocks, step: int = 0) -> Exchange[Any]:
+        found = yield from super().compress(deltas, step)
+        if step % self._every == 0:
+            for query in self.queries:
+                query.mul_(1.5)
+        return found
+
+
+class HastyAtRefreshes(PowerSGDPlus):
+    def aggregator(
+        self, layout: Any, settings: Any, dtype: Any, device: Any, *_: Any, **__: Any
+    ) -> RefreshedPowerIteration:
+        every = settings["refresh_every"]
+        return KeepsAtRefreshes(layout, dtype, device, refresh_every=every)
 
 
 class HidesNonfinite(Tensorwise):

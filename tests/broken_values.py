@@ -104,6 +104,22 @@ class AveragesRoots(TensorCompressor):
         return (payload[0].sign() * payload[0].square()).view(shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class AveragesSigns(TensorCompressor):
+    """Says that the mean of products is the product of means."""
+
+    averages: ClassVar[bool] = True
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        return Field(shape.numel()), Field(1)
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        return delta.sign().view(-1), delta.abs().mean().view(1)
+
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        return (payload[0] * payload[1]).view(shape)
+
+
 class CodesTooLarge(Rounded):
     """On the wire the codes lose their highest bit; here they do not."""
 

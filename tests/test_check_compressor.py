@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from efsgd import PowerSGD
+from efsgd import LQSGD, PowerSGD, PowerSGDPlus, RandomK, SpectralAtomo
 from efsgd.compressors import Claims
 from efsgd.testing import LAWS, CompressorLawError, check_compressor, check_in_processes
-from efsgd.testing.laws import contracts_as_claimed
+from efsgd.testing.laws import contracts_as_claimed, draws_as_claimed
 from efsgd.testing.laws.claims import _divergence, _is_above
 from efsgd.testing.processes import failures
 from efsgd.testing.trial import Trial
-from tests.broken_compressors import BROKEN
+from tests.broken_compressors import BROKEN, BROKEN_WITH
 from tests.broken_runs import FailsInProcesses, KnowsTheProcess
 from tests.broken_sending import DecompressesPrivately
 from tests.good_compressors import GOOD, Half, Largest, Rounded
@@ -52,9 +52,39 @@ def test_a_broken_compressor_is_caught_by_the_law_it_breaks(law: str, compressor
     assert text.endswith(".") and ".." not in text
 
 
+@pytest.mark.parametrize(("law", "compressor", "options"), BROKEN_WITH, ids=name_of)
+def test_a_broken_compressor_is_caught_with_other_options(
+    law: str, compressor: Any, options: dict[str, Any]
+) -> None:
+    with pytest.raises(CompressorLawError) as caught:
+        check_compressor(compressor, **FEW, **options)
+    assert caught.value.law == law
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        RandomK(density=1.0),
+        SpectralAtomo(rank=6),
+        PowerSGD(rank=6, min_compression_rate=0.0, warm_start=False),
+    ],
+    ids=name_of,
+)
+def test_what_sends_all_need_not_be_random_as_it_claims(compressor: Any) -> None:
+    draws_as_claimed(Trial(compressor, shapes=[(7, 6)]))
+
+
+def test_without_a_warm_start_low_rank_is_random() -> None:
+    for kind in (PowerSGD, PowerSGDPlus, LQSGD):
+        assert not kind(rank=2).claims().is_random
+        assert kind(rank=2, warm_start=False).claims().is_random
+    assert PowerSGDPlus(rank=2, svd="randomized").claims().is_random
+
+
 def test_every_law_has_a_compressor_that_breaks_it() -> None:
     in_processes = {"agrees_in_processes"}  # below
-    assert {law for law, _ in BROKEN} | in_processes == {law.__name__ for law in LAWS}
+    broken = {law for law, *_ in [*BROKEN, *BROKEN_WITH]}
+    assert broken | in_processes == {law.__name__ for law in LAWS}
     assert all(law.__doc__ for law in LAWS)
 
 

@@ -99,13 +99,16 @@ class Claims:
     """What a compressor promises beyond what all of them must keep. `check_compressor` tests it.
 
     Attributes:
-        averages: what workers send is averaged by all-reduce; otherwise it is gathered, and what
-            a worker receives grows with their number.
-        is_random: what is sent depends on random numbers as well.
+        averages: what workers send is averaged by all-reduce, in all steps; otherwise it is
+            gathered, and what a worker receives grows with their number.
+        is_random: what is sent depends on random numbers of the step as well, or what is kept for
+            the next one does. Otherwise steps of equal beats (see `Compressor.beat`) differ in
+            nothing but what they start from.
         is_unbiased: over these, the mean of what is decompressed is what was compressed.
         contraction: for a tensor's shape the largest δ that is known, such that what is not sent
             has at most (1 - δ) times the squared norm of what was compressed (where `is_random`,
-            in the mean); None where nothing is known. 0 says that it is never longer.
+            in the mean); None where nothing is known. 0 for all shapes says that it is never
+            longer, random or not.
     """
 
     averages: bool

@@ -92,8 +92,11 @@ class LQSGD:
             )
 
     def claims(self) -> Claims:
-        """It is not averaged; and with few bits, codes may exceed what they stand for."""
-        return Claims(averages=False)
+        """It is not averaged; and with few bits, codes may exceed what they stand for.
+
+        Random without a warm start, as `PowerSGD`.
+        """
+        return Claims(averages=False, is_random=not self.warm_start)
 
     def payload_bytes(
         self,

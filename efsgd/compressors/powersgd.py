@@ -90,8 +90,12 @@ class PowerSGD:
             raise ValueError(f"Invalid seed: {settings['seed']!r}. Must be an integer, at least 0.")
 
     def claims(self) -> Claims:
-        """It is averaged; what is not sent of a matrix is orthogonal to what is."""
-        return Claims(averages=True, contraction=lambda shape: 0.0)
+        """It is averaged; what is not sent of a matrix is orthogonal to what is, always.
+
+        Random without a warm start: each step then draws what it starts from.
+        """
+        is_random = not self.warm_start
+        return Claims(averages=True, is_random=is_random, contraction=lambda shape: 0.0)
 
     def payload_bytes(
         self,

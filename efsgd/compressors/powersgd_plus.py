@@ -1,12 +1,13 @@
 """PowerSGD+ as a compressor: PowerSGD whose subspace is found anew every so many steps."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from efsgd.blocks import Layout
+from efsgd.compressors.base import Claims
 from efsgd.compressors.powersgd import PowerSGD, options_of, start_of
 from efsgd.powersgd_plus import RefreshedPowerIteration
 
@@ -82,6 +83,11 @@ class PowerSGDPlus(PowerSGD):
                 "Invalid alternating: True. Must be False, since a refresh of PowerSGD+ begins a "
                 "step of both sides; use efsgd.PowerSGD(alternating=True)."
             )
+
+    def claims(self) -> Claims:
+        """Those of `PowerSGD`; a randomized SVD is random as well."""
+        is_random = not self.warm_start or self.svd == "randomized"
+        return replace(super().claims(), is_random=is_random)
 
     def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
         """Either "refresh" or "ordinary"."""

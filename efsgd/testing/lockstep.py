@@ -68,9 +68,9 @@ def lockstep(exchanges: Sequence[Exchange[T]], *, fail_at: int | None = None) ->
     """Drives one exchange per worker, all in this thread.
 
     Means are sums in worker order, divided by the number of workers. It is checked that all
-    workers ask for the same collectives (kind, shape, dtype) in the same order, and that nobody
-    writes to a buffer in flight. Nobody should read it, either: it is full of NaN meanwhile, and
-    stays so if the collective fails.
+    workers ask for the same collectives (kind, purpose, shape, dtype) in the same order, and that
+    nobody writes to a buffer in flight. Nobody should read it, either: it is full of NaN meanwhile,
+    and stays so if the collective fails.
 
     Args:
         exchanges: one for each worker, in worker order.

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -106,6 +106,13 @@ class Trial:
     def gradients(self, world_size: int, step: int, **options: Any) -> Gradients:
         """Those of one step; see `efsgd.testing.gradients.gradients`."""
         return gradients(self.shapes, world_size, step, self.seed, **options)
+
+    def first_steps(self) -> list[int]:
+        """The first step of each beat, of those that are among the steps of a run and four more."""
+        group, first = dict(self.simulate(1).group), dict[Hashable, int]()
+        for step in range(self.steps + 4):
+            first.setdefault(self.compressor.beat(step, group), step)
+        return list(first.values())
 
     def compressed_shapes(self) -> list[torch.Size]:
         """The shapes that are compressed, each once, the smallest first."""

@@ -1,5 +1,10 @@
 """The laws that hold for every compressor, and its claims: a function each."""
 
+from efsgd.testing.laws.aggregators import (
+    averages_what_is_sent,
+    draws_as_claimed,
+    travels_as_claimed,
+)
 from efsgd.testing.laws.claims import contracts_as_claimed, is_unbiased_as_claimed
 from efsgd.testing.laws.runs import (
     agrees_when_alone,
@@ -20,8 +25,10 @@ from efsgd.testing.laws.values import (
 
 __all__ = [
     "agrees_when_alone",
+    "averages_what_is_sent",
     "contracts_as_claimed",
     "decompresses_alike",
+    "draws_as_claimed",
     "has_one_schedule",
     "is_unbiased_as_claimed",
     "keeps_shapes_and_dtypes",
@@ -35,4 +42,5 @@ __all__ = [
     "sends_what_it_announces",
     "survives_scales",
     "survives_zeros",
+    "travels_as_claimed",
 ]

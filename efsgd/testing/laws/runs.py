@@ -87,21 +87,22 @@ def _require_equal(
 def refuses_without_a_trace(trial: Trial) -> None:
     """A step that is refused, as one worker has a NaN or infinity, asks for the same and is undone.
 
-    In whichever parameter it is: parameters and state are bitwise what they were, on all workers,
-    and the steps after it are those of a run in which it never was.
+    In whichever parameter it is, and in steps of every beat: parameters and state are bitwise what
+    they were, on all workers, and the steps after it are those of a run in which it never was.
     """
     remedy = (
         "What is kept from step to step must change in the aggregator's `commit_` alone, and "
         "`shows_nonfinite` be True only if its first buffer shows every NaN and infinity."
     )
+    steps = max(trial.steps, 1 + max(trial.first_steps()))
     for world_size in trial.fewest_and_most:
         workers, others = (trial.simulate(world_size, nonfinite="skip") for _ in range(2))
         positions = [n for n, p in enumerate(workers.parameters) if p.numel() > 0]
-        for step in range(trial.steps):
+        for step in range(steps):
             own = trial.gradients(world_size, step, kinds=["gaussian"])
-            refused = []
-            for position in positions if step == 1 else []:
-                refused.append(_refuse(workers, own, position, remedy))
+            is_thorough = step == min(1, steps - 1)
+            tried = positions if is_thorough else [positions[step % len(positions)]]
+            refused = [_refuse(workers, own, position, remedy) for position in tried]
             expected, _ = requests(workers.step(own)), others.step(own)
             for asked in refused:
                 if asked != expected:
@@ -110,7 +111,7 @@ def refuses_without_a_trace(trial: Trial) -> None:
                         f"same step, when it was not refused, for {expected}",
                         "What is asked for must not depend on data.",
                     )
-        when = f"{trial.steps - 1} steps after refused ones"
+        when = f"at the end of {steps} steps, each of them once refused,"
         _require_equal(workers.snapshots(), others.snapshots(), when, remedy)
 
 
