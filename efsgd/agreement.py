@@ -171,7 +171,7 @@ def _sum(integers: Tensor, total: int) -> int:
 @functools.cache
 def _weights(device: torch.device) -> Tensor:
     """Random odd factors, [_CHUNK] int64: products and sums modulo 2**64 then tell values apart."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randint(1 << 62, (_CHUNK,), generator=generator, device="cpu")
     return (drawn * 2 + 1).to(device)
 

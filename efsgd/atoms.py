@@ -28,7 +28,7 @@ def inclusion_probabilities(values: Tensor, count: int) -> Tensor:
         [1.0, 0.5, 0.25, 0.25]
     """
     rests = values.flip(0).cumsum(0).flip(0)  # each value with all that follow
-    places = count - torch.arange(len(values))
+    places = count - torch.arange(len(values), device=values.device)
     is_sure = (places > 0) & (places * values >= rests)
     sure = int(is_sure.long().cumprod(0).sum())
     probabilities = torch.zeros_like(values)
@@ -58,7 +58,7 @@ def systematic_sample(probabilities: Tensor, count: int, draw: float) -> Tensor:
         >>> [systematic_sample(p, 2, draw).tolist() for draw in (0.0, 0.49, 0.5, 0.75)]
         [[0, 1], [0, 1], [0, 2], [0, 3]]
     """
-    whole = torch.arange(count, dtype=probabilities.dtype)
+    whole = torch.arange(count, dtype=probabilities.dtype, device=probabilities.device)
     teeth = torch.minimum(whole + draw, torch.nextafter(whole + 1, whole))  # 1 stays excluded
     found = torch.searchsorted(probabilities.cumsum(0), teeth, right=True)
     # Rounding may leave the last tooth beyond the end.
@@ -73,7 +73,7 @@ def draw_until(
     Args:
         probabilities: [k] float64.
         count: the size of the sample.
-        generator: of random numbers.
+        generator: of random numbers, on the CPU, as are the probabilities.
         tries: after so many there is none.
 
     Returns:
@@ -82,7 +82,9 @@ def draw_until(
     if count > int(probabilities.count_nonzero()):
         return None
     for _ in range(tries):
-        drawn = torch.rand(probabilities.shape, dtype=torch.float64, generator=generator)
+        drawn = torch.rand(
+            probabilities.shape, dtype=torch.float64, generator=generator, device="cpu"
+        )
         kept = (drawn < probabilities).nonzero().view(-1)
         if len(kept) == count:
             return kept

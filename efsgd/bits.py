@@ -80,14 +80,15 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
         bits: of each.
 
     Returns:
-        [count]; bool for 1 bit, uint8 for 2 to 8, int64 for more.
+        [count]; bool for 1 bit, uint8 for 2 to 8, int32 for 9 to 31, int64 for 32.
     """
     _validate(bits)
     if bits == 8:
         return packed.clone()
     if bits > 8:
-        codes = torch.zeros(count, dtype=torch.int64, device=packed.device)
-        bytes_ = codes.view(torch.uint8).view(count, 8)
+        dtype = torch.int32 if bits < 32 else torch.int64
+        codes = torch.zeros(count, dtype=dtype, device=packed.device)
+        bytes_ = codes.view(torch.uint8).view(count, dtype.itemsize)
         for byte, width in enumerate(_widths(bits)):
             size = packed_size(count, width)
             bytes_[:, byte] = unpack(packed[:size], count, width)
@@ -135,6 +136,6 @@ def _padded(values: Tensor, multiple: int) -> Tensor:
 @functools.cache
 def _spread_bytes(device: torch.device) -> Tensor:
     """For each byte, the word whose eight bytes are its bits: [256] int64."""
-    shifts = torch.arange(8)
-    bits = (torch.arange(256).unsqueeze(-1) >> shifts) & 1
+    shifts = torch.arange(8, device="cpu")
+    bits = (torch.arange(256, device="cpu").unsqueeze(-1) >> shifts) & 1
     return (bits << (8 * shifts)).sum(dim=-1).to(device)

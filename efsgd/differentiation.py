@@ -58,7 +58,7 @@ def step_differentiably_(
         for parameter, buffer in zip(parameters, buffers, strict=True):
             if buffer is not None:
                 state[parameter]["momentum_buffer"] = buffer
-                state[parameter]["momentum_started"] = torch.tensor(True)
+                state[parameter]["momentum_started"] = torch.tensor(True, device="cpu")
         group["step"] += 1
 
 

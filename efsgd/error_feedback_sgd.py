@@ -163,5 +163,8 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
             buffer = state.get("momentum_buffer")
             if buffer is not None:
                 own = optimizer.state[parameter]
-                own["momentum_buffer"], own["momentum_started"] = buffer, torch.tensor(True)
+                own["momentum_buffer"], own["momentum_started"] = (
+                    buffer,
+                    torch.tensor(True, device="cpu"),
+                )
         return optimizer

@@ -177,7 +177,8 @@ def leading_left_singular_vectors(
         M = normalize_columns(matrix.reshape(-1, 1)).view_as(matrix)
         M.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         if generators is None:
-            found.append(torch.linalg.svd(M, full_matrices=False).U[:, :rank])
+            # A copy, since a view would keep all of U.
+            found.append(torch.linalg.svd(M, full_matrices=False).U[:, :rank].clone())
         else:
             found.append(_randomized(M, rank, generators[index]))
     return torch.stack(found)

@@ -22,4 +22,4 @@ def generator_of(*path: int) -> torch.Generator:
         [83, 0, 31]
     """
     digest = hashlib.blake2b("/".join(map(str, path)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -9,7 +9,7 @@ are decompressed worker by worker, in worker order, and the sum is the same on e
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +78,12 @@ class Tensorwise:
         So that an error of the compressor, also in line 9, is met while no other worker counts on
         this one.
         """
+        drawn: dict[Hashable, Any] = {}
         with self.phases("Alg. 2, line 8: compress"):
             payloads = [
-                unit.operator.compress(unit.of(deltas.flat), self._draws(unit, step, self._worker))
+                unit.operator.compress(
+                    unit.of(deltas.flat), self._draws(unit, step, drawn, self._worker)
+                )
                 for unit in self._units
             ]
             if self._averages:
@@ -88,7 +91,7 @@ class Tensorwise:
             else:
                 self._format.pack_(payloads, self._bytes)
         yield from ()
-        return Sent(self, payloads, step)
+        return Sent(self, payloads, step, drawn)
 
     def aggregate(self, local: Sent) -> Exchange[Dense]:
         """Line 10: sends, and decompresses the mean of what all workers sent."""
@@ -102,20 +105,35 @@ class Tensorwise:
                 answers.append((yield each))
         with self.phases("Alg. 2, line 11: decompress"):
             flat = self._mean.flat.zero_()
-            received: list[Sequence[Payload]] = [self._split_buffer()] if self._averages else []
-            if len(answers) > 1:
-                received = [self._format.unpack(own) for own in answers[1].unbind()]
-            for payloads in received:
-                # Dividing first, so that a sum of finite numbers stays finite.
-                self.add_(flat, payloads, local.step, 1 / len(received))
+            if self._averages:
+                self.add_(flat, self._split_buffer(), local.step, drawn=local.drawn)
+            elif len(answers) > 1:
+                received = answers[1].unbind()
+                for own in received:  # unpacked one at a time, for the sake of memory
+                    # Dividing first, so that a sum of finite numbers stays finite.
+                    alpha = 1 / len(received)
+                    self.add_(flat, self._format.unpack(own), local.step, alpha, local.drawn)
         return Dense(self.layout, self._mean, is_finite=all_finite(flat))
 
     def add_(
-        self, flat: Tensor, payloads: Sequence[Payload], step: int, alpha: float = 1.0
+        self,
+        flat: Tensor,
+        payloads: Sequence[Payload],
+        step: int,
+        alpha: float = 1.0,
+        drawn: dict[Hashable, Any] | None = None,
     ) -> None:
-        """Adds alpha times what one worker sent to all tensors (modified in place)."""
+        """Adds alpha times what one worker sent to all tensors (modified in place).
+
+        Args:
+            flat: the tensors, as in `Blocks.flat`.
+            payloads: of each unit.
+            step: the number of the step.
+            alpha: a number.
+            drawn: what was drawn once for the step; see `Draws`.
+        """
         for unit, payload in zip(self._units, payloads, strict=True):
-            unit.add_(flat, payload, self._draws(unit, step), alpha)
+            unit.add_(flat, payload, self._draws(unit, step, drawn), alpha)
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Nothing is kept from step to step."""
@@ -124,8 +142,14 @@ class Tensorwise:
         """Nothing is kept from step to step."""
         return {entry.index: {} for batch in self.layout.batches for entry in batch.entries}
 
-    def _draws(self, unit: Unit, step: int, worker: int | None = None) -> Draws:
-        return Draws(unit.operator.seed_of_draws, unit.index, step, worker)
+    def _draws(
+        self,
+        unit: Unit,
+        step: int,
+        drawn: dict[Hashable, Any] | None,
+        worker: int | None = None,
+    ) -> Draws:
+        return Draws(unit.operator.seed_of_draws, unit.index, step, worker, drawn)
 
     def _fill_buffer_(self, payloads: Sequence[Payload]) -> None:
         parts = [part for payload in payloads for part in payload]
@@ -155,16 +179,18 @@ class Sent:
         aggregator: that made it.
         payloads: of each unit.
         step: the number of the step.
+        drawn: what was drawn once for the step; it is kept as long as this is.
     """
 
     aggregator: Tensorwise
     payloads: Sequence[Payload]
     step: int
+    drawn: dict[Hashable, Any]
     is_finite: bool = True
 
     def subtract_from_(self, blocks: Blocks) -> None:
         """See `efsgd.compressors.Compressed`."""
-        self.aggregator.add_(blocks.flat, self.payloads, self.step, -1.0)
+        self.aggregator.add_(blocks.flat, self.payloads, self.step, -1.0, self.drawn)
 
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
@@ -179,7 +205,7 @@ class Sent:
     def _decompressed(self) -> Dense:
         mean = self.aggregator._mean
         blocks = Blocks(self.aggregator.layout, mean.flat.dtype, mean.flat.device)
-        self.aggregator.add_(blocks.flat, self.payloads, self.step)
+        self.aggregator.add_(blocks.flat, self.payloads, self.step, drawn=self.drawn)
         return Dense(self.aggregator.layout, blocks)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ __all__ = ["Draws", "Operator", "Payload", "Unit", "units"]
 #: What is sent for one tensor: its fields, in the order in which they were announced.
 Payload = Sequence[Tensor]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -28,16 +30,41 @@ class Draws:
         index: of the parameter.
         step: the number of the step.
         worker: this worker; None where all decompress alike.
+        drawn: what `shared_once` has made in this step, for all tensors; None remembers nothing.
     """
 
     seed: int
     index: int
     step: int
     worker: int | None
+    drawn: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
 
     def shared(self) -> torch.Generator:
         """The same on every worker, when compressing and when decompressing."""
         return generator_of(self.seed, self.index, self.step)
+
+    def shared_once(self, key: Hashable, make: Callable[[torch.Generator], T]) -> T:
+        """What is made from the shared numbers, for what takes long: made once in a step.
+
+        A tensor is decompressed as often as there are payloads of it, and once more for what is
+        not sent; with `shared` each draws again.
+
+        Args:
+            key: all that the result depends on beside the numbers, for example sizes and the
+                device.
+            make: is given what `shared` returns.
+
+        Returns:
+            What `make` returned, then or now. Not to be modified. It is kept until the end of the
+            step.
+        """
+        if self.drawn is None:
+            return make(self.shared())
+        whole = (self.seed, self.index, self.step, key)
+        if whole not in self.drawn:
+            self.drawn[whole] = make(self.shared())
+        found: T = self.drawn[whole]
+        return found
 
     def private(self) -> torch.Generator:
         """Another one on each worker, for compressing only."""

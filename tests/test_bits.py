@@ -40,7 +40,8 @@ def test_what_is_packed_is_unpacked(bits: int, count: int, seed: int) -> None:
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8
     assert packed.shape == (packed_size(count, bits),)
-    expected = torch.bool if bits == 1 else torch.uint8 if bits <= 8 else torch.int64
+    widths = {1: torch.bool, 8: torch.uint8, 31: torch.int32, 32: torch.int64}
+    expected = next(dtype for most, dtype in widths.items() if bits <= most)
     unpacked = unpack(packed, count, bits)
     assert unpacked.dtype == expected
     assert unpacked.tolist() == codes.to(expected).tolist()

@@ -1,6 +1,7 @@
 """PowerSGD+ is what its paper says: a refresh is the best approximation of the mean."""
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -258,3 +259,19 @@ def test_what_is_sent_of_a_resnet_in_the_mean(
     total += (every - 2) * compressor.payload_bytes(shapes, step=every - 1)
     assert abs(total / every / 4 - floats) < 1
     assert round(11_173_962 / (total / every / 4), 1) == ratio
+
+
+def test_of_one_decomposition_only_what_is_needed_outlives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    svd, earlier_ones = torch.linalg.svd, list[weakref.ref[Any]]()
+
+    def watched(matrix: Tensor, **options: Any) -> Any:
+        assert all(earlier() is None for earlier in earlier_ones)
+        found = svd(matrix, **options)
+        earlier_ones.append(weakref.ref(found.U))
+        return found
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    assert leading_left_singular_vectors(gaussian((3, 6, 5), 1), 2).shape == (3, 6, 2)
+    assert len(earlier_ones) == 3

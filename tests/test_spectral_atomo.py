@@ -132,6 +132,13 @@ def test_powers_of_two_change_no_digit(sampling: str, dtype: torch.dtype) -> Non
         assert torch.equal(sent, decompressed(compressor, delta) * factor)
 
 
+def test_bringing_a_tensor_to_scale_changes_no_digit() -> None:
+    """What the decomposition of a diagonal matrix leaves as it is, is sent as it is."""
+    for seed in range(30):
+        delta = torch.diag(gaussian((4,), seed).float())
+        assert torch.equal(decompressed(SpectralAtomo(4), delta), delta)
+
+
 @pytest.mark.parametrize("shape", [(8, 6), (4, 6, 3), (10,), (7,), ()])
 def test_a_payload_is_added_as_it_is_decompressed(shape: Shape) -> None:
     delta, start, compressor = gaussian(shape, 1), gaussian(shape, 2), SpectralAtomo(2)

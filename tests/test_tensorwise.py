@@ -1,6 +1,7 @@
 """Compressors of one tensor at a time, in error-feedback SGD: beside a naive loop over tensors."""
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import CollectiveError, ErrorFeedbackSGD, NonFiniteGradientError, TensorCompressor
+from efsgd.payload import Format
 from efsgd.testing import LockstepError
 from efsgd.units import Draws, Payload
 from tests.made_compressors import Mask, Signs, make_workers
@@ -195,3 +197,18 @@ def test_what_is_not_finite_is_never_compressed_and_refused_by_all(
         step_with(workers, bad)
     assert bits(snapshot(workers)) == bits(before)
     assert step_with(workers, good) == trace
+
+
+def test_what_workers_sent_is_unpacked_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack, made = Format.unpack, list[weakref.ref[Tensor]]()
+
+    def watched(self: Format, buffer: Tensor) -> list[tuple[Tensor, ...]]:
+        assert all(earlier() is None for earlier in made)
+        payloads = unpack(self, buffer)
+        made.extend(weakref.ref(part) for payload in payloads for part in payload)
+        return payloads
+
+    monkeypatch.setattr(Format, "unpack", watched)
+    workers = make_workers([torch.zeros(4, 5), torch.zeros(7)], 3, Signs())
+    step_with(workers, [[gaussian((4, 5), w), gaussian((7,), w)] for w in range(3)])
+    assert len(made) == 3 * 3 * 2 * 3  # by each worker, from each: three fields of two tensors

@@ -70,6 +70,7 @@ class RandomBlock(BudgetCompressor):
         """Where the block lies: its part up to the end of the tensor, and the rest at the front."""
         numel = shape.numel()
         # So many numbers that the remainder is uniform to within 1e-9, whatever the tensor's size.
-        start = int(torch.randint(2**62, (), generator=draws.shared())) % numel
+        drawn = torch.randint(2**62, (), generator=draws.shared(), device="cpu")
+        start = int(drawn) % numel
         end = start + self.count(shape)
         return slice(start, min(end, numel)), slice(0, max(end - numel, 0))

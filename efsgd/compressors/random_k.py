@@ -44,19 +44,19 @@ def _few(numel: int, k: int, generator: torch.Generator) -> Tensor:
     How many different ones have come up decides alone what is done next. So whatever their number,
     all subsets of that size are equally likely.
     """
-    found = torch.empty(0, dtype=torch.int64)
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while (missing := k - len(found)) > 0:
         expected = numel * math.log((numel - len(found)) / (numel - k))
         count = int(expected + 4 * math.sqrt(missing * k / numel)) + 4
         found = torch.cat([found, _with_replacement(numel, count, generator)]).unique()
-    is_kept = torch.ones(len(found), dtype=torch.bool)
+    is_kept = torch.ones(len(found), dtype=torch.bool, device="cpu")
     is_kept[_many(len(found), len(found) - k, generator)] = False
     return found[is_kept]
 
 
 def _many(numel: int, k: int, generator: torch.Generator) -> Tensor:
     """In O(numel): marks positions, or those to leave out if they are fewer, until it is enough."""
-    is_marked = torch.zeros(numel, dtype=torch.bool)
+    is_marked = torch.zeros(numel, dtype=torch.bool, device="cpu")
     enough = min(k, numel - k)
     while (missing := enough - int(is_marked.count_nonzero())) > 0:
         is_marked[_with_replacement(numel, missing, generator)] = True
@@ -65,7 +65,7 @@ def _many(numel: int, k: int, generator: torch.Generator) -> Tensor:
 
 def _with_replacement(numel: int, count: int, generator: torch.Generator) -> Tensor:
     # Of so many numbers the remainders are equally likely to within 1e-9, up to 2**32 elements.
-    return torch.randint(2**62, (count,), generator=generator) % numel
+    return torch.randint(2**62, (count,), generator=generator, device="cpu") % numel
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,7 @@ class RandomK(BudgetCompressor):
         out.view(-1).index_add_(0, self._positions(out, draws), payload[0], alpha=alpha)
 
     def _positions(self, tensor: Tensor, draws: Draws) -> Tensor:
-        drawn = draw_subset(tensor.numel(), self.count(tensor.shape), draws.shared())
-        return drawn.to(tensor.device)
+        numel, k, device = tensor.numel(), self.count(tensor.shape), tensor.device
+        return draws.shared_once(
+            (numel, k, device), lambda generator: draw_subset(numel, k, generator).to(device)
+        )

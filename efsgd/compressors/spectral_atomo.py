@@ -12,6 +12,7 @@ from efsgd.blocks import matrix_shape
 from efsgd.compressors.base import Claims
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.payload import Field
+from efsgd.scaling import power_of_two
 from efsgd.units import Draws, Payload
 
 __all__ = ["SpectralAtomo", "atomo_shape"]
@@ -110,9 +111,7 @@ class SpectralAtomo(TensorCompressor):
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """A sample of the singular triples: [s * n], [s] and [s * m]."""
         matrix = delta.view(atomo_shape(delta.shape))
-        low, high = torch.aminmax(matrix)
-        largest = torch.maximum(-low, high)
-        scale = torch.where(largest > 0, largest, 1.0)  # squares neither overflow nor vanish
+        scale = power_of_two(*torch.aminmax(matrix))
         left, values, right = torch.linalg.svd(matrix / scale, full_matrices=False)
         chosen, weights = self._sample(values.to("cpu", torch.float64), draws.private())
         chosen, weights = chosen.to(delta.device), weights.to(delta.device, delta.dtype)
@@ -143,14 +142,14 @@ class SpectralAtomo(TensorCompressor):
         count = min(len(values), self.rank)
         if self.sampling == "atomo":
             probabilities = inclusion_probabilities(values, count)
-            draw = torch.rand((), dtype=torch.float64, generator=generator)
+            draw = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")
             chosen = systematic_sample(probabilities, count, float(draw))
             return chosen, values[chosen] / probabilities[chosen]
         total = values.sum()
         probabilities = (count * values / torch.where(total > 0, total, 1.0)).clamp(max=1.0)
         drawn = draw_until(probabilities, count, generator, _TRIES)
         if drawn is None:
-            return torch.arange(count), values[:count]
+            return torch.arange(count, device=values.device), values[:count]
         return drawn, values[drawn] / probabilities[drawn]
 
 

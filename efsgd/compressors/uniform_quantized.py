@@ -10,6 +10,7 @@ from efsgd.compressors.base import Claims
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.payload import Field
 from efsgd.pieces import pieces
+from efsgd.scaling import power_of_two
 from efsgd.units import Draws, Payload
 
 __all__ = ["UniformQuantized"]
@@ -86,7 +87,9 @@ class UniformQuantized(TensorCompressor):
                 levels.round_()
             else:
                 lower = levels.floor()
-                chances = torch.rand(levels.shape, dtype=levels.dtype, generator=generator)
+                chances = torch.rand(
+                    levels.shape, dtype=levels.dtype, generator=generator, device="cpu"
+                )
                 levels = lower.add_(chances.to(levels.device) < levels.sub_(lower))
             place.copy_(levels)
         return codes, torch.stack([low, high])
@@ -94,7 +97,7 @@ class UniformQuantized(TensorCompressor):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         """What the codes stand for."""
         codes, (low, high) = payload[0].view(shape), payload[1]
-        scale = _power_of_two(low, high)
+        scale = power_of_two(low, high)
         fractions = codes.to(low.dtype).div_(self._last)
         return torch.lerp(low / scale, high / scale, fractions).mul_(scale)
 
@@ -109,7 +112,7 @@ class UniformQuantized(TensorCompressor):
 
     def _levels(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Where elements lie between the bounds, from 0 to L, not rounded; a new tensor."""
-        scale = _power_of_two(low, high)
+        scale = power_of_two(low, high)
         span = high / scale - low / scale
         # Divided by the span itself, so that the largest element is exactly the last code.
         levels = (x / scale).sub_(low / scale).div_(torch.where(span > 0, span, 1.0))
@@ -118,15 +121,6 @@ class UniformQuantized(TensorCompressor):
     @property
     def _last(self) -> int:
         return int(2**self.bits - 1)
-
-
-def _power_of_two(low: Tensor, high: Tensor) -> Tensor:
-    """The largest that is no larger than either bound; 1 if both are zero.
-
-    Dividing by it is exact, and leaves numbers whose differences neither overflow nor vanish.
-    """
-    largest = torch.maximum(-low, high)
-    return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
 
 
 def _is_integer(value: object) -> bool:

@@ -22,9 +22,9 @@ _GRADIENTS = 7_001
 
 
 def gaussian(shape: Sequence[int], *path: int) -> Tensor:
-    """Standard normal, float64, from a generator of its own."""
+    """Standard normal, float64, on the CPU, from a generator of its own."""
     generator = generator_of(_GRADIENTS, *path)
-    return torch.randn(torch.Size(shape), generator=generator, dtype=torch.float64)
+    return torch.randn(torch.Size(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
 def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
@@ -46,13 +46,13 @@ def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
     """
     numel = math.prod(shape)
     if kind == "zero" or numel == 0:
-        return torch.zeros(torch.Size(shape), dtype=torch.float64)
+        return torch.zeros(torch.Size(shape), dtype=torch.float64, device="cpu")
     if kind == "scaled":  # small workers must be heard beside large ones
         return 10.0 ** (3 * (worker % 3) - 3) * gaussian(shape, worker, *path)
     if kind == "one_hot":
-        found = torch.zeros(numel, dtype=torch.float64)
+        found = torch.zeros(numel, dtype=torch.float64, device="cpu")
         generator = generator_of(_GRADIENTS, worker, *path)
-        found[torch.randint(numel, (), generator=generator)] = 1.0
+        found[torch.randint(numel, (), generator=generator, device="cpu")] = 1.0
         return found.view(torch.Size(shape))
     if kind == "constant":
         return gaussian((), worker, *path).expand(torch.Size(shape)).clone()

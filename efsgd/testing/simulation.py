@@ -49,7 +49,9 @@ def give_(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) 
 
 def snapshot(optimizer: ErrorFeedbackSGD) -> dict[str, Tensor]:
     """All that a step may change on one worker, by name, copied."""
-    found = {"the number of the step": torch.tensor(optimizer.param_groups[0]["step"])}
+    found = {
+        "the number of the step": torch.tensor(optimizer.param_groups[0]["step"], device="cpu")
+    }
     for index, parameter in enumerate(parameters_of(optimizer)):
         found[f"parameter {index} of shape {list(parameter.shape)}"] = parameter.detach().clone()
         for name, value in sorted(optimizer.state[parameter].items()):

@@ -100,7 +100,9 @@ class Trial:
         """
         options = {"error_feedback": self.error_feedback, **options}
         shapes = self.shapes if shapes is None else shapes
-        values: list[Tensor] = [torch.full(torch.Size(shape), start) for shape in shapes]
+        values: list[Tensor] = [
+            torch.full(torch.Size(shape), start, device="cpu") for shape in shapes
+        ]
         return Simulation(self.compressor, world_size, values, dtype, **options)
 
     def gradients(self, world_size: int, step: int, **options: Any) -> Gradients:

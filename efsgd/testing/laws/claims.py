@@ -88,7 +88,7 @@ def _is_above(sample: Sequence[float], limit: float, *, is_smooth: bool) -> bool
     standard error of their mean.
     """
     limit = min(limit + ROUNDING, 1.0)
-    values = torch.tensor(sample, dtype=torch.float64)
+    values = torch.tensor(sample, dtype=torch.float64, device="cpu")
     clipped = float(values.clamp(max=1).mean())  # their expectation is not above it either
     if clipped > limit and len(sample) * _divergence(clipped, limit) > NATS:
         return True
