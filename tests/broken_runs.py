@@ -102,8 +102,8 @@ class CountsCommits(Tensorwise):
     def commit_(self, absent: frozenset[int]) -> None:
         self.count += 1
 
-    def _draws(self, unit: Unit, step: int, worker: int | None = None) -> Draws:
-        return super()._draws(unit, self.count, worker)
+    def _draws(self, unit: Unit, step: int, *others: Any) -> Draws:
+        return super()._draws(unit, self.count, *others)
 
 
 @dataclasses.dataclass(frozen=True)

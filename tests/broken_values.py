@@ -1,7 +1,7 @@
 """Compressors that break laws of parameters and errors."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -65,9 +65,14 @@ class DiesOfZeros(Tensorwise):
     gain = 1.0
 
     def add_(
-        self, flat: Tensor, payloads: Sequence[Payload], step: int, alpha: float = 1.0
+        self,
+        flat: Tensor,
+        payloads: Sequence[Payload],
+        step: int,
+        alpha: float = 1.0,
+        drawn: dict[Hashable, Any] | None = None,
     ) -> None:
-        super().add_(flat, payloads, step, alpha * self.gain)
+        super().add_(flat, payloads, step, alpha * self.gain, drawn)
 
     def commit_(self, absent: frozenset[int]) -> None:
         self.gain = float((self._mean.flat != 0).any())
