@@ -160,6 +160,9 @@ class HidesNonfinite(Tensorwise):
 class Hiding(TensorwiseOf):
     kind = HidesNonfinite
 
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        return super().compress(delta.nan_to_num(0, 0, 0), draws)
+
 
 class CountsCommits(Tensorwise):
     count = 0
@@ -167,8 +170,8 @@ class CountsCommits(Tensorwise):
     def commit_(self, absent: frozenset[int]) -> None:
         self.count += 1
 
-    def _draws(self, unit: Unit, step: int, worker: int | None = None) -> Draws:
-        return super()._draws(unit, self.count, worker)
+    def _draws(self, unit: Unit, step: int, *others: Any) -> Draws:
+        return super()._draws(unit, self.count, *others)
 
 
 @dataclasses.dataclass(frozen=True)
