@@ -1,7 +1,7 @@
 """Compressors that break laws of parameters and errors."""
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -70,7 +70,7 @@ class DiesOfZeros(Tensorwise):
         payloads: Sequence[Payload],
         step: int,
         alpha: float = 1.0,
-        drawn: dict[Hashable, Any] | None = None,
+        drawn: Any = None,
     ) -> None:
         super().add_(flat, payloads, step, alpha * self.gain, drawn)
 
@@ -107,6 +107,22 @@ class AveragesRoots(TensorCompressor):
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         return (payload[0].sign() * payload[0].square()).view(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragesSigns(TensorCompressor):
+    """Says that the mean of products is the product of means."""
+
+    averages: ClassVar[bool] = True
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        return Field(shape.numel()), Field(1)
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        return delta.sign().view(-1), delta.abs().mean().view(1)
+
+    def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+        return (payload[0] * payload[1]).view(shape)
 
 
 class CodesTooLarge(Rounded):
