@@ -15,12 +15,14 @@ __all__ = [
     "LOCAL",
     "SGD_SETTINGS",
     "SHARED",
+    "kind_of",
     "number_of",
     "validate_changes",
     "validate_compressor",
     "validate_exchange",
     "validate_parameter",
     "validate_process_group",
+    "validate_setting_names",
     "validate_sgd_group",
     "validate_shared",
     "validate_signum_group",
@@ -223,10 +225,38 @@ def validate_compressor(compressor: object) -> None:
         TypeError: it is not.
     """
     needed = [name for name in vars(Compressor) if not name.startswith("_")]
-    if isinstance(compressor, type) or not all(hasattr(compressor, name) for name in needed):
+    if isinstance(compressor, type):
+        raise TypeError(
+            f"Invalid compressor: {compressor!r}. Must be an object, not its class: write "
+            f"{compressor.__name__}(...), with its settings."
+        )
+    if not all(hasattr(compressor, name) for name in needed):
         raise TypeError(
             f"Invalid compressor: {compressor!r}. Must be an efsgd.compressors.Compressor, for "
             f"example efsgd.PowerSGD(rank=4)."
+        )
+
+
+def kind_of(compressor: object) -> str:
+    """What groups note of a compressor: the name of its class."""
+    return type(compressor).__name__
+
+
+def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None:
+    """Checks that a compressor's settings have names of their own.
+
+    Args:
+        compressor: whose settings will be in the parameter groups.
+        taken: names of the optimizer's own settings.
+
+    Raises:
+        ValueError: they have not.
+    """
+    names = {"params", "param_names", "initial_lr", *taken}
+    if clash := sorted(names.intersection(compressor.settings())):
+        raise ValueError(
+            f"Invalid compressor: {kind_of(compressor)} has settings {clash}, which are names of "
+            f"the optimizer's own. Settings live in the same parameter groups: rename them."
         )
 
 

@@ -242,7 +242,10 @@ def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], st
         else:
             found.append(f"on worker {worker} the gradient of {names[index]} is NaN or infinite")
     if not found:
-        found.append("the workers' gradients are finite, but their mean overflows")
+        found.append(
+            "the workers' gradients are finite, but their mean overflows, or what the compressor "
+            "makes of it is NaN or infinite"
+        )
     return (
         f"Step {step} was abandoned: {'; '.join(found)}. Nothing has changed on any worker. "
         f"Look for the cause (learning rate, loss, data), or pass nonfinite='skip' to leave such "

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efsgd.arguments import kind_of
+from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
 from efsgd.members import Member, compute_dtype, members
 from efsgd.state import LOCAL_STATE, require_shape, require_tensor
@@ -13,10 +15,38 @@ from efsgd.state import LOCAL_STATE, require_shape, require_tensor
 __all__ = [
     "exact_copies",
     "fill_missing_settings",
+    "keep_other_settings",
     "refuse_overwritten",
     "validate_structure",
     "validate_type",
 ]
+
+
+def keep_other_settings(groups: Sequence[dict[str, Any]], compressor: Compressor) -> str | None:
+    """Leaves out a compressor's settings from groups that were saved with one of another kind.
+
+    Errors and momenta are as good for the one as for the other, settings are not.
+
+    Args:
+        groups: as loaded (modified in place).
+        compressor: of the optimizer that loads.
+
+    Returns:
+        What to warn of, if it was so.
+    """
+    own, others = kind_of(compressor), set()
+    for group in groups:
+        if group.get("compressor", own) != own:
+            others.add(group["compressor"])
+            group["compressor"] = own
+            for name in compressor.settings():
+                group.pop(name, None)
+    if not others:
+        return None
+    return (
+        f"What was loaded was saved with {', '.join(sorted(others))}, and this optimizer goes on "
+        f"with {own} and the settings that it has; errors and momenta are those loaded."
+    )
 
 
 def fill_missing_settings(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from efsgd.bits import MAX_BITS, pack, packed_size, unpack
 
-__all__ = ["Field", "Format", "position_dtype"]
+__all__ = ["Field", "Format", "position_dtype", "require_tensors"]
 
 
 def position_dtype(numel: int) -> torch.dtype:
@@ -120,6 +120,7 @@ class Format:
         """
         parts: dict[tuple[torch.dtype, int | None], list[Tensor]] = {k: [] for k in self._regions}
         for announced, payload in zip(self._fields, payloads, strict=True):
+            require_tensors(payload)
             if len(payload) != len(announced):
                 raise ValueError(
                     f"Invalid payload: it has {len(payload)} fields and must have the "
@@ -165,6 +166,15 @@ class Format:
             tuple(next(parts[_kind(dtype, bits)]) for _, dtype, bits in announced)
             for announced in self._fields
         ]
+
+
+def require_tensors(payload: object) -> None:
+    """Raises TypeError unless it is a tuple or list of tensors."""
+    if not isinstance(payload, tuple | list) or not all(isinstance(p, Tensor) for p in payload):
+        raise TypeError(
+            f"Invalid payload: {type(payload).__name__}. A compressor's `compress` must return a "
+            f"tuple of tensors, one for each field."
+        )
 
 
 def _kind(dtype: torch.dtype, bits: int | None) -> tuple[torch.dtype, int | None]:

@@ -15,15 +15,19 @@ from torch.optim.optimizer import ParamsT
 from efsgd.arguments import (
     LOCAL,
     SHARED,
+    kind_of,
     validate_compressor,
     validate_parameter,
     validate_process_group,
+    validate_setting_names,
     validate_shared,
 )
 from efsgd.compressors import Compressor
+from efsgd.errors import warn_user
 from efsgd.loading import (
     exact_copies,
     fill_missing_settings,
+    keep_other_settings,
     refuse_overwritten,
     validate_structure,
     validate_type,
@@ -77,7 +81,9 @@ class SavableOptimizer(Optimizer):
     ) -> None:
         validate_compressor(compressor)
         validate_process_group(process_group)
-        defaults |= {"step": 0, "worker": 0, "world_size": 0, **compressor.settings()}
+        defaults |= {"step": 0, "worker": 0, "world_size": 0, "compressor": kind_of(compressor)}
+        validate_setting_names(compressor, defaults)
+        defaults |= compressor.settings()
         self._handling.validate(defaults, compressor)
         self._begin(compressor, defaults, process_group)
         super().__init__(params, defaults)
@@ -161,6 +167,7 @@ class SavableOptimizer(Optimizer):
         compressor: Compressor = (state if "_compressor" in state else present)["_compressor"]
         defaults = (state if "defaults" in state else present)["defaults"]
         groups = state["param_groups"]
+        note = keep_other_settings(groups, compressor)
         fill_missing_settings(groups, present.get("param_groups", []), defaults)
         _validate_groups(self._handling.validate, compressor, groups)
         if (loading := present.get("_loading")) is not None:
@@ -170,6 +177,8 @@ class SavableOptimizer(Optimizer):
         complete_states_(groups, state["state"], compressor)  # it raises before anything changes
         super().__setstate__(state)
         self._stepper.reload()
+        if note is not None:
+            warn_user(note)
 
 
 def complete_states_(

@@ -19,7 +19,7 @@ from torch import Tensor
 from efsgd.blocks import Blocks, Elementwise, Layout
 from efsgd.collectives import AllGather, AllReduceMean, Exchange, Start
 from efsgd.control import all_finite
-from efsgd.payload import Format
+from efsgd.payload import Format, require_tensors
 from efsgd.phases import Phases
 from efsgd.units import Draws, Payload, Unit, units
 
@@ -58,6 +58,11 @@ class Tensorwise:
         self._worker, self._averages = worker, averages
         self._units = units(layout)
         fields = [tuple(unit.operator.fields(unit.shape)) for unit in self._units]
+        if averages and any(each.dtype or each.bits for own in fields for each in own):
+            raise ValueError(
+                f"Invalid fields: {fields}. What is averaged must be plain values, Field(count), "
+                f"without a dtype or bits; or set averages = False, to have them gathered."
+            )
         self._sizes = [[each.count for each in own] for own in fields]
         payload_floats = sum(map(sum, self._sizes)) if averages else 0
         # What is handed to the all-reduce: [control words, vectors, averaged payloads].
@@ -152,6 +157,8 @@ class Tensorwise:
         return Draws(unit.operator.seed_of_draws, unit.index, step, worker, drawn)
 
     def _fill_buffer_(self, payloads: Sequence[Payload]) -> None:
+        for payload in payloads:
+            require_tensors(payload)
         parts = [part for payload in payloads for part in payload]
         sizes = [size for own in self._sizes for size in own]
         if [tuple(part.shape) for part in parts] != [(size,) for size in sizes]:

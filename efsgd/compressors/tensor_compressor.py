@@ -56,7 +56,7 @@ class TensorCompressor:
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
         """Announces the payload of a tensor of this shape, which is the same in every step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define fields(self, shape).")
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The payload of one tensor.
@@ -68,7 +68,8 @@ class TensorCompressor:
         Returns:
             The fields that were announced, each [count]; tensors of their own, no views of `delta`.
         """
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define compress(self, delta, draws).")
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         """What a payload stands for, of this shape. A payload of zeros stands for zeros.
@@ -78,7 +79,8 @@ class TensorCompressor:
             shape: of the tensor.
             draws: shared random numbers; private ones are not to be had here.
         """
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define decompress(self, payload, shape, draws).")
 
     # ---- what it may write ---------------------------------------------------------------------
 
@@ -95,7 +97,13 @@ class TensorCompressor:
             draws: see `decompress`.
             alpha: a number.
         """
-        out.add_(self.decompress(payload, out.shape, draws), alpha=alpha)
+        found = self.decompress(payload, out.shape, draws)
+        if found.shape != out.shape:
+            raise ValueError(
+                f"Invalid result of {type(self).__name__}.decompress: its shape is "
+                f"{list(found.shape)} and must be {list(out.shape)}, the `shape` it was given."
+            )
+        out.add_(found, alpha=alpha)
 
     def claims(self) -> Claims:
         """What it promises beyond the laws that hold for all."""
@@ -177,8 +185,17 @@ class TensorCompressor:
         return Tensorwise(layout, dtype, device, worker, averages=self.averages)
 
     def _with(self, settings: Mapping[str, Any]) -> Self:
-        own = {each.name: settings[each.name] for each in _fields(self)}
-        return dataclasses.replace(self, **own)  # type: ignore[type-var]
+        chosen = {each.name: settings[each.name] for each in _fields(self)}
+        own = dataclasses.replace(self, **chosen)  # type: ignore[type-var]
+        try:
+            hash(own)
+        except TypeError as error:
+            raise TypeError(
+                f"Invalid compressor: {own!r} cannot be hashed ({error}). Its fields must be "
+                f"numbers, strings or tuples of them, and @dataclasses.dataclass(frozen=True) "
+                f"stand above the class."
+            ) from error
+        return own
 
 
 def _fields(compressor: object) -> tuple[dataclasses.Field[Any], ...]:
