@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from efsgd import Field, TensorCompressor
-from efsgd.compressors import Claims
+from efsgd import Claims, Field, TensorCompressor
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None
     Raises:
         ValueError: they have not.
     """
-    names = {"params", "param_names", "initial_lr", *taken}
+    names = {"params", "param_names", "initial_lr", "momentum_form", *SGD_SETTINGS, *taken}
     if clash := sorted(names.intersection(compressor.settings())):
         raise ValueError(
             f"Invalid compressor: {kind_of(compressor)} has settings {clash}, which are names of "

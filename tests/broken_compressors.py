@@ -57,7 +57,7 @@ BROKEN: list[tuple[str, Any]] = [
     ("has_one_schedule", SendsNonzeros()),
     ("has_one_schedule", Greedy(rank=1)),
     ("has_one_schedule", Beatless(rank=1)),
-    ("decompresses_alike", OtherShape()),
+    ("sends_what_it_announces", OtherShape()),
     ("decompresses_alike", DecompressesAtRandom()),
     ("decompresses_alike", IgnoresAlpha()),
     ("decompresses_alike", WritesToPayload()),
