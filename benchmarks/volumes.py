@@ -1,4 +1,4 @@
-"""What every compressor sends: counted from the buffers of real steps of the paper's two models.
+"""What every compressor sends: counted from the buffers of steps of the paper's two models.
 
     python -m benchmarks.volumes --output docs/volumes.md
 
@@ -131,14 +131,15 @@ def markdown(sent: Sequence[float]) -> str:
         "# Volumes",
         "",
         "What one worker sends in a step, counted from the buffers that were handed to collectives",
-        "in real steps of the two models of the PowerSGD paper, by",
+        "in steps of the parameters of the two models of the PowerSGD paper, by",
         "",
         "    python -m benchmarks.volumes --output docs/volumes.md",
         "",
-        "Control words are left out: one number for each parameter and each worker. A megabyte is",
-        "2^20 bytes; an epoch has 24 steps of each of 16 workers (ResNet18), or 70 (LSTM), as in",
-        "the paper. The last column is what the paper prints (arXiv 1905.13727, Tables 3, 4, 6 and",
-        "7). Where not all steps are alike, the mean over a period is given.",
+        "Gradients are random there: no size depends on them. Control words are left out: one",
+        "number for each parameter and each worker. A megabyte is 2^20 bytes; an epoch has 24",
+        "steps of each of 16 workers (ResNet18), or 70 (LSTM), as in the paper. The last column is",
+        "what the paper prints (arXiv 1905.13727, Tables 3, 4, 6 and 7). Where not all steps are",
+        "alike, the mean over a period is given.",
     ]
     for workload, steps in STEPS_PER_EPOCH.items():
         numel = sum(gradient.numel() for gradient in _gradients(workload))

@@ -27,7 +27,6 @@ from efsgd.collectives import AllReduceMean, Exchange, Start
 from efsgd.fusion import Fusion
 from efsgd.low_rank import LowRank, LowRankAggregator, adopt_, rank_of, views
 from efsgd.orthogonalization import orthogonalize
-from efsgd.query import initial_query
 from efsgd.randomness import generator_of
 
 __all__ = ["AlternatingPowerIteration", "initial_left"]
@@ -165,7 +164,7 @@ class AlternatingPowerIteration(LowRankAggregator):
         }
 
     def _multiply_from_right(self, deltas: Blocks, step: int) -> Exchange[LowRank]:
-        queries = self.queries if self.warm_start else self._draw_queries(step)
+        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
         with self.phases("alternating: orthogonalize Q"):
             Q_hats = [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
         with self.phases("alternating: P = M Q"):
@@ -185,14 +184,6 @@ class AlternatingPowerIteration(LowRankAggregator):
             self._local_Q_buffer.copy_(self._Q_buffer[self.layout.vector_floats :])
         in_flight = yield Start(AllReduceMean(self._Q_buffer, "vectors and Q (alternating)"))
         return self._low_rank(P_hats, self._local_Q, in_flight)
-
-    def _draw_queries(self, step: int) -> list[Tensor]:
-        drawn = [torch.empty_like(query) for query in self.queries]
-        for batch, query in zip(self.layout.batches, drawn, strict=True):
-            for own, entry in zip(query, batch.entries, strict=True):
-                shape = (batch.columns, rank_of(batch))
-                own.copy_(initial_query(self.seed, entry.index, *shape, step=step).mT)
-        return drawn
 
     def _draw_lefts(self, step: int) -> list[Tensor]:
         drawn = [torch.empty_like(left) for left in self.lefts]

@@ -142,9 +142,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
         Args:
             closure: computes gradients; called first.
         """
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
+        self._evaluate(closure)
         self._give_notice()
         return self._take_step()
 

@@ -125,10 +125,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
             WorkerMismatchError: the workers do not train the same thing; nothing has changed.
             CollectiveError: a collective failed; nothing has changed on this worker.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._evaluate(closure)
         is_alone = current_transport(self._process_group).world_size == 1
         if is_alone and any(group.get("differentiable") for group in self.param_groups):
             require_differentiable(self.param_groups, self._compressor)

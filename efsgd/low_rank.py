@@ -26,6 +26,7 @@ from efsgd.blocks import Batch, Blocks, Elementwise, Layout
 from efsgd.collectives import InFlight
 from efsgd.fusion import Fusion
 from efsgd.phases import Phases
+from efsgd.query import initial_query
 
 __all__ = [
     "LowRank",
@@ -94,6 +95,15 @@ class LowRankAggregator:
                 if P.is_cpu and not is_aligned(batch, P.dtype):  # see `LowRank.subtract_from_`
                     is_ready = prepare(subtract_, operands=[M], options={}) and is_ready
                 self._fusion = self._fusion if is_ready else None
+
+    def _draw_queries(self, seed: int, step: int) -> list[Tensor]:
+        """A Q for each batch that nothing is known of yet: Algorithm 1, line 1."""
+        drawn = views(self._zeros(self._Q_shapes), self._Q_shapes)
+        for batch, queries in zip(self.layout.batches, drawn, strict=True):
+            for own, entry in zip(queries, batch.entries, strict=True):
+                shape = (batch.columns, rank_of(batch))
+                own.copy_(initial_query(seed, entry.index, *shape, step=step).mT)
+        return drawn
 
     def _zeros(self, shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
         """One buffer for tensors of these shapes, after a head."""

@@ -95,7 +95,7 @@ class QuantizedPowerIteration(PowerIteration):
         if not self._Q:
             yield vectors
             return self._low_rank([], [])
-        queries = self.queries if self.warm_start else self._draw(step)
+        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
         with self.phases("Alg. 1, line 3: P = M Q"):
             for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
                 # A matrix has one scale, for which the columns of P must be of like size.

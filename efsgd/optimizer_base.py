@@ -83,6 +83,14 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         """
         return self._stepper.settle_errors(self.param_groups, self.state, world_size, worker)
 
+    @staticmethod
+    def _evaluate(closure: Callable[[], Any] | None) -> Any:
+        """What a closure returns, which computes gradients; None where there is none."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
     def _take_step(self) -> bool:
         """Runs `exchange` with the workers of the process group."""
         if torch.compiler.is_compiling():  # there is nothing to gain outside of `efsgd.fusion`

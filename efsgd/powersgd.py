@@ -20,9 +20,8 @@ from torch import Tensor
 from efsgd.blocks import Blocks, Layout
 from efsgd.collectives import AllReduceMean, Exchange, Start
 from efsgd.fusion import Fusion
-from efsgd.low_rank import LowRank, LowRankAggregator, adopt_, rank_of, views
+from efsgd.low_rank import LowRank, LowRankAggregator, adopt_, views
 from efsgd.orthogonalization import normalize_columns, orthogonalize
-from efsgd.query import initial_query
 
 __all__ = ["PowerIteration"]
 
@@ -83,7 +82,7 @@ class PowerIteration(LowRankAggregator):
         Returns:
             (P̂, Q_w): P̂ the same on every worker, Q_w this worker's own, the mean in flight.
         """
-        queries = self.queries if self.warm_start else self._draw(step)
+        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
         with self.phases("Alg. 1, line 3: P = M Q"):
             for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
                 # The scale of Q's columns does not matter to P̂: bring it to where P is finite.
@@ -126,11 +125,3 @@ class PowerIteration(LowRankAggregator):
             for batch, query in zip(self.layout.batches, self.queries, strict=True)
             for position, entry in enumerate(batch.entries)
         }
-
-    def _draw(self, step: int) -> list[Tensor]:
-        drawn = [torch.empty_like(query) for query in self.queries]
-        for batch, query in zip(self.layout.batches, drawn, strict=True):
-            for position, entry in enumerate(batch.entries):
-                shape = (batch.columns, rank_of(batch))
-                query[position] = initial_query(self.seed, entry.index, *shape, step=step).mT
-        return drawn

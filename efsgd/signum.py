@@ -141,10 +141,7 @@ class Signum(ErrorFeedbackOptimizer):
             WorkerMismatchError: the workers do not train the same thing; nothing has changed.
             CollectiveError: a collective failed; nothing has changed on this worker.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._evaluate(closure)
         self._give_notice()
         self._take_step()
         return loss

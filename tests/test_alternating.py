@@ -91,7 +91,7 @@ def test_steps_are_those_of_a_naive_reference(scenario: Scenario) -> None:
         gradients = scenario.gradients(step)
         step_with(workers, gradients)
         for index, reference in enumerate(naive):
-            reference.step(step, [own[index] for own in gradients])  # type: ignore[misc]
+            reference.step(step, [own[index] for own in gradients])
     for index, reference in enumerate(naive):
         # Float64, times the condition of the factors that are orthogonalized; pseudo-inverses
         # square it.

@@ -1,4 +1,4 @@
-"""What the whole family sends, to the byte: counted from the buffers of real steps."""
+"""What the whole family sends, to the byte: counted from the buffers of steps."""
 
 from pathlib import Path
 

@@ -258,7 +258,7 @@ def test_sixty_orders_of_magnitude_are_finite_and_powers_of_two_make_no_differen
         workers = workers_of(LQSGD(rank=2, bits=width), 2, dtype=torch.float32)
         for step in range(3):
             given = gradients(2, step, kind=kind)
-            step_with(workers, [[g.float() * scale for g in own] for own in given])  # type: ignore[union-attr]
+            step_with(workers, [[g.float() * scale for g in own] for own in given])
         ends[scale] = [p.detach().double() / scale for p in parameters_of(workers[0])]
         assert all(end.isfinite().all() for end in ends[scale])
         assert any(end.any() for end in ends[scale]) == (kind != "zero")

@@ -92,7 +92,7 @@ def test_steps_are_those_of_a_naive_reference(
         gradients = scenario.gradients(step)
         step_with(workers, gradients)
         for index, reference in enumerate(naive):
-            reference.step(step, [own[index] for own in gradients])  # type: ignore[misc]
+            reference.step(step, [own[index] for own in gradients])
     for index, reference in enumerate(naive):
         # Float64, times the condition of a few orthogonalizations and of the gap below the last
         # singular value that is kept.

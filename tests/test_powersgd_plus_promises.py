@@ -132,7 +132,7 @@ def test_a_bad_gradient_at_a_refresh_changes_nothing_anywhere(
         step_with(workers, scenario.gradients(step))
         step_with(twins, scenario.gradients(step))
     before, gradients = bits(snapshot(workers)), scenario.gradients(2)
-    gradients[1][index].view(-1)[-1] = value  # type: ignore[union-attr]
+    gradients[1][index].view(-1)[-1] = value
     with pytest.raises(NonFiniteGradientError, match=f"worker 1 the gradient of parameter {index}"):
         step_with(workers, gradients)
     assert bits(snapshot(workers)) == before
@@ -207,7 +207,7 @@ def test_settings_that_make_no_sense_are_refused(setting: str, value: Any, text:
 
 def test_alternating_is_not_for_it() -> None:
     with pytest.raises(TypeError):
-        PowerSGDPlus(alternating=True)  # type: ignore[call-arg]
+        PowerSGDPlus(alternating=True)
     [worker] = make_workers([torch.zeros(9, 8)], 1, PowerSGDPlus())
     worker.param_groups[0]["alternating"] = True
     with pytest.raises(ValueError, match="Invalid alternating: True"):

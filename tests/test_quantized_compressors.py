@@ -134,7 +134,7 @@ def test_nothing_is_lost_and_workers_stay_equal(
         ]
         step_with(workers, gradients)
         for index, total in enumerate(received):
-            total += sum(own[index] / world_size for own in gradients)  # type: ignore[operator]
+            total += sum(own[index] / world_size for own in gradients)
             kept = torch.stack([errors_of(worker)[index] for worker in workers]).mean(0)
             applied = -parameters_of(workers[0])[index].detach()
             # 1e-16 of the largest gradients, 1e4, for some dozen sums.

@@ -3,17 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from efsgd.blocks import matrix_shape
+from efsgd.compressors.base import Claims
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.payload import Field
 from efsgd.units import Draws, Payload
 
 __all__ = [
     "BudgetCompressor",
+    "DrawnCompressor",
     "elements_of_density",
     "floats_of_rank",
     "is_share",
@@ -117,3 +120,30 @@ class BudgetCompressor(TensorCompressor):
     def sent_share(self, shape: Sequence[int]) -> float:
         """The part of a tensor's elements that is sent: 1 where it is not compressed."""
         return self.count(shape) / math.prod(shape) if self.compresses(torch.Size(shape)) else 1.0
+
+
+@dataclass(frozen=True)
+class DrawnCompressor(BudgetCompressor):
+    """What compressors have in common that draw the elements they send, the same on every worker.
+
+    Positions need not be sent, so values are averaged. Subclasses write `compress` and
+    `add_decompressed_`.
+
+    Attributes:
+        seed: of what is drawn, the same on every worker.
+
+    Raises:
+        ValueError: it is no integer of at least 0.
+    """
+
+    seed: int = 0
+
+    averages: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate_seed(self.seed)
+
+    def claims(self) -> Claims:
+        """It is averaged; each element is sent with the same probability."""
+        return Claims(averages=True, is_random=True, contraction=self.sent_share)

@@ -24,16 +24,15 @@ class PowerSGDPlus(PowerSGD):
     whole matrices and take the subspace of the mean's largest singular values. All other steps are
     PowerSGD's. It leaves no subspace unseen, as PowerSGD may where its first Q misses one exactly;
     the price is a step at the full size of the gradients. Of a rank-1 ResNet18, a refresh every 50
-    steps sends 5.9 times the bytes of PowerSGD, one every 1000 steps 1.2 times.
+    steps sends 5.9 times the bytes of PowerSGD, one every 1000 steps 1.2 times (docs/volumes.md).
 
     The settings that are not described here are those of `PowerSGD`.
 
     Attributes:
         refresh_every: τ, the number of steps from one refresh to the next, at least 1.
         svd: "exact", by LAPACK, or "randomized", by two steps of power iteration on r + 8 columns.
-            On one core of a CPU that shares it, a [512, 4608] matrix takes 0.6 seconds exactly and
-            0.03 randomized, beside 0.007 for the products of an ordinary step; a [28869, 650] one
-            2.1, 0.26 and 0.09. Take "randomized" where 1 / `refresh_every` of the exact time is
+            An exact one of a large matrix takes as long as many ordinary steps, a randomized one
+            a few products. Take "randomized" where 1 / `refresh_every` of the exact time is
             much. Where singular values hardly decay it finds a slightly worse subspace.
         refresh_update: what a refresh applies: "low_rank", the best approximation of rank r, the
             rest of which stays in the errors; or "exact", the mean itself, which has been sent

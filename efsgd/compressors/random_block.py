@@ -1,20 +1,18 @@
 """Random Block: a run of elements of each tensor, drawn anew at each step."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from efsgd.compressors.base import Claims
-from efsgd.compressors.budget import BudgetCompressor, validate_seed
+from efsgd.compressors.budget import DrawnCompressor
 from efsgd.units import Draws, Payload
 
 __all__ = ["RandomBlock"]
 
 
 @dataclass(frozen=True)
-class RandomBlock(BudgetCompressor):
+class RandomBlock(DrawnCompressor):
     """Sends one block of consecutive elements of each tensor, the same on every worker.
 
     Its start is uniform over the tensor; a block that reaches the end goes on at the beginning. It
@@ -40,18 +38,6 @@ class RandomBlock(BudgetCompressor):
         >>> RandomBlock(rank=2).payload_bytes([(64, 27), (64,)])  # 182 values, and a vector
         984
     """
-
-    seed: int = 0
-
-    averages: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate_seed(self.seed)
-
-    def claims(self) -> Claims:
-        """It is averaged; each element is sent with the same probability."""
-        return Claims(averages=True, is_random=True, contraction=self.sent_share)
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The values of this step's block, from its start on."""

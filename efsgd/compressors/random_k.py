@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from efsgd.compressors.base import Claims
-from efsgd.compressors.budget import BudgetCompressor, validate_seed
+from efsgd.compressors.budget import DrawnCompressor
 from efsgd.units import Draws, Payload
 
 __all__ = ["RandomK", "draw_subset"]
@@ -69,7 +67,7 @@ def _with_replacement(numel: int, count: int, generator: torch.Generator) -> Ten
 
 
 @dataclass(frozen=True)
-class RandomK(BudgetCompressor):
+class RandomK(DrawnCompressor):
     """Sends elements of each tensor that are drawn at random, the same on every worker.
 
     They are drawn without replacement. Their positions are not sent, since all workers draw the
@@ -95,18 +93,6 @@ class RandomK(BudgetCompressor):
         >>> RandomK(density=0.25).payload_bytes([(64, 32), (64,)])  # 512 values, and 16
         2112
     """
-
-    seed: int = 0
-
-    averages: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate_seed(self.seed)
-
-    def claims(self) -> Claims:
-        """It is averaged; each element is sent with the same probability."""
-        return Claims(averages=True, is_random=True, contraction=self.sent_share)
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The values at this step's positions."""
