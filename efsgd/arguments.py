@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efsgd.compressors import Compressor
 from efsgd.compressors.majority_vote import LOCAL_FORM
+from efsgd.individual import PER_PARAMETER, validate_per_parameter
 
 __all__ = [
     "LOCAL",
@@ -130,7 +131,7 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
     Raises:
         ValueError: a value is missing, of the wrong type or out of range.
     """
-    _require(group, (*SHARED, *compressor.settings()))
+    _require(group, (*SHARED, PER_PARAMETER, *compressor.settings()))
     for name in ("start_compressing_at", "check_every", *LOCAL, "step"):
         value, what = group[name], "an integer" if name in LOCAL else "a number of steps"
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -145,7 +146,7 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
             f"Invalid max_grad_norm: {norm!r}. Must be a positive number, math.inf to measure the "
             f"norm alone, or None."
         )
-    compressor.validate(group)
+    validate_per_parameter(group, compressor)
 
 
 def _validate_sgd(group: Mapping[str, Any]) -> None:

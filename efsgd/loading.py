@@ -9,6 +9,7 @@ from torch import Tensor
 from efsgd.arguments import kind_of
 from efsgd.compressors import Compressor
 from efsgd.error_feedback import Section
+from efsgd.individual import PER_PARAMETER
 from efsgd.members import Member, compute_dtype, members
 from efsgd.state import LOCAL_STATE, require_shape, require_tensor
 
@@ -39,7 +40,7 @@ def keep_other_settings(groups: Sequence[dict[str, Any]], compressor: Compressor
         if group.get("compressor", own) != own:
             others.add(group["compressor"])
             group["compressor"] = own
-            for name in compressor.settings():
+            for name in (*compressor.settings(), PER_PARAMETER):
                 group.pop(name, None)
     if not others:
         return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from efsgd.blocks import Entry, real_view
 from efsgd.compressors import Compressor
+from efsgd.individual import settings_of
 
 __all__ = ["Member", "compute_dtype", "members"]
 
@@ -27,6 +28,7 @@ class Member:
         index: its position over all groups.
         parameter: the tensor.
         group: its parameter group.
+        position: its place in the group.
         name: for messages: its name if the optimizer knows names, and its index.
         has_sparse_gradients: its gradients are sent uncompressed, made dense.
     """
@@ -34,8 +36,14 @@ class Member:
     index: int
     parameter: Tensor
     group: dict[str, Any]
+    position: int
     name: str
     has_sparse_gradients: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its group, and what it has of its own in their place."""
+        return settings_of(self.group, self.position)
 
     @property
     def values(self) -> Tensor:
@@ -60,7 +68,7 @@ class Member:
         if is_compressing and not self.has_sparse_gradients:
             is_matrix = self.parameter.dim() >= 2
             shape = self.shape if is_matrix else (self.shape.numel(),)
-            level = compressor.level(shape, self.group)
+            level = compressor.level(shape, self.settings)
         return Entry(self.index, tuple(self.shape), level)
 
 
@@ -79,6 +87,6 @@ def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) ->
             if names is not None:
                 name += f" ({names[position]})"
             if parameter not in seen:
-                yield Member(index, parameter, group, name, parameter in sparse)
+                yield Member(index, parameter, group, position, name, parameter in sparse)
             seen.add(parameter)
             index += 1

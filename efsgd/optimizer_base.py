@@ -1,7 +1,7 @@
 """What optimizers around error feedback have in common: workers, and steps with them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
@@ -9,16 +9,19 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from efsgd.arguments import number_of, validate_process_group
-from efsgd.collectives import Exchange, run
+from efsgd.collectives import Exchange, intercept, run
 from efsgd.compressors import Compressor
 from efsgd.errors import CollectiveError
 from efsgd.joining import Joining
+from efsgd.observation import Watcher
 from efsgd.refusals import refuse_backward_optimizer, refuse_sharding_optimizer
 from efsgd.savable import SavableOptimizer
 from efsgd.stepper import LossScaling
 from efsgd.transports import Alone, ProcessGroup, current_transport
 
 __all__ = ["ErrorFeedbackOptimizer"]
+
+T = TypeVar("T")
 
 
 def _no_group() -> None:
@@ -131,6 +134,45 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
             run(self._stepper.compare_all(self.param_groups, self.state), transport)
 
     @property
+    def compressor(self) -> Compressor:
+        """Decides what is compressed and how far. Its settings now are those in the groups."""
+        return self._compressor
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Shows each step, before it is applied, to a function that decides on later ones.
+
+        Args:
+            watcher: called once for each device and dtype of the parameters. Like all hooks it is
+                neither copied nor pickled with the optimizer.
+
+        Returns:
+            A function that ends it.
+        """
+        watchers = self._stepper.watchers
+        watchers.append(watcher)
+        return lambda: watchers.remove(watcher)
+
+    def plan_change(self) -> None:
+        """To be called by every worker before the same step, if all change settings for it alike.
+
+        The change then costs a comparison less. What differs is an error of the next step.
+        """
+        self._stepper.plan_change()
+
+    def decide(self, decision: Callable[[int, int], Exchange[T]]) -> T:
+        """Runs an exchange that belongs to no step, with the workers of the process group.
+
+        Args:
+            decision: makes the exchange, from the number of workers and this worker's place.
+
+        Returns:
+            Its result.
+        """
+        transport = self._meet()
+        exchange = decision(transport.world_size, transport.worker)
+        return run(intercept(exchange, self._stepper.ledger.record_decision), transport)
+
+    @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The workers; None is the default group. May be replaced between steps."""
         return self._process_group
@@ -167,11 +209,12 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
             Of the last step: `collectives`; `bytes_sent`; `bytes_uncompressed`, the size of all
             gradients; `ratio` of the two. Of all steps since construction: `steps` that were
             applied and `skipped_steps` that were not; `total_bytes_sent`, of which
-            `check_bytes_sent` went into comparing workers. Bytes are those of one worker's
-            buffers: not times the number of workers, nor times what an all-reduce makes of them
-            on the wire. With `max_grad_norm` also `grad_norm`, the norm of the last step's Δ'
-            before it was clipped. While `time_phases` is set, also `phase_seconds` of the last
-            step, a dict whose names are those of the ranges in torch.profiler.
+            `check_bytes_sent` went into comparing workers and `decision_bytes_sent` into decisions
+            of rank schedulers. Bytes are those of one worker's buffers: not times the number of
+            workers, nor times what an all-reduce makes of them on the wire. With `max_grad_norm`
+            also `grad_norm`, the norm of the last step's Δ' before it was clipped. While
+            `time_phases` is set, also `phase_seconds` of the last step, a dict whose names are
+            those of the ranges in torch.profiler.
         """
         phases = self._stepper.phases
         seconds = {"phase_seconds": dict(phases.seconds)} if phases.is_timing else {}

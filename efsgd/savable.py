@@ -24,6 +24,7 @@ from efsgd.arguments import (
 )
 from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
+from efsgd.individual import PER_PARAMETER
 from efsgd.loading import (
     exact_copies,
     fill_missing_settings,
@@ -82,6 +83,7 @@ class SavableOptimizer(Optimizer):
         validate_compressor(compressor)
         validate_process_group(process_group)
         defaults |= {"step": 0, "worker": 0, "world_size": 0, "compressor": kind_of(compressor)}
+        defaults[PER_PARAMETER] = None
         validate_setting_names(compressor, defaults)
         defaults |= compressor.settings()
         self._handling.validate(defaults, compressor)

@@ -10,6 +10,7 @@ from efsgd.blocks import Entry, Layout
 from efsgd.compressors import Aggregator, Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
+from efsgd.individual import frozen
 from efsgd.members import Member, compute_dtype
 from efsgd.phases import Phases
 from efsgd.state import State, attach_, release_zero_errors_
@@ -34,6 +35,7 @@ def signature(
         (
             id(group),
             tuple(group[name] for name in settings),
+            frozen(group),
             group["error_feedback"],
             group.get("momentum", 0) != 0,
             group["start_compressing_at"],

@@ -29,6 +29,7 @@ from efsgd.compressors import Compressor
 from efsgd.compressors.majority_vote import LOCAL_FORM
 from efsgd.error_feedback import Section
 from efsgd.members import Member, compute_dtype
+from efsgd.resizing import resized
 
 __all__ = [
     "LOCAL_STATE",
@@ -59,35 +60,33 @@ def complete_(state: State, member: Member, compressor: Compressor) -> None:
     Raises:
         ValueError: a tensor in it has not the shape that the parameter asks for.
     """
-    parameter, group, entry = member.parameter, member.group, member.entry(compressor)
+    parameter, settings, entry = member.parameter, member.settings, member.entry(compressor)
     complete_momentum_(state, member)
     dtype, device = compute_dtype(parameter), parameter.device
     if "error" in state:
         require_tensor(state["error"], "error", member.name)
         require_shape(state["error"], member.shape, "error", member.name)
         state["error"] = state["error"].to(device=device, dtype=dtype)
-    elif group["error_feedback"] and entry.level is not None:
+    elif settings["error_feedback"] and entry.level is not None:
         state["error"] = torch.zeros(member.shape, dtype=dtype, device=device)
     if entry.level is None:
         return
-    for name, initial in compressor.initial_state(entry, group).items():
+    for name, initial in compressor.initial_state(entry, settings).items():
         kept = state.get(name)
         if kept is not None:
             require_tensor(kept, name, member.name)
         if kept is None or kept.shape != initial.shape:
-            state[name] = initial if kept is None else _widened(initial, kept, name, member.name)
+            state[name] = initial if kept is None else _fitted(kept, initial, name, member.name)
         kind = (device, dtype) if initial.is_floating_point() else (initial.device, initial.dtype)
         state[name] = state[name].to(*kind).contiguous()
 
 
-def _widened(initial: Tensor, kept: Tensor, name: str, owner: str) -> Tensor:
-    """A tensor of another rank, perhaps: the columns that both have are kept."""
-    is_fixed = name in LOCAL_STATE or kept.dim() != initial.dim()
-    if is_fixed or kept.shape[:-1] != initial.shape[:-1]:
+def _fitted(kept: Tensor, initial: Tensor, name: str, owner: str) -> Tensor:
+    """A factor of another rank; anything else has the wrong shape."""
+    is_fixed = name in LOCAL_STATE or kept.dim() != 2 or initial.dim() != 2
+    if is_fixed or len(kept) != len(initial) or not kept.is_floating_point():
         require_shape(kept, initial.shape, name, owner)
-    shared = min(kept.shape[-1], initial.shape[-1])
-    initial[..., :shared] = kept[..., :shared]
-    return initial
+    return resized(kept, initial)
 
 
 def validate_states(listed: Iterable[Member], states: Mapping[Tensor, Mapping[str, Any]]) -> None:

@@ -17,13 +17,14 @@ class Ledger:
         skipped_steps: that were left out.
         total_bytes_sent: in all steps and checks.
         check_bytes_sent: in checks.
+        decision_bytes_sent: in decisions on what later steps send.
         grad_norm: of the last step's Δ', if it was asked for.
     """
 
     def __init__(self) -> None:
         self.steps = self.skipped_steps = 0
         self.total_bytes_sent = 0
-        self.check_bytes_sent = 0
+        self.check_bytes_sent = self.decision_bytes_sent = 0
         self.grad_norm: float | None = None
         self._uncompressed = 0
         self._in_check = False
@@ -38,6 +39,11 @@ class Ledger:
         """What follows, up to the next step, belongs to checks between workers."""
         self._in_check = True
 
+    def record_decision(self, collective: Collective) -> None:
+        """Counts the buffer of one collective that belongs to no step, in bytes."""
+        self.total_bytes_sent += _bytes_of(collective)
+        self.decision_bytes_sent += _bytes_of(collective)
+
     def end_step(self) -> None:
         """The step was applied."""
         self.steps += 1
@@ -48,7 +54,7 @@ class Ledger:
 
     def record(self, collective: Collective) -> None:
         """Counts the buffer of one collective, in bytes."""
-        size = collective.buffer.numel() * collective.buffer.element_size()
+        size = _bytes_of(collective)
         self.total_bytes_sent += size
         if self._in_check:
             self.check_bytes_sent += size
@@ -67,5 +73,10 @@ class Ledger:
             "skipped_steps": self.skipped_steps,
             "total_bytes_sent": self.total_bytes_sent,
             "check_bytes_sent": self.check_bytes_sent,
+            "decision_bytes_sent": self.decision_bytes_sent,
             **({} if self.grad_norm is None else {"grad_norm": self.grad_norm}),
         }
+
+
+def _bytes_of(collective: Collective) -> int:
+    return collective.buffer.numel() * collective.buffer.element_size()

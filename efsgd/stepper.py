@@ -14,11 +14,13 @@ from torch import Tensor
 
 from efsgd.agreement import broadcast_values, compare
 from efsgd.collectives import Exchange, intercept
+from efsgd.comparison import compare_all
 from efsgd.compressors import Compressor
 from efsgd.control import Verdict, describe_rejection, raise_unable
 from efsgd.error_feedback import Outcome, exchange_gradients
 from efsgd.errors import NonFiniteGradientError, warn_user
 from efsgd.members import members
+from efsgd.observation import Watcher, observe
 from efsgd.phases import Phases
 from efsgd.plan import Groups, Plan
 from efsgd.rules import Rules
@@ -62,6 +64,7 @@ class Stepper:
         ledger: what was handed to collectives.
         phases: of a step, and how long they take.
         plan: the sections of the present parameter groups.
+        watchers: are shown each step that is applied, of each section.
 
     Args:
         compressor: decides what is compressed and how far.
@@ -81,6 +84,7 @@ class Stepper:
         self._compressor, self._settings = compressor, tuple(settings)
         self.plan = Plan(compressor, self.phases)
         self._terms = Terms(compressor, self._settings, validate, rules)
+        self.watchers: list[Watcher] = []
         self._has_loaded = False
 
     def regroup(self) -> None:
@@ -88,6 +92,10 @@ class Stepper:
         self.plan.forget()
         self.plan.sparse.clear()
         self._terms.forget()
+
+    def plan_change(self) -> None:
+        """All workers change the same settings before the next step, and know it."""
+        self._terms.plan_change()
 
     def reload(self) -> None:
         """Groups and state have been loaded: plans are made, and values compared, anew."""
@@ -177,11 +185,14 @@ class Stepper:
                 raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
             self.ledger.skip_step()
             return False
+        trouble = self._show(outcomes, (scaling.factor if scaling else 1.0) * weight)
         self._apply(outcomes, rules, groups[0]["max_grad_norm"])
         for group in groups:
             group.update(step=step + 1, world_size=context[0], worker=context[1])
         self._terms.expected = step + 1
         self.ledger.end_step()
+        if trouble is not None:
+            raise trouble
         return True
 
     @torch.no_grad()
@@ -202,16 +213,8 @@ class Stepper:
 
     @torch.no_grad()
     def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
-        """Compares all that workers must have in common, as it is now.
-
-        Args:
-            groups: parameter groups.
-            state: of the parameters.
-
-        Raises:
-            WorkerMismatchError: names the first difference.
-        """
-        yield from self._terms.compare_all(groups, state)
+        """Compares all that workers must have in common. See `efsgd.comparison`."""
+        yield from compare_all(groups, state, self._compressor, self._settings)
 
     def _exchange_gradients(
         self, step: int, scaling: LossScaling | None, weight: float
@@ -238,6 +241,20 @@ class Stepper:
         if not self._terms.is_scheduled(self.plan, step):
             self._terms.schedule(self.plan, step, schedules)
         return outcomes
+
+    def _show(self, outcomes: Sequence[Outcome], scale: float) -> Exception | None:
+        """Shows the step to those who watch.
+
+        Returns:
+            What one of them has raised. The other workers apply the step, so this one does, too.
+        """
+        try:
+            for section, outcome in zip(self.plan.sections, outcomes, strict=True):
+                for watcher in self.watchers:
+                    watcher(observe(section, outcome.verdict.absent, scale))
+        except Exception as trouble:
+            return trouble
+        return None
 
     def _apply(
         self, outcomes: Sequence[Outcome], rules: Rules, max_grad_norm: float | None

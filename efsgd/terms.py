@@ -55,6 +55,7 @@ class Terms:
         self._agreed: Agreement | None = None
         self._compared: Hashable = None
         self.expected: int | None = None
+        self._is_planned = False
         # Of each beat that was seen: the collectives of a step, by section.
         self._schedules: dict[Hashable, list[tuple[ControlWords, Schedule]]] = {}
         self._scheduled: Signature | None = None
@@ -62,7 +63,11 @@ class Terms:
     def forget(self) -> None:
         """The workers are others: nothing is agreed on with them."""
         self._agreed = self._compared = self._scheduled = self.expected = None
-        self._schedules = {}
+        self._schedules, self._is_planned = {}, False
+
+    def plan_change(self) -> None:
+        """All workers change their settings before the next step, and know it of each other."""
+        self._is_planned = True
 
     def doubt(self) -> None:
         """Groups and state may have become others, on this worker at least."""
@@ -146,6 +151,7 @@ class Terms:
             raise
         if compares:
             is_new = yield from self._compare(plan, groups, state, context, is_new)
+            self._is_planned = False
         try:
             plan.update(groups, state, context, rules)
         except Exception as obstacle:
@@ -169,7 +175,7 @@ class Terms:
     def _is_time(self, step: int, plan: Plan) -> bool:
         """Whether all workers are known to begin with a comparison."""
         agreed = self._agreed
-        if agreed is None or self._scheduled_for(step) is None:
+        if agreed is None or self._is_planned or self._scheduled_for(step) is None:
             return True
         is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
         return is_due or plan.phase(step, agreed.start) != agreed.signature.phase
@@ -205,17 +211,6 @@ class Terms:
             control, schedule = schedules[number]
             verdict = yield from control.announce(schedule, is_unable=True)
             return Outcome(None, verdict, obstacle)
-
-    def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
-        """Compares all that workers must have in common, as it is now.
-
-        Raises:
-            WorkerMismatchError: names the first difference.
-        """
-        listed = list(members(groups))
-        lines = describe(listed, self._compressor, self._settings)
-        values = checksums(replicated(listed, state))
-        yield from compare(lines, listed[0].parameter.device, values)
 
     def name_change(
         self, plan: Plan, groups: Groups, workers: Sequence[int], step: int

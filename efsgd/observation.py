@@ -1,0 +1,51 @@
+"""What one worker brings to a step, shown to those who decide how far later steps compress."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from efsgd.blocks import real_view
+from efsgd.error_feedback import Section
+
+__all__ = ["Observation", "Watcher", "observe"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A step that all workers are about to apply. Tensors are not to be modified, nor kept.
+
+    Attributes:
+        gradients: g_w by index, in the parameters' shapes (complex ones as real views), before
+            they are multiplied by `scale`; of the parameters that have one on this worker.
+        errors: e_w by index, float32 or float64, as they were before the step; of the parameters
+            that have an error memory and take part in the step.
+        scale: gradients times this are those of the loss (mixed precision), and weighted.
+    """
+
+    gradients: Mapping[int, Tensor]
+    errors: Mapping[int, Tensor]
+    scale: float
+
+
+#: Is shown each step of an optimizer.
+Watcher: TypeAlias = Callable[[Observation], None]
+
+
+def observe(section: Section, absent: frozenset[int], scale: float) -> Observation:
+    """Shows the compressed tensors of a section, before its step is committed.
+
+    Args:
+        section: after `exchange_gradients`.
+        absent: parameters that no worker had a gradient for.
+        scale: the gradients were multiplied by it.
+    """
+    present = section.compressed - absent
+    gradients = {
+        index: real_view(gradient)
+        for index, parameter in section.parameters.items()
+        if index in present and (gradient := parameter.grad) is not None
+    }
+    errors = {} if section.errors is None else {i: section.errors.views[i] for i in present}
+    return Observation(gradients, errors, scale)

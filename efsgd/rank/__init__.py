@@ -1,0 +1,7 @@
+"""Ranks, densities and bits that change as training goes on, each parameter's by itself."""
+
+from efsgd.rank.accordion import Accordion, is_critical
+from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.scheduler import RankScheduler
+
+__all__ = ["Accordion", "Layer", "RankPolicy", "RankScheduler", "Value", "is_critical"]

@@ -1,0 +1,76 @@
+"""Norms of means over workers, from a few numbers of each worker.
+
+A sketch adds the elements of a tensor, each with a random sign, into a few buckets chosen at
+random, by the same choices on every worker. It is linear, so the mean of sketches is the sketch of
+the mean; and its squared norm is that of the tensor, up to a relative error whose standard
+deviation is at most √(2 / size).
+
+Source: Charikar, Chen, Farach-Colton: "Finding frequent items in data streams", ICALP 2002 (the
+sketch); Alon, Matias, Szegedy: "The space complexity of approximating the frequency moments", STOC
+1996 (its norm).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from efsgd.collectives import AllReduceMean, Exchange
+from efsgd.randomness import generator_of
+
+__all__ = ["mean_norms", "sketch"]
+
+_AT_ONCE = 1 << 20  # elements for which random numbers are drawn together
+
+
+def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
+    """A tensor in `size` numbers, or all of it where it has no more.
+
+    Args:
+        tensor: any shape, floating point.
+        size: the number of buckets.
+        seed: of the choices.
+
+    Returns:
+        [min(size, numel)], of the same dtype and device.
+
+    Example:
+        >>> from efsgd.rank.sketch import sketch
+        >>> tensor = torch.ones(200, 300)
+        >>> found = sketch(tensor, 4096, seed=0)
+        >>> found.shape, round(float(found.norm() / tensor.norm()), 1)
+        (torch.Size([4096]), 1.0)
+    """
+    flat = tensor.reshape(-1)
+    if flat.numel() <= size:
+        return flat.clone()
+    found = torch.zeros(size, dtype=flat.dtype, device=flat.device)
+    generator = generator_of(seed)
+    for part in flat.split(_AT_ONCE):
+        drawn = torch.randint(2 * size, part.shape, generator=generator, device="cpu")
+        drawn = drawn.to(part.device)
+        found.index_add_(0, drawn // 2, torch.where(drawn % 2 == 0, part, -part))
+    return found
+
+
+def mean_norms(tensors: Sequence[Tensor], size: int | None, seed: int) -> Exchange[list[float]]:
+    """The norms of the tensors' means over the workers.
+
+    Args:
+        tensors: of this worker; as many, of equal shapes and dtypes, on every worker.
+        size: how many numbers of each are sent at most: the norms' relative error has a standard
+            deviation of about 1 / √(2·size). None sends all of them.
+        seed: the same on every worker.
+    """
+    parts = [
+        own.reshape(-1) if size is None else sketch(own, size, seed + number)
+        for number, own in enumerate(tensors)
+    ]
+    if not parts:
+        return []
+    device, sizes = parts[0].device, [part.numel() for part in parts]
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
+    buffer = torch.cat([part.to(device, dtype) for part in parts])
+    mean = yield AllReduceMean(buffer, "sketches of accumulated gradients")
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in mean.split(sizes)]
+    return [float(norm) for norm in norms]

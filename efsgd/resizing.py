@@ -1,0 +1,69 @@
+"""Factors of another rank: what was learned is kept.
+
+Columns span the subspace from which the next step of power iteration starts; their scales say how
+much each of its directions counted in the last one.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["resized"]
+
+# Columns that nothing is known of count less than any that was learned, should the rank shrink
+# again before a step has been taken.
+_UNKNOWN = 2.0**-10
+
+
+def resized(kept: Tensor, fresh: Tensor) -> Tensor:
+    """A factor with as many columns as another one, which is drawn at random.
+
+    Where there are fewer, the factor is rotated by its SVD and keeps the columns of its largest
+    singular values: of all subspaces of that dimension, the one that has most of what the last step
+    found. Where there are more, they are those of `fresh`.
+
+    Args:
+        kept: [m, r], what was learned.
+        fresh: [m, r'], drawn from the shared generator.
+
+    Returns:
+        [m, r'] float64, on the CPU; the same on every worker.
+
+    Example:
+        >>> from efsgd.resizing import resized
+        >>> kept = torch.tensor([[0.0, 3.0, 4.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> resized(kept, torch.ones(3, 1)).norm(dim=0)  # one of length 5 in place of 3 and 4
+        tensor([5.], dtype=torch.float64)
+        >>> resized(kept, torch.ones(3, 4)).shape
+        torch.Size([3, 4])
+    """
+    known, drawn = (tensor.detach().double().cpu() for tensor in (kept, fresh))
+    columns = drawn.shape[-1]
+    if columns < known.shape[-1]:
+        known = _rotated(known)[:, :columns]
+    norms = torch.linalg.vector_norm(known, dim=0)
+    is_learned = norms > torch.finfo(kept.dtype).eps * norms.max()  # the others are rounding
+    found, is_new = drawn.clone(), torch.ones(columns, dtype=torch.bool, device="cpu")
+    is_new[: len(norms)] = ~is_learned
+    found[:, ~is_new] = known[:, is_learned]
+    if is_learned.any():
+        least = norms[is_learned].min() * _UNKNOWN
+        lengths = torch.linalg.vector_norm(drawn[:, is_new], dim=0)
+        found[:, is_new] *= least.clamp_min(_smallest(kept.dtype)) / lengths
+    return found
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """What a column's length must have for its elements to be normal numbers."""
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
+def _rotated(known: Tensor) -> Tensor:
+    """Q V, from Q = U S V^T: columns are orthogonal, the longest first.
+
+    LAPACK leaves open the sign of V's columns: the largest element of each is made positive, so
+    that workers with other processors do not subtract what they should add.
+    """
+    V = torch.linalg.svd(known, full_matrices=False)[2].mT
+    largest = V.gather(0, V.abs().argmax(dim=0, keepdim=True))
+    rotated: Tensor = known @ (V * torch.where(largest < 0, -1.0, 1.0))
+    return rotated
