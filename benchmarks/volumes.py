@@ -1,4 +1,4 @@
-"""What every compressor sends: counted from the buffers of steps of the paper's two models.
+"""What every compressor sends: counted from the buffers of steps of models of two papers.
 
     python -m benchmarks.volumes --output docs/volumes.md
 
@@ -7,24 +7,24 @@ Control words are left out: one number for each parameter and each worker.
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import accordion_volumes
+from benchmarks.counting import bytes_of_steps
 from benchmarks.workloads import made_gradients, shapes_of
 from efsgd import (
     LQSGD,
-    ErrorFeedbackSGD,
     Identity,
     PowerSGD,
     PowerSGDPlus,
     RandomBlock,
     RandomK,
     SignNorm,
-    Signum,
     SpectralAtomo,
     TopK,
 )
@@ -104,25 +104,14 @@ def counted(row: Row) -> float:
 
     Every step that is unlike the others is taken, and one that stands for those.
     """
-    gradients = _gradients(row.workload)
-    parameters = [torch.zeros_like(gradient, requires_grad=True) for gradient in gradients]
-    make: Callable[..., Any] = Signum
-    if row.compressor is not None:
-        make = functools.partial(ErrorFeedbackSGD, compressor=row.compressor)
-    optimizer = make(parameters, lr=0.1)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    sent = []
-    for _ in range(max(row.odd, default=-1) + 2):
-        optimizer.step()
-        control_words = len(parameters) + 1
-        sent.append(optimizer.communication_stats()["bytes_sent"] - 4 * control_words)
-    odd: int = sum(sent[step] for step in row.odd)
+    steps = max(row.odd, default=-1) + 2
+    sent = bytes_of_steps(row.compressor, _gradients(row.workload), steps)
+    odd = sum(sent[step] for step in row.odd)
     return (odd + (row.period - len(row.odd)) * sent[-1]) / row.period
 
 
 def markdown(sent: Sequence[float]) -> str:
-    """The page of the documentation.
+    """The part of the page that is about the models of the PowerSGD paper.
 
     Args:
         sent: bytes of each of `ROWS`.
@@ -131,15 +120,17 @@ def markdown(sent: Sequence[float]) -> str:
         "# Volumes",
         "",
         "What one worker sends in a step, counted from the buffers that were handed to collectives",
-        "in steps of the parameters of the two models of the PowerSGD paper, by",
+        "in steps of the parameters of models of two papers, by",
         "",
         "    python -m benchmarks.volumes --output docs/volumes.md",
         "",
         "Gradients are random there: no size depends on them. Control words are left out: one",
-        "number for each parameter and each worker. A megabyte is 2^20 bytes; an epoch has 24",
-        "steps of each of 16 workers (ResNet18), or 70 (LSTM), as in the paper. The last column is",
-        "what the paper prints (arXiv 1905.13727, Tables 3, 4, 6 and 7). Where not all steps are",
-        "alike, the mean over a period is given.",
+        "number for each parameter and each worker.",
+        "",
+        "For the two models of the PowerSGD paper, a megabyte is 2^20 bytes; an epoch has 24 steps",
+        "of each of 16 workers (ResNet18), or 70 (LSTM), as there. The last column is what that",
+        "paper prints (arXiv 1905.13727, Tables 3, 4, 6 and 7). Where not all steps are alike, the",
+        "mean over a period is given.",
     ]
     for workload, steps in STEPS_PER_EPOCH.items():
         numel = sum(gradient.numel() for gradient in _gradients(workload))
@@ -162,7 +153,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the page there")
     arguments = parser.parse_args(command_line)
     torch.set_num_threads(1)
-    page = markdown([counted(row) for row in ROWS])
+    floats = [accordion_volumes.floats_per_step(run) for run in accordion_volumes.RUNS]
+    page = markdown([counted(row) for row in ROWS]) + "\n" + accordion_volumes.section(floats)
     if arguments.output is None:
         print(page, end="")
     else:
