@@ -2,6 +2,15 @@
 
 from efsgd.rank.accordion import Accordion, is_critical
 from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.communication_budget import CommunicationBudget
 from efsgd.rank.scheduler import RankScheduler
 
-__all__ = ["Accordion", "Layer", "RankPolicy", "RankScheduler", "Value", "is_critical"]
+__all__ = [
+    "Accordion",
+    "CommunicationBudget",
+    "Layer",
+    "RankPolicy",
+    "RankScheduler",
+    "Value",
+    "is_critical",
+]
