@@ -18,7 +18,7 @@ from efsgd.rank.base import Layer, RankPolicy, Value
 from efsgd.rank.checks import require_counts, require_numbers
 from efsgd.rank.costs import byte_table
 from efsgd.rank.error_tables import ErrorTables
-from efsgd.rank.uniform import Uniform
+from efsgd.rank.constant import Uniform
 
 __all__ = ["Costs", "LGreCo"]
 
