@@ -213,5 +213,4 @@ def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
