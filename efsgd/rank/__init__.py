@@ -5,7 +5,9 @@ from efsgd.rank.allocation import Candidate, allocate, allocate_within
 from efsgd.rank.base import Layer, RankPolicy, Value
 from efsgd.rank.communication_budget import CommunicationBudget
 from efsgd.rank.constant import Uniform
-from efsgd.rank.l_greco import Costs, LGreCo
+from efsgd.rank.l_greco import LGreCo
+from efsgd.rank.network import Network
+from efsgd.rank.objectives import Costs, StepTime
 from efsgd.rank.scheduler import RankScheduler
 
 __all__ = [
@@ -15,8 +17,10 @@ __all__ = [
     "Costs",
     "LGreCo",
     "Layer",
+    "Network",
     "RankPolicy",
     "RankScheduler",
+    "StepTime",
     "Uniform",
     "Value",
     "allocate",

@@ -1,10 +1,10 @@
 """What each layer's compression misses at each value, of what was accumulated in a window."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from efsgd.blocks import matrix_shape
 from efsgd.collectives import Broadcast, Exchange, run
@@ -12,6 +12,7 @@ from efsgd.compressors import LQSGD, Compressor, PowerSGD, TensorCompressor
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.checks import require_choice, require_counts
+from efsgd.rank.costs import with_value
 from efsgd.rank.measured_errors import measured_errors
 from efsgd.rank.spectra import exact_tails, power_tails
 from efsgd.transports import Alone
@@ -47,20 +48,29 @@ class ErrorTables:
         require_choice("gradients", self.gradients, ("mean", "worker 0"))
         require_counts(iterations=self.iterations, sketch=1 if self.sketch is None else self.sketch)
 
-    def validate(self, compressor: Compressor) -> None:
+    def validate(self, compressor: Compressor, layers: Sequence[Layer]) -> None:
         """Checks that errors of a compressor can be told.
+
+        Args:
+            compressor: of the optimizer.
+            layers: with the settings of their groups.
 
         Raises:
             ValueError: they cannot.
         """
         is_low_rank = isinstance(compressor, PowerSGD | LQSGD) and self.setting == "rank"
-        is_single = isinstance(compressor, TensorCompressor) and not compressor.takes_all_at_once
-        if not (is_low_rank or is_single):
+        if not is_low_rank and not all(self._is_single(compressor, layer) for layer in layers):
             raise ValueError(
                 f"Invalid compressor: {compressor!r} with the setting {self.setting!r}. Must be a "
                 f"PowerSGD or LQSGD with 'rank', or a TensorCompressor that takes one tensor at a "
                 f"time: of others it is not known how errors depend on values."
             )
+
+    def _is_single(self, compressor: Compressor, layer: Layer) -> bool:
+        if not isinstance(compressor, TensorCompressor):
+            return False
+        own = with_value(compressor, layer.settings, self.setting, self.values[0])
+        return isinstance(own, TensorCompressor) and not own.takes_all_at_once
 
     def measure(
         self,
@@ -72,6 +82,8 @@ class ErrorTables:
     ) -> Exchange[list[list[float]]]:
         """The table: a row for each layer, a column for each value. The same on every worker.
 
+        Where sums have overflowed it is not finite.
+
         Args:
             compressor: of the layers.
             layers: all of which have a sum.
@@ -81,12 +93,16 @@ class ErrorTables:
         """
         if self.gradients == "mean":
             return (yield from self._measure(compressor, layers, accumulator, world_size, worker))
-        table = torch.zeros(len(layers), len(self.values), dtype=torch.float64, device="cpu")
+        rows, obstacle = [[math.nan] * len(self.values) for _ in layers], None
         if worker == 0:
-            alone = run(self._measure(compressor, layers, accumulator, 1, 0), Alone())
-            table.copy_(torch.tensor(alone, dtype=torch.float64, device="cpu"))
-        table = table.to(layers[0].device)
+            try:
+                rows = run(self._measure(compressor, layers, accumulator, 1, 0), Alone())
+            except Exception as error:  # the others are waiting, so it is raised afterwards
+                obstacle = error
+        table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
         answer = yield Broadcast(table, "errors of accumulated gradients")
+        if obstacle is not None:
+            raise obstacle
         found: list[list[float]] = answer.tolist()
         return found
 
@@ -102,21 +118,29 @@ class ErrorTables:
             table = layers, self.setting, self.values
             return (yield from measured_errors(compressor, *table, accumulator.sums, worker))
         shapes = {layer.index: matrix_shape(layer.shape) for layer in layers}
-        ranks = {index: int(min(*shape, max(self.values))) for index, shape in shapes.items()}
-        sums = (yield from accumulator.means()) if self.spectrum == "svd" else accumulator.sums
-        matrices = {index: sums[index].view(shape) for index, shape in shapes.items()}
+        columns = {layer.index: self._ranks(compressor, layer) for layer in layers}
+        ranks = {index: max(own) for index, own in columns.items()}
         if self.spectrum == "svd":
+            means = yield from accumulator.means()
+            matrices = {index: means[index].view(shape) for index, shape in shapes.items()}
             tails = yield from exact_tails(matrices, ranks, world_size, worker)
         else:
+            matrices = {i: accumulator.sums[i].view(shape) for i, shape in shapes.items()}
             tails = yield from power_tails(
                 matrices, ranks, iterations=self.iterations, sketch=self.sketch
             )
-        return [self._row(compressor, layer, tails[layer.index]) for layer in layers]
+        return [_row(columns[layer.index], tails[layer.index].tolist()) for layer in layers]
 
-    def _row(self, compressor: Compressor, layer: Layer, tails: Tensor) -> list[float]:
-        """The errors at each value; none where a layer is sent uncompressed."""
-        row, left = [], tails.tolist()
+    def _ranks(self, compressor: Compressor, layer: Layer) -> list[int]:
+        """Of the approximation at each value; 0 where the layer is sent uncompressed."""
+        most = min(matrix_shape(layer.shape))
+        found = []
         for value in self.values:
             level = compressor.level(layer.shape, {**layer.settings, self.setting: value})
-            row.append(0.0 if level is None else left[min(int(value), len(left) - 1)])
-        return row
+            found.append(0 if level is None else min(int(value), most))
+        return found
+
+
+def _row(ranks: Sequence[int], tails: Sequence[float]) -> list[float]:
+    """The errors at these ranks; none at 0, where nothing is approximated."""
+    return [tails[rank] if rank else 0.0 for rank in ranks]

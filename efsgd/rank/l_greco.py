@@ -6,8 +6,8 @@ for Efficient and Accurate Deep Learning", MLSys 2024, arXiv 2210.17357.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
@@ -19,14 +19,9 @@ from efsgd.rank.checks import require_counts, require_numbers
 from efsgd.rank.constant import Uniform
 from efsgd.rank.costs import byte_table
 from efsgd.rank.error_tables import ErrorTables
+from efsgd.rank.objectives import Costs, checked
 
-__all__ = ["Costs", "LGreCo"]
-
-#: What each layer costs at each value, by compressor, layers, setting, values and the number of
-#: workers: an exchange whose result is the same on every worker, a row for each layer.
-Costs: TypeAlias = Callable[
-    [Compressor, Sequence[Layer], str, Sequence[Value], int], Exchange[Sequence[Sequence[float]]]
-]
+__all__ = ["LGreCo"]
 
 
 class LGreCo(RankPolicy):
@@ -51,7 +46,8 @@ class LGreCo(RankPolicy):
         tolerance: the errors may add up to this many times the reference's. Below 1, more may be
             sent than with the reference.
         observations: how many steps at the end of a window are summed; all those of the first, as
-            nobody knows where it will end.
+            nobody knows where it will end. Other windows are expected to be as long as the last.
+            Where one is so much shorter that none was summed, ranks stay as they are.
         interval: how many windows lie between two decisions, at least 1.
         spectrum: how errors of low-rank approximations are found. "power": by power iteration,
             which sends `iterations` times as much as a step of the greatest of `values`. "svd":
@@ -60,10 +56,13 @@ class LGreCo(RankPolicy):
         gradients: "mean" over the workers, or "worker 0", as in the authors' code.
         sketch: how many numbers of each layer are sent to know the norm of what the greatest rank
             leaves; see `Accordion`.
-        costs: what is to be least, in any unit; see `efsgd.rank.Costs`. None: bytes.
+        costs: what is to be least, in any unit: `StepTime`, or a function; see `efsgd.rank.Costs`.
+            None: bytes.
+        setting: of which a uniform reference is a value. A policy has its own.
 
     Raises:
-        ValueError: an argument is out of range, or the reference's values are not among `values`.
+        ValueError: an argument is out of range, or the reference's values are not among `values`;
+            from `RankScheduler`: it is not known how the compressor's errors depend on the setting.
 
     Source: arXiv 2210.17357.
     """
@@ -90,9 +89,15 @@ class LGreCo(RankPolicy):
         if not isinstance(reference, RankPolicy):
             reference = Uniform(reference, setting)
         self.reference = reference
-        self.setting = self.reference.setting
-        own = self.reference.values
-        chosen = _between(own, shrink, grow) if values is None else values
+        self.setting = reference.setting
+        if setting not in (self.setting, "rank"):
+            raise ValueError(
+                f"Invalid setting: {setting!r}. The reference decides on {self.setting!r}; make it "
+                f"with another setting, or leave this one out."
+            )
+        own = reference.values
+        chosen = _between(own, shrink, grow) if values is None else tuple(values)
+        require_numbers(**{f"values[{place}]": value for place, value in enumerate(chosen)})
         if missing := [value for value in own if value not in chosen]:
             raise ValueError(
                 f"Invalid values: {list(chosen)}. They lack {missing}, which the reference may "
@@ -105,6 +110,7 @@ class LGreCo(RankPolicy):
         self._tables = ErrorTables(self.setting, self._values, *options)
         self._compressor: Compressor | None = None
         self._windows = 0  # that have ended
+        self._steps = 0  # of the present window
         self._length: int | None = None  # of the last window, in steps
         self._targets: dict[int, Value] = {}  # the reference's value of each layer
         self._pending: dict[int, Value] = {}
@@ -125,16 +131,29 @@ class LGreCo(RankPolicy):
         """Whether a decision ends the present window."""
         return (self._windows + 1) % self.interval == 0
 
+    @property
+    def _is_summing(self) -> bool:
+        """Whether the present step is one of the last, in a window as long as the last one."""
+        return self._length is None or self._steps > self._length - self.observations
+
     def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
         """The reference's."""
-        self._tables.validate(compressor)
+        self._tables.validate(compressor, layers)
         self._compressor, self._windows = compressor, -1  # the first `commit` begins window 0
+        self._steps, self._targets = 0, {}
+        self.reference.background = self.background
         self._pending = dict(self.reference.begin(layers, compressor))
         return self._pending
 
+    def count_step(self) -> None:
+        """Counts all steps, those too that are not summed."""
+        self._steps += 1
+        self._accumulator.count_step()
+        self.reference.count_step()
+
     def observe(self, observation: Observation) -> None:
         """Adds the corrected gradients of a step, if it is one of the last."""
-        if self._length is None or self._accumulator.steps > self._length - self.observations:
+        if self._is_summing:
             self._accumulator.add(observation)
         self.reference.observe(observation)
 
@@ -143,26 +162,40 @@ class LGreCo(RankPolicy):
     ) -> Exchange[Mapping[int, Value]]:
         """The choice of least cost, at no more error than the reference's."""
         assert self._compressor is not None
+        self.reference.background = self.background
         seen = [self._as_reference_has_it(layer) for layer in layers]
         wanted = yield from self.reference.propose(seen, world_size, worker)
         self._pending = {**{layer.index: layer.value for layer in seen}, **wanted}
-        known = [layer for layer in layers if layer.index in self._accumulator.sums]
-        if not (self._is_looking and known):
-            return {i: v for i, v in self._pending.items() if v != self._targets.get(i)}
-        context = self._accumulator, world_size, worker
-        errors = yield from self._tables.measure(self._compressor, known, *context)
+        changed = {i: v for i, v in self._pending.items() if v != self._targets.get(i)}
+        known = [layer for layer in layers if self._is_known(layer.index)]
+        if not (self._is_looking and self._is_summing and known):
+            return changed
+        errors = yield from self._tables.measure(
+            self._compressor, known, self._accumulator, world_size, worker
+        )
         costs = yield from self._costs(known, world_size)
-        if not all(math.isfinite(error) for row in errors for error in row):
-            return {}  # an overflow: there is nothing to go by
+        if not _tell_anything(errors):
+            return changed
+        return {**self._pending, **self._allocated(known, costs, errors)}
+
+    def _is_known(self, index: int) -> bool:
+        """Whether a layer has a sum, and something to be compared with."""
+        return index in self._accumulator.sums and self._pending[index] in self._values
+
+    def _allocated(
+        self,
+        layers: Sequence[Layer],
+        costs: Sequence[Sequence[float]],
+        errors: Sequence[Sequence[float]],
+    ) -> dict[int, Value]:
         table = [
             [Candidate(*pair) for pair in zip(*rows, strict=True)]
             for rows in zip(costs, errors, strict=True)
         ]
-        reference = [self._values.index(self._pending[layer.index]) for layer in known]
+        reference = [self._values.index(self._pending[layer.index]) for layer in layers]
         chosen = allocate_within(table, reference, self.tolerance)
-        pairs = zip(known, chosen, strict=True)
-        decided = {layer.index: self._values[position] for layer, position in pairs}
-        return {**self._pending, **decided}
+        pairs = zip(layers, chosen, strict=True)
+        return {layer.index: self._values[position] for layer, position in pairs}
 
     def _as_reference_has_it(self, layer: Layer) -> Layer:
         return dataclasses.replace(layer, value=self._targets.get(layer.index, layer.value))
@@ -174,14 +207,13 @@ class LGreCo(RankPolicy):
         options = self._compressor, layers, self.setting, self._values, world_size
         if self.costs is None:
             return byte_table(*options)
-        found: Sequence[Sequence[float]] = yield from self.costs(*options)
-        return found
+        return (yield from checked(self.costs(*options), len(layers), len(self._values)))
 
     def commit(self, layers: Sequence[Layer]) -> None:
         """Keeps what the reference wants, and sums anew if the next window counts."""
         self._targets, self._pending = self._pending, {}
         self.reference.commit([self._as_reference_has_it(layer) for layer in layers])
-        self._length = self._accumulator.steps or None
+        self._length, self._steps = self._steps or None, 0
         self._windows += 1
         if self._is_looking:
             self._accumulator.begin(layers)
@@ -192,6 +224,7 @@ class LGreCo(RankPolicy):
         """Numbers of windows and steps, and the reference's values and state."""
         return {
             "windows": self._windows,
+            "steps": self._steps,
             "length": self._length,
             "targets": dict(self._targets),
             "reference": self.reference.state_dict(),
@@ -199,17 +232,24 @@ class LGreCo(RankPolicy):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from there."""
-        self._windows, self._length = state_dict["windows"], state_dict["length"]
+        self._windows, self._steps = state_dict["windows"], state_dict["steps"]
+        self._length = state_dict["length"]
         self._targets = dict(state_dict["targets"])
         self.reference.load_state_dict(state_dict["reference"])
+
+
+def _tell_anything(errors: Sequence[Sequence[float]]) -> bool:
+    """Whether they are finite, without overflow, and not all zero, as where no gradients came."""
+    flat = [error for row in errors for error in row]
+    return all(map(math.isfinite, flat)) and any(flat)
 
 
 def _between(values: Sequence[Value], shrink: float, grow: float) -> Sequence[int]:
     """All ranks from a share of the least to a multiple of the greatest of these."""
     if not all(isinstance(value, int) for value in values):
         raise ValueError(
-            f"Invalid values: None. Must be given where the reference's are no integers, as here: "
-            f"{list(values)}."
+            f"Invalid values: None. Must be given where those of the reference are no integers, "
+            f"as here: {list(values)}."
         )
     first, last = math.floor(shrink * min(values)), math.ceil(grow * max(values))
     return range(max(1, first), max(first, last, int(max(values))) + 1)

@@ -3,6 +3,7 @@
 Each worker compresses its own tensors, so the mean over the workers of what they miss is taken.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,16 +34,28 @@ def measured_errors(
         values: the columns.
         tensors: by index, in the layers' shapes, this worker's own; not modified.
         worker: this worker's place among all, from 0.
+
+    Returns:
+        A row for each layer, a column for each value; NaN where a tensor is not finite.
+
+    Raises:
+        Exception: what the compressor raises on this worker. The others have NaN.
     """
-    rows = [
-        [
-            _missed(compressor, layer, {setting: value}, tensors[layer.index], worker)
-            for value in values
+    rows, obstacle = [[math.nan] * len(values) for _ in layers], None
+    try:
+        rows = [
+            [
+                _missed(compressor, layer, {setting: value}, tensors[layer.index], worker)
+                for value in values
+            ]
+            for layer in layers
         ]
-        for layer in layers
-    ]
+    except Exception as error:  # the other workers are waiting, so it is raised afterwards
+        obstacle = error
     table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
     mean = yield AllReduceMean(table, "errors of accumulated gradients")
+    if obstacle is not None:
+        raise obstacle
     found: list[list[float]] = mean.tolist()
     return found
 
@@ -57,6 +70,8 @@ def _missed(
     operator = compressor.level(layer.shape, {**layer.settings, **chosen})
     if operator is None:
         return 0.0
+    if not tensor.isfinite().all():
+        return math.nan  # compressors are only ever given finite tensors
     assert isinstance(operator, TensorCompressor)
     draws = Draws(operator.seed_of_draws, layer.index, 0, worker)
     rest = tensor.clone()

@@ -49,7 +49,8 @@ def power_tails(
 
     Returns:
         By index, [r + 1] float64: at k, the Frobenius norm of what a rank-k approximation leaves,
-        which at k = min(n, m) is 0.
+        which at k = min(n, m) is 0. Without a sketch it is no less than what the best one leaves,
+        but for rounding. NaN or infinite where sums overflow.
     """
     Qs = {
         index: initial_query(seed, index, A.shape[1], ranks[index]).to(A.device, A.dtype)
@@ -66,9 +67,8 @@ def power_tails(
     norms = yield from mean_norms(remainders, sketch, seed)
     found = {}
     for (index, Q), norm in zip(Qs.items(), norms, strict=True):
-        values = torch.linalg.svdvals(Q.double().cpu())
         rest = 0.0 if ranks[index] == min(matrices[index].shape) else norm
-        found[index] = _tails(values.square(), rest**2)
+        found[index] = _tails(_singular_values(Q.double().cpu()), rest)
     return found
 
 
@@ -84,25 +84,47 @@ def exact_tails(
         worker: this worker's place among them, from 0.
 
     Returns:
-        See `power_tails`.
+        See `power_tails`; here of the best approximation, up to 1e-8 times the norm of the matrix.
     """
     found = {}
     for number, (index, A) in enumerate(means.items()):
         found[index] = torch.zeros(ranks[index] + 1, dtype=torch.float64, device=A.device)
         if number % world_size == worker:
-            A = A.double()
-            gram = A @ A.mT if A.shape[0] <= A.shape[1] else A.mT @ A
-            squares = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
-            rest = float(squares[ranks[index] :].sum())
-            found[index] = _tails(squares[: ranks[index]], rest)
+            values = _by_gram_matrix(A.double())
+            rest = float(torch.linalg.vector_norm(values[ranks[index] :]))
+            found[index] = _tails(values[: ranks[index]], rest)
     mine = {index: world_size * tails for index, tails in found.items()}  # the others have zeros
     return (yield from _means(mine, "errors of accumulated gradients"))
 
 
-def _tails(squares: Tensor, rest: float) -> Tensor:
-    """√(rest + the sum of all squares from the k-th on), for each k."""
-    sums = torch.cat([squares, squares.new_tensor([rest])]).flip(0).cumsum(0).flip(0)
-    return sums.sqrt()
+def _by_gram_matrix(A: Tensor) -> Tensor:
+    """The singular values, with a precision of 1e-8 times the largest; NaN where A is not finite.
+
+    It raises nothing: the other workers are waiting.
+    """
+    scale = A.abs().max()
+    if not scale.isfinite():
+        return A.new_full((min(A.shape),), torch.nan)
+    A = A / scale.clamp_min(torch.finfo(A.dtype).tiny)
+    gram = A @ A.mT if A.shape[0] <= A.shape[1] else A.mT @ A
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+    return scale * squares.sqrt()
+
+
+def _singular_values(Q: Tensor) -> Tensor:
+    """In descending order; NaN where Q is not finite."""
+    if not Q.isfinite().all():
+        return Q.new_full((Q.shape[1],), torch.nan)
+    values: Tensor = torch.linalg.svdvals(Q)
+    return values
+
+
+def _tails(values: Tensor, rest: float) -> Tensor:
+    """√(rest² + the sum of the squares of all values from the k-th on), for each k."""
+    values = torch.cat([values, values.new_tensor([rest])])
+    scale = values.max()  # NaN if one is
+    squares = (values / scale.clamp_min(torch.finfo(values.dtype).tiny)).square()
+    return scale * squares.flip(0).cumsum(0).flip(0).sqrt()
 
 
 def _means(tensors: Mapping[int, Tensor], purpose: str) -> Exchange[dict[int, Tensor]]:
