@@ -38,6 +38,7 @@ class Workers:
     Attributes:
         optimizers: of each worker.
         schedulers: of each worker.
+        count: how many steps were taken.
         seen: Δ_w = g_w + e_w of each step since `forget`, as `seen[step][w][i]`.
 
     Args:
@@ -59,7 +60,7 @@ class Workers:
         dtype: torch.dtype = torch.float64,
         **options: Any,
     ) -> None:
-        self.shapes, self._seed, self._count = shapes, seed, 0
+        self.shapes, self._seed, self.count = shapes, seed, 0
         self.optimizers: list[Any] = []
         for _ in range(world_size):
             own = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
@@ -82,7 +83,7 @@ class Workers:
         decays = [0.3 + 0.6 * ((7 * i + self._seed) % 5) / 4 for i in range(len(self.shapes))]
         return [
             (1 + i) * decaying(shape, decays[i], self._seed, i)
-            + 0.3 * decaying(shape, decays[i], self._seed, i, worker, self._count)
+            + 0.3 * decaying(shape, decays[i], self._seed, i, worker, self.count)
             for i, shape in enumerate(self.shapes)
         ]
 
@@ -90,7 +91,7 @@ class Workers:
         """One step; what the workers bring to it is kept in `seen`."""
         count = range(len(self.optimizers))
         own = [self.gradients(w) for w in count] if gradients is None else gradients
-        self._count += 1
+        self.count += 1
         errors = [[e.clone() for e in errors_of(optimizer)] for optimizer in self.optimizers]
         self.seen.append(
             [

@@ -85,9 +85,7 @@ def test_of_all_ranks_within_the_error_those_are_chosen_that_send_least(
     workers.steps(4)
     workers.decide()
     means, ranks = mean_of(workers.summed(4)), range(1, 7)
-    errors: list[dict[Value, float]] = [
-        {r: low_rank_error(A, r) for r in ranks} for A in means[:3]
-    ]
+    errors: list[dict[Value, float]] = [{r: low_rank_error(A, r) for r in ranks} for A in means[:3]]
     sizes: list[dict[Value, float]] = [
         {r: payload_bytes(compressor, s, "rank", r) for r in ranks} for s in MATRICES
     ]

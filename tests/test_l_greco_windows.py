@@ -1,6 +1,5 @@
 """What L-GreCo sums up, when it decides, and what it does where there is nothing to go by."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,17 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer, TopK
+from efsgd import ErrorFeedbackSGD, TopK
 from efsgd.rank import Accordion, LGreCo
 from tests.l_greco_runs import (
     Shape,
     Workers,
     low_rank_error,
     mean_of,
-    parameters_and_sums,
     purposes,
 )
-from tests.simulation import bits, errors_of
+from tests.simulation import errors_of
 
 SHAPES: list[Shape] = [(16, 12), (9,), (12, 20), (10, 4, 3)]
 MATRICES = (0, 2, 3)
@@ -99,9 +97,7 @@ def error_of(means: Sequence[Tensor], ranks: Mapping[str, Any]) -> float:
 def test_the_ranks_of_accordion_are_what_it_is_compared_with() -> None:
     options: dict[str, Any] = {**OPTIONS, "rank": 1}
     reference = {"low": 1, "high": 4, "interval": 1}
-    both = Workers(
-        lambda: LGreCo(Accordion(**reference), spectrum="svd"), 2, SHAPES, **options
-    )
+    both = Workers(lambda: LGreCo(Accordion(**reference), spectrum="svd"), 2, SHAPES, **options)
     accordion = Workers(lambda: Accordion(**reference), 2, SHAPES, **options)
     seen = set()
     for scale in (1.0, 1.0, 5.0, 5.0, 5.0):
@@ -129,7 +125,7 @@ def test_a_fall_of_the_learning_rate_counts_between_decisions() -> None:
             for optimizer in workers.optimizers:
                 optimizer.param_groups[0]["lr"] /= 10
         workers.step()
-        assert not purposes(workers.decide()) or window < 3
+        assert "P of accumulated gradients" not in purposes(workers.decide())
         found.append(workers.values)
     assert found == [[4, 4, 4], [1, 1, 1], [4, 4, 4]]
 
@@ -212,46 +208,3 @@ def test_a_layer_that_had_no_gradients_takes_the_least_rank_while_others_have() 
         workers.step([[own[0], own[1], 0 * own[2], own[3]] for own in gradients])
     workers.decide()
     assert workers.values[1] == 1
-
-
-# ---- saving -------------------------------------------------------------------------------------
-
-
-def resumed(workers: Workers, policies: Any, **options: Any) -> Workers:
-    """New workers that go on from what the others save."""
-    found = Workers(policies, len(workers.optimizers), SHAPES, **options)
-    pairs = zip(found.optimizers + found.schedulers, workers.optimizers + workers.schedulers)  # noqa: B905
-    for own, other in pairs:
-        own.load_state_dict(copy.deepcopy(other.state_dict()))
-    for own, other in zip(found.optimizers, workers.optimizers, strict=True):
-        for parameter, theirs in zip(
-            own.param_groups[0]["params"], other.param_groups[0]["params"], strict=True
-        ):
-            parameter.data.copy_(theirs.data)
-    found._count = workers._count
-    return found
-
-
-@pytest.mark.parametrize("reference", [2, "accordion"])
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_training_goes_on_to_the_bit_from_the_middle_of_a_window(
-    reference: Any, steps: int
-) -> None:
-    def policies() -> LGreCo:
-        own = Accordion(1, 3, interval=1) if reference == "accordion" else reference
-        return LGreCo(own, observations=2, interval=1 if steps else 2)
-
-    through = Workers(policies, 2, SHAPES, **OPTIONS)
-    for length in (4, 4):
-        through.steps(length)
-        through.decide()
-    through.steps(steps)
-    stopped = resumed(through, policies, **OPTIONS)
-    for workers in (through, stopped):
-        workers.steps(4 - steps)
-    assert bits(parameters_and_sums(stopped)) == bits(parameters_and_sums(through))
-    for workers in (through, stopped):
-        workers.decide()
-        workers.steps(4)
-        workers.decide()
-    assert bits(parameters_and_sums(stopped)) == bits(parameters_and_sums(through))
