@@ -154,8 +154,8 @@ def payload_bytes(compressor: Any, shape: Shape, setting: str, value: Value) -> 
 
 
 def least_total(
-    sizes: Sequence[Mapping[Value, float]],
-    errors: Sequence[Mapping[Value, float]],
+    sizes: Sequence[Mapping[Any, float]],
+    errors: Sequence[Mapping[Any, float]],
     reference: Sequence[Value],
     tolerance: float = 1.0,
 ) -> float:

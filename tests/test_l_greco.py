@@ -1,6 +1,7 @@
 """L-GreCo sends least of all choices whose error is no larger than that of its reference."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -14,7 +15,6 @@ from efsgd import (
     ErrorFeedbackSGD,
     GradientAverager,
     PowerSGD,
-    PowerSGDOptimizer,
     RandomK,
     TopK,
     UniformQuantized,
@@ -211,17 +211,39 @@ def test_an_averager_s_ranks_are_chosen_as_an_optimizer_s() -> None:
     assert averagers.values == optimizers.values != [3, 3, 3]
 
 
-def test_a_budget_may_be_the_reference() -> None:
-    workers = Workers(
-        lambda: LGreCo(CommunicationBudget(bytes_per_step=2000, max_rank=4), spectrum="svd"),
-        1,
-        MATRICES,
-        PowerSGDOptimizer,
-        **POWERSGD,
-    )
+# ---- budgets as references ----------------------------------------------------------------------
+
+
+def test_a_budget_in_bytes_may_be_the_reference() -> None:
+    def budget() -> CommunicationBudget:
+        return CommunicationBudget(bytes_per_step=3000, max_rank=4)
+
+    shapes = [*MATRICES, (200,)]  # of a vector 1600 bytes are sent, whatever the ranks are
+    alone = Workers(budget, 1, shapes, **POWERSGD)
+    workers = Workers(lambda: LGreCo(budget(), spectrum="svd"), 1, shapes, **POWERSGD)
     before = workers.values
+    assert before == alone.values
     workers.steps(3)
     workers.decide()
     means = mean_of(workers.summed(3))
-    assert total(means, workers.values) <= (1 + BY_GRAM) * total(means, before)
-    assert workers.sent() <= 2000
+    assert total(means[:3], workers.values) <= (1 + BY_GRAM) * total(means[:3], before)
+    assert workers.sent() <= 3000
+    policy: Any = workers.schedulers[0].policy
+    assert policy.reference.background is policy.background
+
+
+def test_a_budget_in_time_may_be_the_reference() -> None:
+    clock = itertools.count().__next__
+
+    def policy() -> LGreCo:
+        return LGreCo(CommunicationBudget(share_of_step=0.5, max_rank=3, interval=1, clock=clock))
+
+    workers = Workers(policy, 1, MATRICES, **{**POWERSGD, "rank": 9})
+    workers.step()
+    workers.decide()  # of one step no time is known, and rank 9 is none of the values
+    assert workers.values == [9, 9, 9]
+    workers.steps(3)
+    workers.decide()
+    budget: Any = workers.schedulers[0].policy
+    assert budget.reference.step_seconds == 1.0
+    assert all(1 <= rank <= 6 for rank in workers.values)

@@ -1,7 +1,6 @@
 """What L-GreCo sums up, when it decides, and what it does where there is nothing to go by."""
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from efsgd.rank import Accordion, LGreCo
 from tests.l_greco_runs import (
     Shape,
     Workers,
+    least_total,
     low_rank_error,
     mean_of,
     purposes,
@@ -89,31 +89,23 @@ def test_the_end_of_a_window_is_known_where_the_one_before_was_not_looked_at() -
 # ---- a policy as the reference ------------------------------------------------------------------
 
 
-def error_of(means: Sequence[Tensor], ranks: Mapping[str, Any]) -> float:
-    pairs = zip(MATRICES, ranks.values(), strict=True)
-    return math.fsum(low_rank_error(means[index], rank) for index, rank in pairs)
-
-
-def test_the_ranks_of_accordion_are_what_it_is_compared_with() -> None:
-    options: dict[str, Any] = {**OPTIONS, "rank": 1}
-    reference = {"low": 1, "high": 4, "interval": 1}
-    both = Workers(lambda: LGreCo(Accordion(**reference), spectrum="svd"), 2, SHAPES, **options)
-    accordion = Workers(lambda: Accordion(**reference), 2, SHAPES, **options)
-    seen = set()
+@pytest.mark.parametrize("interval", [1, 2])
+def test_the_ranks_of_accordion_are_what_it_is_compared_with(interval: int) -> None:
+    reference = {"low": 1, "high": 3, "interval": interval}
+    both = Workers(lambda: LGreCo(Accordion(**reference), spectrum="svd"), 2, SHAPES, **OPTIONS)
+    accordion = Workers(lambda: Accordion(**reference), 2, SHAPES, **OPTIONS)
+    lengths, ranks, seen = [16 + 12, 12 + 20, 10 + 12], range(1, 7), set()
     for scale in (1.0, 1.0, 5.0, 5.0, 5.0):
         for workers in (both, accordion):
-            gradients = [[scale * g for g in workers.gradients(w)] for w in range(2)]
-            workers.step(gradients)
+            workers.step([[scale * g for g in workers.gradients(w)] for w in range(2)])
             workers.decide()
         means = mean_of(both.summed(1))
-        ranks = [each.schedulers[0].get_last_ranks() for each in (both, accordion)]
-        # Squares of singular values, none of which is below 1e-3 of the largest, to 1e-16.
-        assert error_of(means, ranks[0]) <= (1 + 1e-9) * error_of(means, ranks[1])
-        lengths = [(16 + 12), (12 + 20), (10 + 12)]
-        sizes = [sum(map(int.__mul__, lengths, own.values())) for own in ranks]
-        assert sizes[0] <= sizes[1]
-        seen.add(tuple(ranks[1].values()))
-    assert seen == {(4, 4, 4), (1, 1, 1)}
+        errors = [{r: low_rank_error(means[index], r) for r in ranks} for index in MATRICES]
+        sizes = [{r: float(r * length) for r in ranks} for length in lengths]
+        chosen = math.fsum(own[int(r)] for own, r in zip(sizes, both.values, strict=True))
+        assert chosen == least_total(sizes, errors, accordion.values)
+        seen.add(tuple(accordion.values))
+    assert seen == {(3, 3, 3), (1, 1, 1)}
 
 
 def test_a_fall_of_the_learning_rate_counts_between_decisions() -> None:
