@@ -24,7 +24,7 @@ def decaying(shape: Shape, decay: float, *seed: int) -> Tensor:
     """A gradient whose singular values fall by about this factor, down to a hundredth."""
     n, m = matrix_shape(shape)
     values = torch.logspace(0, min(n, m) - 1, min(n, m), decay, dtype=torch.float64, device="cpu")
-    left, right = (gaussian((size, min(n, m)), *seed, size) for size in (n, m))
+    left, right = (gaussian((size, min(n, m)), *seed, i) for i, size in enumerate((n, m)))
     noise = 0.01 * gaussian((n, m), *seed, 3)
     return (left @ torch.diag(values) @ right.mT + noise).reshape(shape)
 

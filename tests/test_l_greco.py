@@ -54,7 +54,7 @@ def options_for(compressor: Any) -> dict[str, Any]:
     return {"make": ErrorFeedbackSGD, "lr": 0.01, "compressor": compressor}
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(shapes, st.integers(1, 4), st.integers(1, 4), seeds(), st.sampled_from(["svd", "power"]))
 def test_it_sends_no_more_than_uniform_ranks_at_no_larger_error(
     own: list[Shape], world_size: int, reference: int, seed: int, spectrum: str
