@@ -36,7 +36,9 @@ def resized(kept: Tensor, fresh: Tensor) -> Tensor:
         >>> resized(kept, torch.ones(3, 4)).shape
         torch.Size([3, 4])
     """
-    known, drawn = (tensor.detach().double().cpu() for tensor in (kept, fresh))
+    # Contiguous, as sums of other strides have other bits: a state in training is a view, a loaded
+    # one is not.
+    known, drawn = (tensor.detach().double().cpu().contiguous() for tensor in (kept, fresh))
     columns = drawn.shape[-1]
     if columns < known.shape[-1]:
         known = _rotated(known)[:, :columns]
