@@ -186,6 +186,21 @@ def test_columns_without_a_direction_are_drawn(
     assert is_drawn.count(False) == (1 if columns < 4 else 2)
 
 
+@settings(max_examples=60)
+@given(
+    m=st.integers(6, 40), true_rank=st.integers(1, 3), seed=seeds(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_rounding_is_not_taken_for_something_learned(
+    m: int, true_rank: int, seed: int, dtype: torch.dtype
+) -> None:
+    low_rank = gaussian((m, true_rank), seed, 0) @ gaussian((true_rank, 6), seed, 1)
+    fresh = drawn(m, 5)
+    found = resized(low_rank.to(dtype), fresh)
+    unit, directions = found / found.norm(dim=0), fresh / fresh.norm(dim=0)
+    assert (unit[:, true_rank:] - directions[:, true_rank:]).abs().max() <= ROUNDING
+
+
 @settings(max_examples=50)
 @given(
     m=st.integers(2, 8), r=st.integers(1, 4), columns=st.integers(1, 8), seed=seeds(),
