@@ -84,7 +84,7 @@ def run_beside_reference(
     return workers
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     scenarios(**PLAIN, momentum_form="sgd", maximize=False, error_feedback=True, warm_start=True,
               kinds=FULL_RANK_KINDS, layouts=["contiguous"], with_missing=False,
@@ -100,9 +100,9 @@ def test_other_ranks_before_every_step_are_the_paper_s_algorithm(
 
 
 def test_a_hundred_steps_with_other_ranks_before_each() -> None:
-    shapes = [(12, 10), (10,), (9, 14), (12, 10), (4, 3, 2, 2)]
+    shapes = [(12, 10), (10,), (9, 14), (12, 10)]
     own = {"lr": LR, "momentum_form": "sgd", "rank": 2, "min_compression_rate": 1.0}
-    scenario = Scenario(shapes, 4, own, 100, 3, ["gaussian"] * 5, ["contiguous"] * 5)
+    scenario = Scenario(shapes, 4, own, 100, 3, ["gaussian"] * 4, ["contiguous"] * 4)
     workers = run_beside_reference(scenario, (2,), Changes(RATES, 5), AFTER_100_STEPS)
     assert workers[0].param_groups[0]["step"] == 100
 
