@@ -11,13 +11,27 @@ from torch import Tensor
 from efsgd import ErrorFeedbackSGD
 from efsgd.query import initial_query
 from tests.reference import Reference
-from tests.simulation import SEED
-from tests.strategies import matrix_dimensions
+from tests.simulation import SEED, parameters_of
+from tests.strategies import gaussian, matrix_dimensions
 
-__all__ = ["Changes", "change_reference", "naive_resized", "set_own"]
+__all__ = ["OWN", "Changes", "change_reference", "matrices", "naive_resized", "ranks", "set_own"]
+
+#: For the parameters of `tests.simulation.a_run`: two matrices, and a vector between them.
+OWN: dict[str, Any] = {"rank": (1, None, 3)}
 
 # What new columns have of the length of the shortest learned one, by convention.
 UNKNOWN = 2.0**-10
+
+
+def ranks(optimizer: torch.optim.Optimizer) -> list[int | None]:
+    """How many columns the Q of each parameter has; None where there is none."""
+    states = (optimizer.state[p] for p in parameters_of(optimizer))
+    return [state["q"].shape[1] if "q" in state else None for state in states]
+
+
+def matrices(count: int) -> list[Tensor]:
+    """Parameters worth compressing."""
+    return [gaussian((12, 10), index).requires_grad_() for index in range(count)]
 
 
 class Changes:

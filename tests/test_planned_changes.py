@@ -127,9 +127,8 @@ def test_a_worker_whose_settings_make_no_sense_is_heard_by_all(own: dict[str, An
     workers[1].param_groups[0]["per_parameter"] = own
     before = bits([parameters_of(worker) for worker in workers])
     states = bits([worker.state_dict()["state"] for worker in workers])
-    with pytest.raises(
-        WorkerMismatchError, match="worker 1: cannot take part: .*Invalid"
-    ) as caught:
+    words = r"worker 1: cannot take part: .*Invalid"
+    with pytest.raises(WorkerMismatchError, match=words) as caught:
         step_together(workers)
     assert any("worker 1: " in note and "Invalid" in note for note in caught.value.__notes__)
     assert bits([parameters_of(worker) for worker in workers]) == before

@@ -37,8 +37,8 @@ from tests.test_nothing_is_lost import LR, PLAIN, Balance
 # A dozen steps in float64 (2e-16) that differ in the order of sums, times the condition of what is
 # orthogonalized: columns of Q that are new have 1e-3 of the others' length.
 TOLERANCE = 1e-10
-# What error feedback and power iteration make of a difference: about ten times as much in twenty
-# steps, so that 1e-14 may become 1e-8 in a hundred. A query that is resized otherwise shows at 1e-2.
+# Error feedback and power iteration make ten times as much of a difference in about twenty steps:
+# of 1e-14 in a hundred, 1e-8. A query that is resized otherwise shows at 1e-2.
 AFTER_100_STEPS = 1e-6
 
 # Ranks below, at and above what the matrices have; with rates that leave some of them uncompressed.
@@ -127,7 +127,7 @@ NAMES = [f"{type(compressor).__name__} {number}" for number, (compressor, _) in 
 
 
 @pytest.mark.parametrize(("compressor", "choices"), FAMILY, ids=NAMES)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(world_size=st.integers(1, 4), seed=seeds())
 def test_nothing_is_lost_and_workers_stay_equal(
     compressor: Any, choices: dict[str, list[Any]], world_size: int, seed: int
@@ -135,7 +135,7 @@ def test_nothing_is_lost_and_workers_stay_equal(
     start = [gaussian(shape, seed) for shape in SHAPES]
     workers: list[Any] = make_any_workers(start, world_size, compressor, lr=LR)
     balance, changes = Balance(workers), Changes(choices, seed)
-    for step in range(10):
+    for step in range(8):
         set_own(workers, changes.draw(len(SHAPES)))
         balance.step(workers, [
             [gaussian(shape, seed, step, worker, i) for i, shape in enumerate(SHAPES)]

@@ -98,7 +98,7 @@ def growths(draw: st.DrawFn) -> tuple[Tensor, int]:
     m = draw(st.integers(2, 12))
     r = draw(st.integers(1, min(m - 1, 5)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    kept = gaussian((m, r), draw(seeds())) * draw(st.sampled_from([1e-30, 1.0, 1e30]))
+    kept = gaussian((m, r), draw(seeds())) * draw(st.sampled_from([1e-36, 1e-30, 1.0, 1e30]))
     return kept.to(dtype), draw(st.integers(r + 1, m))
 
 
