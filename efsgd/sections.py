@@ -10,7 +10,7 @@ from efsgd.blocks import Entry, Layout
 from efsgd.compressors import Aggregator, Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
-from efsgd.individual import frozen
+from efsgd.individual import PER_PARAMETER, frozen, own_settings
 from efsgd.members import Member, compute_dtype
 from efsgd.phases import Phases
 from efsgd.state import State, attach_, release_zero_errors_
@@ -110,7 +110,7 @@ def describe(
         compressor: decides what is compressed and how far.
         settings: names of the group entries that must be equal.
     """
-    lines, names = [], sorted(settings)
+    lines, names = [], sorted(set(settings) - {PER_PARAMETER})
     group: dict[str, Any] | None = None
     for member in members:
         if member.group is not group:
@@ -121,6 +121,8 @@ def describe(
         if not parameter.requires_grad:
             how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
+        own = own_settings(member.group, member.position).items()
+        how += "".join(f", with {name}={value} of its own" for name, value in own)
         lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
     return lines
 
