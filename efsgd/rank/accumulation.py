@@ -110,12 +110,9 @@ class Accumulator:
         """The sums, which are this worker's own, and the number of steps: live views."""
         return {"steps": self.steps, "sums": dict(self.sums)}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
-        """Goes on from there.
-
-        Args:
-            state_dict: from `state_dict`, or the mean of several.
-            layers: what is summed.
+    @staticmethod
+    def validate(state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
+        """Checks what `load_state_dict` is to be given.
 
         Raises:
             ValueError: a sum has not the shape of its layer.
@@ -130,6 +127,15 @@ class Accumulator:
                     f"{tuple(value.shape)}, and the layer has {shape}. Load the state_dict of a "
                     f"scheduler of the same model."
                 )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
+        """Goes on from there.
+
+        Args:
+            state_dict: from `state_dict`, or the mean of several; see `validate`.
+            layers: what is summed.
+        """
+        sums = state_dict["sums"]
         self.end()
         if sums:
             self.begin(layer for layer in layers if layer.index in sums)
