@@ -85,8 +85,9 @@ class Accumulator:
             torch._foreach_add_(self._views(own, summands), gradients, alpha=observation.scale)
 
     def count_step(self) -> None:
-        """A step was added, all parts of it."""
-        self.steps += 1
+        """A step is added, all parts of it."""
+        if self.sums:
+            self.steps += 1
 
     def _views(self, indices: Sequence[int], like: Mapping[int, Tensor]) -> list[Tensor]:
         """A vector is compressed as one, whatever shape its parameter has."""
