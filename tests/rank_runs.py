@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
-from efsgd.rank import RankPolicy, RankScheduler
+from efsgd.rank import Accordion, RankPolicy, RankScheduler
 from efsgd.testing import Traced, lockstep
-from tests.simulation import parameters_of, step_with
+from tests.simulation import bits, parameters_of, snapshot, step_with
+from tests.strategies import gaussian
 
 #: 256 elements, so that a constant gradient has 16 times its element as its norm, exactly.
 SQUARE = (16, 16)
+
+#: Three that are compressed, and one that is not.
+SHAPES = [SQUARE, (24, 12), (10,), (8, 3, 3, 3)]
 
 
 def of_norm(norm: float, shape: Sequence[int] = SQUARE) -> Tensor:
@@ -91,3 +95,34 @@ class Team:
         """`RankScheduler.consolidated_state_dict` of all workers."""
         count = len(self.schedulers)
         return lockstep([s.consolidation(count, w) for w, s in enumerate(self.schedulers)]).results
+
+
+def accordion(**options: Any) -> Accordion:
+    """A policy that decides after each window."""
+    return Accordion(**{"low": 1, "high": 3, "interval": 1, **options})
+
+
+def all_of(team: Team) -> Any:
+    """All that a decision may change, as bits."""
+    saved = [scheduler.state_dict() for scheduler in team.schedulers]
+    return bits([snapshot(team.optimizers), saved])
+
+
+def run_windows(team: Team, first: int, last: int, seed: int = 0) -> list[Any]:
+    """Windows of two steps on `SHAPES`, and what is decided after each.
+
+    Gradients differ between workers. Now and then they change by much.
+    """
+    decided = []
+    for window in range(first, last):
+        for step in range(2):
+            team.step([made_gradients(window, step, w, seed) for w in range(len(team.optimizers))])
+        team.decide()
+        decided.append(team.ranks)
+    return decided
+
+
+def made_gradients(window: int, step: int, worker: int, seed: int = 0) -> list[Tensor]:
+    """One worker's gradients in one step of `run_windows`."""
+    scale = 10.0 if window % 3 == 2 else 1.0 + 0.05 * window
+    return [scale * gaussian(s, seed, window, step, worker, i) for i, s in enumerate(SHAPES)]
