@@ -88,6 +88,8 @@ CASES = [
     Windows("a cosine always falls", [4] * 10, "H" * 10, lrs=cosine(10)),
     # Towards its end it is a parabola: (2/3)² and (1/2)² are below one half, and 0 is, too.
     Windows("a cosine at half", [4] * 10, "HLLLLLLHHH", {"lr_fall": 0.5}, lrs=cosine(10)),
+    Windows("a line at half", [4] * 10, "HLLLLLLLLH", {"lr_fall": 0.5},
+            lrs=[1 - t / 10 for t in range(11)]),
     Windows("a cosine that is left alone", [4] * 10, "HLLLLLLLLL", {"lr_fall": 0.0},
             lrs=cosine(10)),
 ]  # fmt: skip
