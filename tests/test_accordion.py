@@ -162,11 +162,11 @@ def test_layers_decide_for_themselves() -> None:
     }
 
 
-@pytest.mark.parametrize(("norms", "expected"), [((3, 1), LOW), ((0, 1), HIGH), ((0, 5), LOW)])
+@pytest.mark.parametrize(("norms", "expected"), [((3, 1), LOW), ((2.1, 0), HIGH), ((0, 5), LOW)])
 def test_a_model_decides_by_the_norm_of_all_its_compressed_layers(
     norms: tuple[float, float], expected: int
 ) -> None:
-    """From (3, 4), of norm 5, to norms of √10, 1 and 5."""
+    """From (3, 4), of norm 5, to norms of √10, 2.1 and 5."""
     team = Team(lambda: accordion(scope="model"), 2, [SQUARE, SQUARE, (64,)])
     for each in ((3, 4, 7), (*norms, 0)):
         team.step_alike(*each)

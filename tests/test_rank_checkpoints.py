@@ -161,6 +161,13 @@ def test_a_step_that_is_taken_again_after_loading_is_counted_again() -> None:
         load(team, [saved], "optimizer first")
 
 
+def test_a_scheduler_that_is_loaded_by_itself_brings_its_values() -> None:
+    team, fresh = (Team(accordion, 1, SHAPES) for _ in range(2))
+    decided = go_on(team, 0, 4)
+    fresh.schedulers[0].load_state_dict(save(team, 0)[2])
+    assert fresh.ranks == decided[-1] == [1, 1, None, 1]
+
+
 def test_another_interval_goes_on_from_what_was_saved() -> None:
     for gradients in ("mean", "worker 0"):
         long = Team(lambda g=gradients: accordion(interval=4, gradients=g), 2, SHAPES)
