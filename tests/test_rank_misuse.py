@@ -28,11 +28,11 @@ ARGUMENTS = [
         for value in (0, -1, 1.0, math.inf, "4", True)
     ),
     invalid("interval", None, COUNT, lambda: Accordion(1, 4, interval=None), ValueError),
-    invalid("scope", "all", "('layer', 'model')", lambda: Accordion(1, 4, scope="all"), ValueError),
+    invalid("scope", "all", "'layer', 'model'", lambda: Accordion(1, 4, scope="all"), ValueError),
     invalid(
         "gradients",
         "own",
-        "('mean', 'worker 0')",
+        "'mean', 'worker 0'",
         lambda: Accordion(1, 4, gradients="own"),
         ValueError,
     ),
