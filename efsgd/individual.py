@@ -8,12 +8,19 @@ the group's parameters, in their order; None there is the group's own::
 It is replaced, never modified: a state_dict that was taken keeps what it had.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from efsgd.compressors import Compressor
 
-__all__ = ["PER_PARAMETER", "frozen", "own_settings", "settings_of", "validate_per_parameter"]
+__all__ = [
+    "PER_PARAMETER",
+    "frozen",
+    "own_settings",
+    "set_own_",
+    "settings_of",
+    "validate_per_parameter",
+]
 
 #: The entry of a parameter group.
 PER_PARAMETER = "per_parameter"
@@ -46,6 +53,28 @@ def own_settings(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     own = group.get(PER_PARAMETER) or {}
     chosen = ((name, own[name][position]) for name in sorted(own))
     return {name: value for name, value in chosen if value is not None}
+
+
+def set_own_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> bool:
+    """Gives single parameters values of a setting.
+
+    Args:
+        groups: parameter groups (`per_parameter` is replaced where it changes).
+        name: of the setting.
+        values: by the parameters' positions over all groups; those left out keep what they have.
+
+    Returns:
+        Whether anything has changed.
+    """
+    first, has_changed = 0, False
+    for group in groups:
+        own, count = group.get(PER_PARAMETER) or {}, len(group["params"])
+        before = tuple(own.get(name, [None] * count))
+        after = tuple(values.get(first + place, old) for place, old in enumerate(before))
+        if after != before:
+            group[PER_PARAMETER], has_changed = {**own, name: after}, True
+        first += count
+    return has_changed
 
 
 def frozen(group: Mapping[str, Any]) -> Hashable:
