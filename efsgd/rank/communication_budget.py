@@ -213,5 +213,6 @@ def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)
