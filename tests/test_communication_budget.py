@@ -53,7 +53,7 @@ def chosen(workers: MadeWorkers, setting: str = "rank") -> list[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=12)
+@settings(max_examples=5)
 def test_the_budget_is_kept_and_the_next_uniform_value_would_exceed_it(
     kind: str, data: st.DataObject
 ) -> None:
@@ -99,10 +99,10 @@ def test_the_budget_of_a_uniform_rank_gives_it_to_all_and_one_byte_less_does_not
 
 
 def test_what_is_left_goes_to_the_layers_that_cost_least() -> None:
-    # A rank more costs 160, 192, 160 and 280 bytes; rank 2 leaves 330 of them.
+    # A rank more costs 160, 120, 160 and 280 bytes; rank 2 leaves 330 of them.
     budget = sent(PowerSGD(rank=2), SHAPES, 1) + 330
     workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
-    assert chosen(workers) == [3, 3, 2, 2] or chosen(workers) == [3, 2, 3, 2]
+    assert chosen(workers) == [3, 3, 2, 2]
 
 
 def test_alternating_steps_keep_the_budget_in_the_mean() -> None:

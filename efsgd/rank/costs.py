@@ -127,7 +127,7 @@ def total_bytes(
     """What one worker sends of all layers together.
 
     Layers with equal settings are counted as one payload, which is exact where all have the same
-    value. With different values it is as much as is sent, or a few bytes more where codes of several
+    value. With different values it is what is sent, or a few bytes more where codes of several
     layers share them. LQ-SGD's "scatter" may send more: up to two scales of each layer and worker.
 
     Args:
