@@ -213,4 +213,6 @@ def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)

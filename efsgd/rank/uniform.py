@@ -36,10 +36,10 @@ def largest_within(
         >>> largest_within([1, 2, 3], table, total, limit=23), total([3, 2])
         ([3, 2], 23)
     """
-    fitting = [k for k, value in enumerate(values) if total([value] * len(table)) <= limit]
-    if not fitting:
+    last_first = range(len(values) - 1, -1, -1)
+    uniform = next((k for k in last_first if total([values[k]] * len(table)) <= limit), None)
+    if uniform is None:
         return None
-    uniform = fitting[-1]
     chosen = [values[uniform]] * len(table)
     left = limit - total(chosen)
     raised = []
