@@ -4,10 +4,12 @@
 
 One worker, where nothing is sent, and two that are processes of this machine, over gloo; one thread
 each. A pass adds all gradients to as many buffers. All runners step in the same rounds, in another
-order each time, and ratios are taken within a round.
+order each time, and ratios are taken within a round. Allocation is what L-GreCo does once the errors
+of all ranks are known, for a made table of 200 layers with 16 ranks each.
 """
 
 import argparse
+import functools
 import json
 import math
 import tempfile
@@ -30,11 +32,13 @@ from benchmarks.rank_changes import (
     optimizer_of,
 )
 from benchmarks.results import describe_machine, in_milliseconds, in_times, show, write_results
+from benchmarks.tables import made_table
 from benchmarks.timing import Quartiles, Runner, clock_for, differences, measure, ratios
 from benchmarks.worker import slowest
 from benchmarks.workloads import made_gradients, shapes_of
+from efsgd.rank.allocation import allocate_within
 
-__all__ = ["report", "runners_of"]
+__all__ = ["measure_allocation", "report", "runners_of"]
 
 PASS, DECISION = "a pass", "a decision of Accordion"
 GRADIENTS, BOTH = "gradients", "gradients and errors"
@@ -46,6 +50,7 @@ CHANGES = {
     f"half of the layers {LOW} to {HIGH}": ((HIGH, LOW), (HIGH,)),
 }
 WORKERS = 1, 2
+LAYERS, CANDIDATES = 200, 16
 WARM_UP = 3
 PATIENCE = timedelta(minutes=10)
 
@@ -122,6 +127,24 @@ def measured(workload: str, rounds: int, world_size: int) -> dict[str, Any]:
     return found
 
 
+def measure_allocation(
+    rounds: int, layers: int = LAYERS, candidates: int = CANDIDATES
+) -> Quartiles:
+    """Seconds to allocate as well as a middle rank everywhere does, each time for another table.
+
+    Args:
+        rounds: how many.
+        layers: of each table.
+        candidates: ranks of each layer.
+    """
+    clock, seconds = clock_for(torch.device("cpu")), []
+    for seed in range(rounds):
+        table = made_table(layers, candidates, seed)
+        reference = [candidates // 4] * layers
+        seconds.append(clock(functools.partial(allocate_within, table, reference)))
+    return Quartiles.of(seconds)
+
+
 def report(workload: str, found: Mapping[str, Any]) -> None:
     """Shows the tables of one number of workers.
 
@@ -170,6 +193,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
     for workers in WORKERS:
         launches.append(measured(arguments.workload, arguments.rounds, workers))
         report(arguments.workload, launches[-1])
+    seconds = in_milliseconds(measure_allocation(arguments.rounds))
+    show("allocation", ["", "ms"], [[f"{LAYERS} layers, {CANDIDATES} ranks each", seconds]])
     settings = {"workload": arguments.workload, "rounds": arguments.rounds}
     write_results(arguments.output, "rank", describe_machine(1), settings, {"launches": launches})
 
