@@ -4,8 +4,8 @@
 
 One worker, where nothing is sent, and two that are processes of this machine, over gloo; one thread
 each. A pass adds all gradients to as many buffers. All runners step in the same rounds, in another
-order each time, and ratios are taken within a round. Allocation is what L-GreCo does once the errors
-of all ranks are known, for a made table of 200 layers with 16 ranks each.
+order each time, and ratios are taken within a round. Allocation is what L-GreCo does once the
+errors of all ranks are known, for a made table of 200 layers with 16 ranks each.
 """
 
 import argparse
@@ -49,7 +49,6 @@ CHANGES = {
     f"half of the layers {HIGH} to {LOW}": ((HIGH,), (HIGH, LOW)),
     f"half of the layers {LOW} to {HIGH}": ((HIGH, LOW), (HIGH,)),
 }
-WORKERS = 1, 2
 LAYERS, CANDIDATES = 200, 16
 WARM_UP = 3
 PATIENCE = timedelta(minutes=10)
@@ -186,11 +185,12 @@ def main(command_line: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.rank", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--workload", choices=["resnet18", "lstm"], default="resnet18")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="W")
     parser.add_argument("--rounds", type=int, default=31, help="measured steps of each kind")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the samples there")
     arguments = parser.parse_args(command_line)
     launches = []
-    for workers in WORKERS:
+    for workers in arguments.workers:
         launches.append(measured(arguments.workload, arguments.rounds, workers))
         report(arguments.workload, launches[-1])
     seconds = in_milliseconds(measure_allocation(arguments.rounds))
