@@ -120,6 +120,12 @@ bench-growth: $(VENV)/.with-examples ## measure growth with the workers (Linux, 
 bench-kernels: $(VENV)/.with-examples ## measure single operations of a step, every way they could be done
 	$(BENCH).kernels --output $(RESULTS)/kernels.json
 
+.PHONY: bench-rank
+bench-rank: $(VENV)/.with-examples ## measure what it costs to observe steps, to decide on ranks, and to change them
+	@set -ex; for workload in resnet18 lstm; do \
+		$(BENCH).rank --workload $$workload $(BENCH_FLAGS); \
+	done
+
 .PHONY: bench-contract
 bench-contract: $(VENV)/.with-examples ## ask efsgd and its peers what a swap-in for SGD has to do
 	$(BENCH).contract $(if $(EPFML),--epfml $(EPFML)) $(if $(DION),--dion $(DION)) \

@@ -12,7 +12,7 @@ from efsgd.error_feedback import Section
 from efsgd.members import Member, members
 from efsgd.phases import Phases
 from efsgd.rules import Rules
-from efsgd.sections import make_sections, signature
+from efsgd.sections import make_sections, memory_of, signature
 from efsgd.state import (
     LOCAL_STATE,
     State,
@@ -176,8 +176,9 @@ class Plan:
                     prepare_updates(section.aggregator, own, self.states, rules)
             self._prepared = kinds
             return
-        self.forget()  # its scratch memory is free for what follows
         self.members, self.states = list(members(groups, self.sparse)), {}
+        memory = memory_of(self.sections, self.members, self._compressor)
+        self.forget()  # all other memory is free for what follows
         for member in self.members:
             if member.parameter.is_meta:
                 fused = "`fused=True` requires all the params to have values, but "
@@ -198,6 +199,7 @@ class Plan:
             *context,
             self._phases,
             lambda aggregator, own: prepare_updates(aggregator, own, self.states, rules),
+            memory,
         )
         self.context, self._prepared = context, kinds
         self.sparse &= {member.parameter for member in self.members}
