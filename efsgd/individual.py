@@ -55,26 +55,22 @@ def own_settings(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     return {name: value for name, value in chosen if value is not None}
 
 
-def set_own_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> bool:
+def set_own_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
     """Gives single parameters values of a setting.
 
     Args:
         groups: parameter groups (`per_parameter` is replaced where it changes).
         name: of the setting.
         values: by the parameters' positions over all groups; those left out keep what they have.
-
-    Returns:
-        Whether anything has changed.
     """
-    first, has_changed = 0, False
+    first = 0
     for group in groups:
         own, count = group.get(PER_PARAMETER) or {}, len(group["params"])
         before = tuple(own.get(name, [None] * count))
         after = tuple(values.get(first + place, old) for place, old in enumerate(before))
         if after != before:
-            group[PER_PARAMETER], has_changed = {**own, name: after}, True
+            group[PER_PARAMETER] = {**own, name: after}
         first += count
-    return has_changed
 
 
 def frozen(group: Mapping[str, Any]) -> Hashable:

@@ -1,5 +1,6 @@
 """Runs in which every parameter gets another rank before every step, beside the naive reference."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -95,8 +96,13 @@ def naive_resized(kept: Tensor, fresh: Tensor) -> Tensor:
     if columns < kept.shape[1]:
         return _rotated(kept)[:, :columns]
     shortest = min(float(column.norm()) for column in kept.T)
-    new = [column * (UNKNOWN * shortest / float(column.norm())) for column in fresh.T]
+    new = [column * _power(UNKNOWN * shortest / float(column.norm())) for column in fresh.T]
     return torch.stack([*kept.T, *new[kept.shape[1] :]], dim=1)
+
+
+def _power(number: float) -> float:
+    """The largest power of two that is not above it."""
+    return float(2.0 ** math.floor(math.log2(number)))
 
 
 def _rotated(kept: Tensor) -> Tensor:

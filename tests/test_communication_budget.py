@@ -185,7 +185,8 @@ def test_a_budget_that_has_become_too_small_takes_the_smallest_value_and_says_so
 def test_decisions_in_bytes_send_nothing_but_what_every_decision_does() -> None:
     workers = MadeWorkers(optimizers(SHAPES, 2, PowerSGD()), a_policy(bytes_per_step=5000))
     workers.train(1)
-    assert [traced.purpose for traced in workers.decide().trace] == ["decisions"]
+    purposes = [traced.purpose for traced in workers.decide().trace]
+    assert purposes == ["digests of settings, parameters and state", "decisions"]
 
 
 def test_the_policy_goes_on_from_a_state_dict() -> None:

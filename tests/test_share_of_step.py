@@ -123,7 +123,7 @@ def test_windows_between_two_measurements_decide_nothing() -> None:
     found = []
     for _ in range(7):
         workers.train(3)
-        found.append(len(workers.decide().trace) > 1)
+        found.append(len(workers.decide().trace) > 2)  # a comparison, and the decision
     assert found == [True, False, False, True, False, False, True]
 
 
@@ -131,7 +131,8 @@ def test_a_measurement_sends_what_the_documentation_says() -> None:
     workers = made(0.3)
     workers.train(3)
     sent = [traced.nbytes for traced in workers.decide().trace]
-    assert sent == [4] * 6 + [2**20] * 6 + [16, 8] + [8 * (1 + 2 * 4)]  # the last: every decision
+    own, first, last = [4] * 6 + [2**20] * 6 + [16, 8], 24, 8 * (1 + 4)
+    assert sent == [first, *own, last]  # the first and the last: every decision
 
 
 def test_where_even_the_smallest_is_too_much_it_is_taken_and_said_once() -> None:

@@ -107,7 +107,7 @@ class RankScheduler:
             )
         world_size = current_transport(optimizer.process_group).world_size
         policy.background = self._background(layers, world_size)
-        self._set(policy.begin(layers, optimizer.compressor))
+        self._set(layers, policy.begin(layers, optimizer.compressor))
         policy.commit(self._layers())
         self._stop = optimizer.watch(self._observe)
 
@@ -183,7 +183,7 @@ class RankScheduler:
             raise obstacle
         decided = self._read(gathered, layers)
         self._calls, self._last_step = self._calls + 1, self._step_number
-        if self._set(decided):
+        if self._set(layers, decided):
             self.optimizer.plan_change()
         self.policy.commit(self._layers())
 
@@ -221,9 +221,12 @@ class RankScheduler:
             decided[layer.index] = known[proposed]
         return decided
 
-    def _set(self, values: Mapping[int, Value]) -> bool:
-        """Writes values to the parameter groups. Has any changed?"""
-        return set_own_(self.optimizer.param_groups, self.policy.setting, values)
+    def _set(self, layers: Sequence[Layer], values: Mapping[int, Value]) -> bool:
+        """Writes to the parameter groups what is new. Is anything? That is so on all workers."""
+        present = {layer.index: layer.value for layer in layers}
+        new = {index: value for index, value in values.items() if value != present.get(index)}
+        set_own_(self.optimizer.param_groups, self.policy.setting, new)
+        return bool(new)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.
@@ -285,6 +288,6 @@ class RankScheduler:
         load_policy(policy, state_dict["policy"])
         for accumulator, sums in zip(policy.accumulators, state_dict["sums"], strict=True):
             accumulator.load_state_dict(sums, layers)
-        self._set(values)
+        self._set(layers, values)
         self._calls, self._last_step = state_dict["calls"], state_dict["last_step"]
         self._seen = None
