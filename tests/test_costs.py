@@ -81,15 +81,16 @@ def test_all_layers_together_cost_what_buffers_have_and_no_more_than_the_sum(
 
 
 def test_values_that_layers_have_now_make_no_difference() -> None:
-    compressor = LQSGD(bits=3)  # whose codes share bytes
-    layers = layers_with(compressor, "rank", RANKS)
+    compressor, shapes = LQSGD(bits=3), [(11, 7)] * 4  # 11 codes of 3 bits share bytes with others
+    layers = layers_with(compressor, "rank", RANKS, shapes)
     others = [
         dataclasses.replace(layer, value=index, settings={**layer.settings, "rank": index + 1})
         for index, layer in enumerate(layers)
     ]
-    chosen = [3] * len(layers)
-    expected = total_bytes(compressor, layers, "rank", chosen)
-    assert total_bytes(compressor, others, "rank", chosen) == expected
+    for own in (layers, others):
+        assert [total_bytes(compressor, own, "rank", [1] * 4)] * 2 == sent(
+            dataclasses.replace(compressor, rank=1), shapes
+        )
     assert byte_table(compressor, others, "rank", RANKS) == byte_table(
         compressor, layers, "rank", RANKS
     )

@@ -41,7 +41,7 @@ def test_the_largest_uniform_value_within_the_limit_is_chosen_and_the_cheapest_r
         assert all((raises[layer], layer) < (raises[cheapest], cheapest) for layer in taken)
 
 
-def test_a_total_that_is_more_than_the_sum_gives_back_what_was_raised_last() -> None:
+def test_the_total_counts_and_not_the_sum() -> None:
     table = [[0, 1], [0, 2], [0, 3]]
 
     def total(chosen: Any) -> float:  # two raised layers cost one more together
