@@ -1,6 +1,5 @@
 """RankScheduler: all workers decide alike, and watching changes nothing."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -160,12 +159,8 @@ def test_watching_changes_nothing(world_size: int) -> None:
         if step % 2 == 1:
             exchanges = [s.exchange(world_size, w) for w, s in enumerate(schedulers)]
             lockstep(exchanges)
-    for each in watched:
-        assert individual(each) == [2, None, 2]
     for own, other in zip(watched, plain, strict=True):
-        state, expected = (copy.deepcopy(o.state_dict()) for o in (own, other))
-        state["param_groups"][0]["per_parameter"] = None
-        assert bits(state) == bits(expected)
+        assert bits(own.state_dict()) == bits(other.state_dict())
         parameters = [o.param_groups[0]["params"] for o in (own, other)]
         assert bits(parameters[0]) == bits(parameters[1])
 

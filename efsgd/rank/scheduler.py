@@ -107,7 +107,7 @@ class RankScheduler:
             )
         world_size = current_transport(optimizer.process_group).world_size
         policy.background = self._background(layers, world_size)
-        self._set(layers, policy.begin(layers, optimizer.compressor))
+        self._set(policy.begin(layers, optimizer.compressor))
         policy.commit(self._layers())
         self._stop = optimizer.watch(self._observe)
 
@@ -183,7 +183,9 @@ class RankScheduler:
             raise obstacle
         decided = self._read(gathered, layers)
         self._calls, self._last_step = self._calls + 1, self._step_number
-        if self._set(layers, decided):
+        # What is equal on all workers is new on all of them or on none, however it is written.
+        if new := {n.index: decided[n.index] for n in layers if decided[n.index] != n.value}:
+            self._set(new)
             self.optimizer.plan_change()
         self.policy.commit(self._layers())
 
@@ -221,12 +223,8 @@ class RankScheduler:
             decided[layer.index] = known[proposed]
         return decided
 
-    def _set(self, layers: Sequence[Layer], values: Mapping[int, Value]) -> bool:
-        """Writes to the parameter groups what is new. Is anything? That is so on all workers."""
-        present = {layer.index: layer.value for layer in layers}
-        new = {index: value for index, value in values.items() if value != present.get(index)}
-        set_own_(self.optimizer.param_groups, self.policy.setting, new)
-        return bool(new)
+    def _set(self, values: Mapping[int, Value]) -> None:
+        set_own_(self.optimizer.param_groups, self.policy.setting, values)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.
@@ -288,6 +286,6 @@ class RankScheduler:
         load_policy(policy, state_dict["policy"])
         for accumulator, sums in zip(policy.accumulators, state_dict["sums"], strict=True):
             accumulator.load_state_dict(sums, layers)
-        self._set(layers, values)
+        self._set(values)
         self._calls, self._last_step = state_dict["calls"], state_dict["last_step"]
         self._seen = None
