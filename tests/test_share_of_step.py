@@ -105,12 +105,13 @@ def test_the_optimizers_own_values_stay_until_a_step_was_timed() -> None:
 
 def test_the_median_of_a_window_counts_and_not_the_time_between_windows() -> None:
     workers = made(0.3, interval=1)
-    for computation in (0.2, 0.05):
+    # In the first window one step waits for data; the second one has two steps.
+    for computation, steps in ((0.2, [0.2, 0.2, 0.2, 9.0, 0.2]), (0.05, [0.05, 0.05])):
         for clock in workers.clocks:
             clock.now += 50.0  # an evaluation between epochs
-        for own in (computation, 9.0, computation):  # one step waits for data
+        for own in steps:
             workers.computation = [own]
-            workers.train(1 if own == 9.0 else 3)
+            workers.train(1)
         sent = workers.optimizers[0].communication_stats()["bytes_sent"]
         workers.decide()
         seconds = policies(workers)[0].step_seconds

@@ -57,6 +57,15 @@ class CommunicationBudget(RankPolicy):
     Raises:
         ValueError: an argument is out of range, or not exactly one budget is given. From
             `RankScheduler`: the budget is too small for the smallest value.
+
+    Example:
+        >>> from efsgd import PowerSGDOptimizer
+        >>> from efsgd.rank import CommunicationBudget, RankScheduler
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
+        >>> scheduler = RankScheduler(optimizer, CommunicationBudget(bytes_per_step=3000))
+        >>> scheduler.get_last_ranks()  # 4·7·(64 + 32) bytes, and 4·(32 + 2 + 1)
+        {'parameter 0': 7}
     """
 
     def __init__(
