@@ -21,8 +21,6 @@ DIGITS = Settings(
 TOPICS = Settings(
     epochs=5, batch_size=8, lr=3.0, warmup_epochs=1, decay_at=(0.6, 0.85), windows_per_epoch=4,
 )  # fmt: skip
-    epochs=5, batch_size=8, lr=3.0, warmup_epochs=1, decay_at=(0.6, 0.85), windows_per_epoch=4
-)
 
 
 def digits_task(batch_size: int, workers: Workers) -> tuple[ImageClassification, nn.Module]:
