@@ -47,8 +47,9 @@ def resized(kept: Tensor, fresh: Tensor) -> Tensor:
     found[:, ~is_new] = known[:, is_learned]
     if is_learned.any():
         least = norms[is_learned].min() * _UNKNOWN
-        lengths = torch.linalg.vector_norm(drawn[:, is_new], dim=0)
-        found[:, is_new] *= least.clamp_min(_smallest(kept.dtype)) / lengths
+        ratios = least.clamp_min(_smallest(kept.dtype)) / drawn[:, is_new].norm(dim=0)
+        # Powers of two: then no digit of what is computed from these columns is another.
+        found[:, is_new] *= torch.ldexp(torch.ones_like(ratios), torch.frexp(ratios).exponent - 1)
     return found
 
 

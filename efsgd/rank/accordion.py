@@ -16,11 +16,10 @@ from efsgd.compressors import Compressor
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.checks import require_choice, require_counts, require_numbers
 from efsgd.rank.sketch import mean_norms
 
 __all__ = ["Accordion", "is_critical"]
-
-_CHOICES = {"scope": ("layer", "model"), "gradients": ("mean", "worker 0")}
 
 
 def is_critical(previous: float | None, present: float, threshold: float = 0.5) -> bool:
@@ -98,17 +97,10 @@ class Accordion(RankPolicy):
         sketch: int | None = 4096,
         setting: str = "rank",
     ) -> None:
-        numbers = {"low": low, "high": high, "threshold": threshold, "lr_fall": lr_fall}
-        for name, number in numbers.items():
-            if not _is_number(number) or not 0 <= number < math.inf:
-                raise ValueError(f"Invalid {name}: {number!r}. Must be a number of at least 0.")
-        counts = {"interval": interval, "sketch": 1 if sketch is None else sketch}
-        for name, count in counts.items():
-            if not _is_number(count) or count != int(count) or count < 1:
-                raise ValueError(f"Invalid {name}: {count!r}. Must be an integer of at least 1.")
-        for name, choice in (("scope", scope), ("gradients", gradients)):
-            if choice not in _CHOICES[name]:
-                raise ValueError(f"Invalid {name}: {choice!r}. Must be one of {_CHOICES[name]}.")
+        require_numbers(low=low, high=high, threshold=threshold, lr_fall=lr_fall)
+        require_counts(interval=interval, sketch=1 if sketch is None else sketch)
+        require_choice("scope", scope, ("layer", "model"))
+        require_choice("gradients", gradients, ("mean", "worker 0"))
         if low > high:
             raise ValueError(f"Invalid low and high: {low!r}, {high!r}. Low must not exceed high.")
         self.low, self.high, self.threshold, self.interval = low, high, threshold, interval
@@ -196,7 +188,3 @@ class Accordion(RankPolicy):
         """Goes on from there."""
         self._windows = state_dict["windows"]
         self._norms, self._lrs = dict(state_dict["norms"]), dict(state_dict["lrs"])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,7 +10,7 @@ sketch); Alon, Matias, Szegedy: "The space complexity of approximating the frequ
 1996 (its norm).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
     return found
 
 
-def mean_norms(tensors: Sequence[Tensor], size: int | None, seed: int) -> Exchange[list[float]]:
+def mean_norms(tensors: Iterable[Tensor], size: int | None, seed: int) -> Exchange[list[float]]:
     """The norms of the tensors' means over the workers.
 
     Args:

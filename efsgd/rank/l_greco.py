@@ -1,0 +1,215 @@
+"""L-GreCo: the ranks that send least, of all whose errors together are no larger than uniform ones.
+
+Source: Alimohammadi, Markov, Frantar, Alistarh: "L-GreCo: Layerwise-Adaptive Gradient Compression
+for Efficient and Accurate Deep Learning", MLSys 2024, arXiv 2210.17357.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from efsgd.collectives import Exchange
+from efsgd.compressors import Compressor
+from efsgd.observation import Observation
+from efsgd.rank.accumulation import Accumulator
+from efsgd.rank.allocation import Candidate, allocate_within
+from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.checks import require_counts, require_numbers
+from efsgd.rank.costs import byte_table
+from efsgd.rank.error_tables import ErrorTables
+from efsgd.rank.uniform import Uniform
+
+__all__ = ["Costs", "LGreCo"]
+
+#: What each layer costs at each value, by compressor, layers, setting, values and the number of
+#: workers: an exchange whose result is the same on every worker, a row for each layer.
+Costs: TypeAlias = Callable[
+    [Compressor, Sequence[Layer], str, Sequence[Value], int], Exchange[Sequence[Sequence[float]]]
+]
+
+
+class LGreCo(RankPolicy):
+    """Gives each layer the rank it needs: least traffic at no more error than a uniform rank's.
+
+    Each window ends with a decision. What the layers' last corrected gradients Δ_w = g_w + e_w sum
+    up to says how large the error of each layer would be at each rank. Of all choices whose errors
+    add up to no more than those of the reference, the one that sends least is taken. So never more
+    is sent than with the reference, and never is the error larger, as far as it was measured.
+
+    Differences to the authors' code: errors are those of the mean over the workers, not worker 0's;
+    they are not rounded to a grid, which excludes the uniform choice itself; the reference is what
+    is taken where nothing better is found; factors keep what they learned.
+
+    Args:
+        reference: the uniform rank whose total error must be kept; or another policy, such as
+            `Accordion`, whose rank of each layer is taken in its place.
+        values: the ranks to choose from, the reference's among them. None: all from `shrink` times
+            the reference's least to `grow` times its greatest.
+        shrink: see `values`.
+        grow: see `values`.
+        tolerance: the errors may add up to this many times the reference's. Below 1, more may be
+            sent than with the reference.
+        observations: how many steps at the end of a window are summed; all those of the first, as
+            nobody knows where it will end.
+        interval: how many windows lie between two decisions, at least 1.
+        spectrum: how errors of low-rank approximations are found. "power": by power iteration,
+            which sends `iterations` times as much as a step of the greatest of `values`. "svd":
+            from the mean itself, which is sent whole.
+        iterations: see `spectrum`.
+        gradients: "mean" over the workers, or "worker 0", as in the authors' code.
+        sketch: how many numbers of each layer are sent to know the norm of what the greatest rank
+            leaves; see `Accordion`.
+        costs: what is to be least, in any unit; see `efsgd.rank.Costs`. None: bytes.
+
+    Raises:
+        ValueError: an argument is out of range, or the reference's values are not among `values`.
+
+    Source: arXiv 2210.17357.
+    """
+
+    def __init__(
+        self,
+        reference: Value | RankPolicy = 4,
+        values: Sequence[Value] | None = None,
+        *,
+        shrink: float = 0.5,
+        grow: float = 2.0,
+        tolerance: float = 1.0,
+        observations: int = 10,
+        interval: int = 1,
+        spectrum: str = "power",
+        iterations: int = 2,
+        gradients: str = "mean",
+        sketch: int | None = 4096,
+        costs: Costs | None = None,
+        setting: str = "rank",
+    ) -> None:
+        require_numbers(above=0.0, shrink=shrink, grow=grow, tolerance=tolerance)
+        require_counts(observations=observations, interval=interval)
+        if not isinstance(reference, RankPolicy):
+            reference = Uniform(reference, setting)
+        self.reference = reference
+        self.setting = self.reference.setting
+        own = self.reference.values
+        chosen = _between(own, shrink, grow) if values is None else values
+        if missing := [value for value in own if value not in chosen]:
+            raise ValueError(
+                f"Invalid values: {list(chosen)}. They lack {missing}, which the reference may "
+                f"ask for, and must have all of its values."
+            )
+        self.tolerance, self.costs = tolerance, costs
+        self.observations, self.interval = observations, interval
+        self._values = tuple(sorted(set(chosen)))
+        options = spectrum, iterations, gradients, sketch
+        self._tables = ErrorTables(self.setting, self._values, *options)
+        self._compressor: Compressor | None = None
+        self._windows = 0  # that have ended
+        self._length: int | None = None  # of the last window, in steps
+        self._targets: dict[int, Value] = {}  # the reference's value of each layer
+        self._pending: dict[int, Value] = {}
+        self._accumulator = Accumulator(with_errors=True)
+
+    @property
+    def values(self) -> Sequence[Value]:
+        """All that can be chosen, ascending."""
+        return self._values
+
+    @property
+    def accumulators(self) -> Sequence[Accumulator]:
+        """Of corrected gradients, and what the reference accumulates."""
+        return self._accumulator, *self.reference.accumulators
+
+    @property
+    def _is_looking(self) -> bool:
+        """Whether a decision ends the present window."""
+        return (self._windows + 1) % self.interval == 0
+
+    def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
+        """The reference's."""
+        self._tables.validate(compressor)
+        self._compressor, self._windows = compressor, -1  # the first `commit` begins window 0
+        self._pending = dict(self.reference.begin(layers, compressor))
+        return self._pending
+
+    def observe(self, observation: Observation) -> None:
+        """Adds the corrected gradients of a step, if it is one of the last."""
+        if self._length is None or self._accumulator.steps > self._length - self.observations:
+            self._accumulator.add(observation)
+        self.reference.observe(observation)
+
+    def propose(
+        self, layers: Sequence[Layer], world_size: int, worker: int
+    ) -> Exchange[Mapping[int, Value]]:
+        """The choice of least cost, at no more error than the reference's."""
+        assert self._compressor is not None
+        seen = [self._as_reference_has_it(layer) for layer in layers]
+        wanted = yield from self.reference.propose(seen, world_size, worker)
+        self._pending = {**{layer.index: layer.value for layer in seen}, **wanted}
+        known = [layer for layer in layers if layer.index in self._accumulator.sums]
+        if not (self._is_looking and known):
+            return {i: v for i, v in self._pending.items() if v != self._targets.get(i)}
+        context = self._accumulator, world_size, worker
+        errors = yield from self._tables.measure(self._compressor, known, *context)
+        costs = yield from self._costs(known, world_size)
+        if not all(math.isfinite(error) for row in errors for error in row):
+            return {}  # an overflow: there is nothing to go by
+        table = [
+            [Candidate(*pair) for pair in zip(*rows, strict=True)]
+            for rows in zip(costs, errors, strict=True)
+        ]
+        reference = [self._values.index(self._pending[layer.index]) for layer in known]
+        chosen = allocate_within(table, reference, self.tolerance)
+        pairs = zip(known, chosen, strict=True)
+        decided = {layer.index: self._values[position] for layer, position in pairs}
+        return {**self._pending, **decided}
+
+    def _as_reference_has_it(self, layer: Layer) -> Layer:
+        return dataclasses.replace(layer, value=self._targets.get(layer.index, layer.value))
+
+    def _costs(
+        self, layers: Sequence[Layer], world_size: int
+    ) -> Exchange[Sequence[Sequence[float]]]:
+        assert self._compressor is not None
+        options = self._compressor, layers, self.setting, self._values, world_size
+        if self.costs is None:
+            return byte_table(*options)
+        found: Sequence[Sequence[float]] = yield from self.costs(*options)
+        return found
+
+    def commit(self, layers: Sequence[Layer]) -> None:
+        """Keeps what the reference wants, and sums anew if the next window counts."""
+        self._targets, self._pending = self._pending, {}
+        self.reference.commit([self._as_reference_has_it(layer) for layer in layers])
+        self._length = self._accumulator.steps or None
+        self._windows += 1
+        if self._is_looking:
+            self._accumulator.begin(layers)
+        else:
+            self._accumulator.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers of windows and steps, and the reference's values and state."""
+        return {
+            "windows": self._windows,
+            "length": self._length,
+            "targets": dict(self._targets),
+            "reference": self.reference.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self._windows, self._length = state_dict["windows"], state_dict["length"]
+        self._targets = dict(state_dict["targets"])
+        self.reference.load_state_dict(state_dict["reference"])
+
+
+def _between(values: Sequence[Value], shrink: float, grow: float) -> Sequence[int]:
+    """All ranks from a share of the least to a multiple of the greatest of these."""
+    if not all(isinstance(value, int) for value in values):
+        raise ValueError(
+            f"Invalid values: None. Must be given where the reference's are no integers, as here: "
+            f"{list(values)}."
+        )
+    first, last = math.floor(shrink * min(values)), math.ceil(grow * max(values))
+    return range(max(1, first), max(first, last, int(max(values))) + 1)

@@ -1,0 +1,64 @@
+"""How much of a tensor a compressor misses, found by compressing it: for those of single tensors.
+
+Each worker compresses its own tensors, so the mean over the workers of what they miss is taken.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from efsgd.collectives import AllReduceMean, Exchange
+from efsgd.compressors import TensorCompressor
+from efsgd.rank.base import Layer, Value
+from efsgd.units import Draws
+
+__all__ = ["measured_errors"]
+
+
+def measured_errors(
+    compressor: TensorCompressor,
+    layers: Sequence[Layer],
+    setting: str,
+    values: Sequence[Value],
+    tensors: Mapping[int, Tensor],
+    worker: int,
+) -> Exchange[list[list[float]]]:
+    """The norm of what is missed of each layer at each value, in the mean over the workers.
+
+    Args:
+        compressor: of the layers.
+        layers: the rows of the table.
+        setting: of which `values` are.
+        values: the columns.
+        tensors: by index, in the layers' shapes, this worker's own; not modified.
+        worker: this worker's place among all, from 0.
+    """
+    rows = [
+        [
+            _missed(compressor, layer, {setting: value}, tensors[layer.index], worker)
+            for value in values
+        ]
+        for layer in layers
+    ]
+    table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
+    mean = yield AllReduceMean(table, "errors of accumulated gradients")
+    found: list[list[float]] = mean.tolist()
+    return found
+
+
+def _missed(
+    compressor: TensorCompressor,
+    layer: Layer,
+    chosen: Mapping[str, Value],
+    tensor: Tensor,
+    worker: int,
+) -> float:
+    operator = compressor.level(layer.shape, {**layer.settings, **chosen})
+    if operator is None:
+        return 0.0
+    assert isinstance(operator, TensorCompressor)
+    draws = Draws(operator.seed_of_draws, layer.index, 0, worker)
+    rest = tensor.clone()
+    operator.add_decompressed_(rest, operator.compress(tensor, draws), draws, -1.0)
+    return float(torch.linalg.vector_norm(rest, dtype=torch.float64))

@@ -1,0 +1,118 @@
+"""How well the workers' mean matrices are approximated at each rank.
+
+Only the mean's largest singular values are needed, and what is left beside them. They are found
+without ever sending a whole matrix, by power iteration on a matrix that lies in parts on the
+workers, as PowerSGD does it; or exactly, from the mean itself.
+
+Source: Alimohammadi, Markov, Frantar, Alistarh: "L-GreCo: Layerwise-Adaptive Gradient Compression
+for Efficient and Accurate Deep Learning", MLSys 2024, arXiv 2210.17357, whose errors these are;
+Halko, Martinsson, Tropp: "Finding structure with randomness", SIAM Review 2011, arXiv 0909.4061
+(power iteration on some random columns).
+
+Legend::
+
+    A        [n, m]   a worker's part of a matrix; what counts is the mean over the workers
+    P_hat    [n, r]   orthonormal columns
+    Q        [m, r]   A^T P_hat
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from efsgd.collectives import AllReduceMean, Exchange
+from efsgd.orthogonalization import normalize_columns, orthogonalize
+from efsgd.query import initial_query
+from efsgd.rank.sketch import mean_norms
+
+__all__ = ["exact_tails", "power_tails"]
+
+
+def power_tails(
+    matrices: Mapping[int, Tensor],
+    ranks: Mapping[int, int],
+    *,
+    iterations: int = 2,
+    sketch: int | None = 4096,
+    seed: int = 0,
+) -> Exchange[dict[int, Tensor]]:
+    """What remains of each mean matrix at ranks 0 to r, by power iteration.
+
+    Args:
+        matrices: A by index, [n, m], this worker's own.
+        ranks: r of each, at most min(n, m).
+        iterations: products from both sides, at least 1; each sends r·(n + m) numbers of a matrix.
+        sketch: how many numbers of each remainder are sent, to know its norm; None: all.
+        seed: of the first Q, the same on every worker.
+
+    Returns:
+        By index, [r + 1] float64: at k, the Frobenius norm of what a rank-k approximation leaves,
+        which at k = min(n, m) is 0.
+    """
+    Qs = {
+        index: initial_query(seed, index, A.shape[1], ranks[index]).to(A.device, A.dtype)
+        for index, A in matrices.items()
+    }
+    P_hats, local = {}, Qs
+    for _ in range(iterations):
+        products = {index: A @ normalize_columns(Qs[index]) for index, A in matrices.items()}
+        Ps = yield from _means(products, "P of accumulated gradients")
+        P_hats = {index: orthogonalize(P) for index, P in Ps.items()}
+        local = {index: A.mT @ P_hats[index] for index, A in matrices.items()}
+        Qs = yield from _means(local, "Q of accumulated gradients")
+    remainders = (A - P_hats[index] @ local[index].mT for index, A in matrices.items())
+    norms = yield from mean_norms(remainders, sketch, seed)
+    found = {}
+    for (index, Q), norm in zip(Qs.items(), norms, strict=True):
+        values = torch.linalg.svdvals(Q.double().cpu())
+        rest = 0.0 if ranks[index] == min(matrices[index].shape) else norm
+        found[index] = _tails(values.square(), rest**2)
+    return found
+
+
+def exact_tails(
+    means: Mapping[int, Tensor], ranks: Mapping[int, int], world_size: int, worker: int
+) -> Exchange[dict[int, Tensor]]:
+    """The same, from the mean matrices themselves. Each worker does a part of the work.
+
+    Args:
+        means: by index, [n, m], equal on all workers.
+        ranks: see `power_tails`.
+        world_size: the number of workers.
+        worker: this worker's place among them, from 0.
+
+    Returns:
+        See `power_tails`.
+    """
+    found = {}
+    for number, (index, A) in enumerate(means.items()):
+        found[index] = torch.zeros(ranks[index] + 1, dtype=torch.float64, device=A.device)
+        if number % world_size == worker:
+            A = A.double()
+            gram = A @ A.mT if A.shape[0] <= A.shape[1] else A.mT @ A
+            squares = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
+            rest = float(squares[ranks[index] :].sum())
+            found[index] = _tails(squares[: ranks[index]], rest)
+    mine = {index: world_size * tails for index, tails in found.items()}  # the others have zeros
+    return (yield from _means(mine, "errors of accumulated gradients"))
+
+
+def _tails(squares: Tensor, rest: float) -> Tensor:
+    """√(rest + the sum of all squares from the k-th on), for each k."""
+    sums = torch.cat([squares, squares.new_tensor([rest])]).flip(0).cumsum(0).flip(0)
+    return sums.sqrt()
+
+
+def _means(tensors: Mapping[int, Tensor], purpose: str) -> Exchange[dict[int, Tensor]]:
+    """The means over the workers, by one collective."""
+    first = next(iter(tensors.values()))
+    dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
+    flat = [tensor.reshape(-1).to(first.device, dtype) for tensor in tensors.values()]
+    mean = yield AllReduceMean(torch.cat(flat), purpose)
+    parts = mean.split([math.prod(tensor.shape) for tensor in tensors.values()])
+    return {
+        index: part.view(tensor.shape).to(tensor.device, tensor.dtype)
+        for (index, tensor), part in zip(tensors.items(), parts, strict=True)
+    }
