@@ -14,6 +14,7 @@ from efsgd.individual import settings_of
 from efsgd.members import Member, compute_dtype, members
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
+from efsgd.rank.background import Background
 
 __all__ = ["Layer", "RankPolicy", "Value", "layers_of"]
 
@@ -56,9 +57,11 @@ class RankPolicy(ABC):
 
     Attributes:
         setting: the name of the setting: a key of parameter groups.
+        background: what is sent besides; counted anew before `begin` and before each `propose`.
     """
 
     setting: str = "rank"
+    background: Background = Background()
 
     @property
     @abstractmethod
@@ -79,6 +82,11 @@ class RankPolicy(ABC):
         Raises:
             ValueError: the policy and the compressor do not go together.
         """
+
+    def count_step(self) -> None:
+        """A step is about to be shown, in as many parts as it has devices and dtypes."""
+        for accumulator in self.accumulators:
+            accumulator.count_step()
 
     @abstractmethod
     def observe(self, observation: Observation) -> None:

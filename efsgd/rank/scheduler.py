@@ -12,9 +12,12 @@ from efsgd.blocks import matrix_shape
 from efsgd.collectives import AllGather, Exchange
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.individual import PER_PARAMETER
+from efsgd.members import members
 from efsgd.observation import Observation
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
+from efsgd.rank.background import Background, background_of
 from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
+from efsgd.transports import current_transport
 
 __all__ = ["RankScheduler"]
 
@@ -87,6 +90,8 @@ class RankScheduler:
         self._calls, self._last_step = 0, self._step_number
         self._seen: int | None = None
         layers = self._layers()
+        world_size = current_transport(optimizer.process_group).world_size
+        policy.background = self._background(layers, world_size)
         self._set(policy.begin(layers, optimizer.compressor))
         policy.commit(self._layers())
         self._stop = optimizer.watch(self._observe)
@@ -101,11 +106,16 @@ class RankScheduler:
         groups, values = optimizer.param_groups, policy.values
         return layers_of(groups, optimizer.compressor, policy.setting, values, self._lr_of)
 
+    def _background(self, layers: Sequence[Layer], world_size: int) -> Background:
+        optimizer = self.optimizer
+        listed = members(optimizer.param_groups, optimizer._stepper.plan.sparse)
+        collectives = optimizer.communication_stats()["collectives"]
+        return background_of(listed, {layer.index for layer in layers}, world_size, collectives)
+
     def _observe(self, observation: Observation) -> None:
         if self._step_number != self._seen:  # a step has a part for each device and dtype
             self._seen = self._step_number
-            for accumulator in self.policy.accumulators:
-                accumulator.count_step()
+            self.policy.count_step()
         self.policy.observe(observation)
 
     def close(self) -> None:
@@ -139,6 +149,7 @@ class RankScheduler:
         present = {layer.index: layer.value for layer in layers}
         values, obstacle = present, None
         try:
+            self.policy.background = self._background(layers, world_size)
             values = {**present, **(yield from self.policy.propose(layers, world_size, worker))}
         except CollectiveError:
             raise

@@ -1,0 +1,114 @@
+"""How long a layer takes at a value of the setting that is decided on: modelled, and measured."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from efsgd.blocks import Blocks, Entry, Layout
+from efsgd.collectives import AllReduceMean, Exchange, run
+from efsgd.compressors import Compressed, Compressor
+from efsgd.errors import CollectiveError
+from efsgd.phases import Phases
+from efsgd.randomness import generator_of
+from efsgd.rank.base import Layer, Value
+from efsgd.rank.costs import with_value
+from efsgd.rank.network import Clock, Network, seconds_now
+from efsgd.transports import Alone
+
+__all__ = ["measured_seconds", "modelled_seconds"]
+
+
+def modelled_seconds(
+    table: Sequence[Sequence[float]], network: Network, collectives: int = 2
+) -> list[list[float]]:
+    """The seconds that it takes to send what a table of bytes has.
+
+    Args:
+        table: of bytes, a row for each layer.
+        network: by which they are sent.
+        collectives: of a step. Layers share them, and each counts an equal part of their latency.
+    """
+    share = network.seconds(0, collectives) / max(1, len(table))
+    return [[share + network.seconds(nbytes, 0) for nbytes in row] for row in table]
+
+
+def measured_seconds(
+    compressor: Compressor,
+    layers: Sequence[Layer],
+    setting: str,
+    values: Sequence[Value],
+    world_size: int = 1,
+    *,
+    repeats: int = 5,
+    clock: Clock = time.perf_counter,
+) -> Exchange[list[list[float]]]:
+    """The seconds of lines 8 and 10 of Algorithm 2 for each layer alone, without what is sent.
+
+    Each worker times them on made-up numbers, and the medians are averaged over the workers. Of
+    what is gathered only the worker's own payload is decompressed. Add `modelled_seconds` for the
+    time on the network.
+
+    Args:
+        compressor: of the optimizer.
+        layers: the same on every worker.
+        setting: whose values they are.
+        values: of the setting.
+        world_size: the number of workers.
+        repeats: how many times each is timed; once more comes before, to warm up.
+        clock: tells the time.
+
+    Returns:
+        A row for each layer, a column for each value; the same on every worker.
+
+    Raises:
+        CollectiveError: another worker could not measure.
+    """
+    known: dict[Any, float] = {}
+    rows, obstacle = [[float("nan")] * len(values) for _ in layers], None
+    try:
+        for row, layer in zip(rows, layers, strict=True):
+            for column, value in enumerate(values):
+                own = with_value(compressor, layer.settings, setting, value)
+                key = layer.shape, layer.dtype, layer.device, own.level(layer.shape, own.settings())
+                if key not in known:
+                    known[key] = _seconds_alone(own, layer, repeats, clock)
+                row[column] = known[key]
+    except Exception as error:  # the other workers are waiting, so it is raised afterwards
+        obstacle = error
+    table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
+    mean = (yield AllReduceMean(table, "seconds of compression")) if world_size > 1 else table
+    if obstacle is not None:
+        raise obstacle
+    if not bool(mean.isfinite().all()):
+        raise CollectiveError("another worker could not measure, and says itself why.")
+    found: list[list[float]] = mean.tolist()
+    return found
+
+
+def _seconds_alone(own: Compressor, layer: Layer, repeats: int, clock: Clock) -> float:
+    settings, device, dtype = own.settings(), layer.device, layer.dtype
+    entry = Entry(0, layer.shape, own.level(layer.shape, settings))
+    if entry.level is None:
+        return 0.0
+    layout = Layout.plan([entry])
+    aggregator = own.aggregator(layout, settings, dtype, device)
+    aggregator.phases = Phases()
+    initial = own.initial_state(entry, settings)
+    for name, view in aggregator.state()[entry.index].items():
+        view.copy_(initial[name])
+    deltas = Blocks(layout, dtype, device)
+    made = torch.randn(entry.numel, generator=generator_of(0), dtype=dtype, device="cpu")
+    deltas.flat.copy_(made)
+
+    def lines_8_and_10() -> Exchange[Compressed]:
+        return (yield from aggregator.aggregate((yield from aggregator.compress(deltas, 1))))
+
+    durations = []
+    for _ in range(repeats + 1):
+        began = seconds_now(device, clock)
+        run(lines_8_and_10(), Alone())
+        durations.append(seconds_now(device, clock) - began)
+    return statistics.median(durations[1:])

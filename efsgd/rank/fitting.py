@@ -1,0 +1,98 @@
+"""Which values fit into a budget of bytes, or into a part of a step's time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from efsgd.compressors import Compressor
+from efsgd.rank.background import Background
+from efsgd.rank.base import Layer, Value
+from efsgd.rank.costs import all_reduce_bytes, byte_table, total_bytes
+from efsgd.rank.network import Network
+from efsgd.rank.uniform import largest_within
+
+__all__ = ["Fit", "Fitting"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What fits.
+
+    Attributes:
+        values: by the layers' indices; None where not even the smallest fits.
+        least: what a step costs with the smallest value everywhere.
+    """
+
+    values: Mapping[int, Value] | None
+    least: float
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Layers and values between which to choose.
+
+    Attributes:
+        compressor: of the optimizer.
+        layers: those whose values make a difference.
+        setting: what is decided on.
+        values: of it, in order of ascending cost.
+        background: what is sent besides.
+    """
+
+    compressor: Compressor
+    layers: Sequence[Layer]
+    setting: str
+    values: Sequence[Value]
+    background: Background
+
+    def within_bytes(self, budget: float) -> Fit:
+        """The largest values with which one worker sends so many bytes in a step, or fewer."""
+        workers = self.background.world_size
+        table = byte_table(self.compressor, self.layers, self.setting, self.values, workers)
+        return self._fit(largest_within(self.values, table, self._bytes, budget), self._bytes)
+
+    def within_share(self, network: Network, step_seconds: float, share: float) -> Fit:
+        """The largest values with which communication takes this share of a step's time, or less.
+
+        Args:
+            network: by whose model communication takes time.
+            step_seconds: of a step with the layers' present values. What is not communication stays
+                as it is.
+            share: above 0 and below 1.
+
+        Returns:
+            `least` is a share, too.
+        """
+
+        def seconds(chosen: Sequence[Value]) -> float:
+            known = self.background
+            nbytes = known.nbytes + self._equivalent(self.layers, chosen)
+            return network.seconds(nbytes, known.collectives)
+
+        others = max(0.0, step_seconds - seconds([layer.value for layer in self.layers]))
+        table = [
+            [network.seconds(self._equivalent([layer], [value]), 0) for value in self.values]
+            for layer in self.layers
+        ]
+        limit = others * share / (1 - share)
+
+        def shares(chosen: Sequence[Value]) -> float:
+            own = seconds(chosen)
+            return own / (own + others) if own else 0.0
+
+        return self._fit(largest_within(self.values, table, seconds, limit), shares)
+
+    def _fit(self, chosen: Sequence[Value] | None, cost: Callable[[Sequence[Value]], float]) -> Fit:
+        least = cost([self.values[0]] * len(self.layers))
+        if chosen is None:
+            return Fit(None, least)
+        pairs = zip(self.layers, chosen, strict=True)
+        return Fit({layer.index: value for layer, value in pairs}, least)
+
+    def _bytes(self, chosen: Sequence[Value]) -> int:
+        known = self.background
+        own = total_bytes(self.compressor, self.layers, self.setting, chosen, known.world_size)
+        return known.nbytes + own
+
+    def _equivalent(self, layers: Sequence[Layer], chosen: Sequence[Value]) -> float:
+        workers = self.background.world_size
+        return all_reduce_bytes(self.compressor, layers, self.setting, chosen, workers)

@@ -1,0 +1,113 @@
+"""How long an all-reduce takes between these workers: a latency, and a time for each byte."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from efsgd.collectives import AllReduceMean, Exchange
+
+__all__ = ["LARGE_BYTES", "Clock", "Network", "measure_network", "seconds_now"]
+
+#: Tells seconds, from any beginning.
+Clock = Callable[[], float]
+
+#: The size of the larger buffer that is timed: 1 MiB. The smaller one is a single float32.
+LARGE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Network:
+    """The α–β model: an all-reduce of S bytes takes α + β·S seconds.
+
+    Attributes:
+        latency: α, the seconds of a small all-reduce.
+        seconds_per_byte: β, of a worker's buffer. Whatever an all-reduce makes of a byte on the
+            wire is in it.
+
+    Raises:
+        ValueError: one of them is negative, or not finite.
+
+    Example:
+        >>> from efsgd.rank.network import Network
+        >>> Network(latency=0.001, seconds_per_byte=1e-8).seconds(500_000)
+        0.007
+    """
+
+    latency: float
+    seconds_per_byte: float
+
+    def __post_init__(self) -> None:
+        for name in ("latency", "seconds_per_byte"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number, at least 0.")
+
+    def seconds(self, nbytes: float, collectives: int = 2) -> float:
+        """What all-reduces take, one after the other.
+
+        Args:
+            nbytes: of one worker's buffers, all together.
+            collectives: how many there are. An ordinary step of PowerSGD has two.
+        """
+        return collectives * self.latency + nbytes * self.seconds_per_byte
+
+
+def seconds_now(device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """The time at which all work that was given to the device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return clock()
+
+
+def measure_network(
+    device: torch.device,
+    world_size: int,
+    *,
+    repeats: int = 5,
+    clock: Clock = time.perf_counter,
+) -> Exchange[Network]:
+    """Times all-reduces of one float32 and of `LARGE_BYTES`: medians, averaged over the workers.
+
+    Of each size the first one is left out: it waits for the slowest worker to arrive.
+
+    Args:
+        device: of the buffers.
+        world_size: the number of workers. One alone sends nothing, which costs nothing.
+        repeats: how many of each size are timed.
+        clock: tells the time.
+
+    Returns:
+        The same network on every worker, bit by bit.
+
+    Raises:
+        ValueError: `repeats` is below 1.
+
+    Example:
+        >>> from efsgd.collectives import run
+        >>> from efsgd.rank.network import measure_network
+        >>> from efsgd.transports import Alone
+        >>> run(measure_network(torch.device("cpu"), world_size=1), Alone())
+        Network(latency=0.0, seconds_per_byte=0.0)
+    """
+    if repeats < 1:
+        raise ValueError(f"Invalid repeats: {repeats!r}. Must be at least 1.")
+    if world_size == 1:
+        return Network(0.0, 0.0)
+    sizes = torch.float32.itemsize, LARGE_BYTES
+    medians = []
+    for nbytes in sizes:
+        floats = nbytes // torch.float32.itemsize
+        buffer = torch.zeros(floats, dtype=torch.float32, device=device)
+        durations = []
+        for _ in range(repeats + 1):
+            began = seconds_now(device, clock)
+            yield AllReduceMean(buffer, "a measurement of the network")
+            durations.append(seconds_now(device, clock) - began)
+        medians.append(statistics.median(durations[1:]))
+    own = torch.tensor(medians, dtype=torch.float64, device=device)
+    small, large = (yield AllReduceMean(own, "seconds of all-reduces")).tolist()
+    return Network(max(0.0, small), max(0.0, (large - small) / (sizes[1] - sizes[0])))
