@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from examples.history import History
@@ -63,35 +64,35 @@ def plot_ranks(
     }
     layers = {title: list(next(iter(found.values())).ranks) for title, found in columns.items()}
     count = 1 + max(map(len, layers.values()))
+    count = 1 + max(map(len, layers.values()))
     figure, rows = pyplot.subplots(
-        count, len(columns), figsize=(6 * len(columns), 1.2 * count + 0.6), squeeze=False,
-        sharex="col",
-    )  # fmt: skip
+        count, len(columns), figsize=(6 * len(columns), 1.15 * count + 0.6), squeeze=False
+    )
     for number, (title, histories) in enumerate(columns.items()):
         top, *others = (row[number] for row in rows)
-        top.set_title(title, loc="left", fontsize=10)
-        _draw_steps(top, next(iter(histories.values())), "learning rate")
-        for name, axes in zip(layers[title], others, strict=False):
+        shown = others[: len(layers[title])]
+        for name, axes in zip(layers[title], shown, strict=True):
             _draw_layer(axes, name, histories)
-        for axes in others[len(layers[title]) :]:
+        _draw_lr(top, next(iter(histories.values())))
+        top.set_title(title, loc="left", fontsize=10)
+        top.legend(*shown[0].get_legend_handles_labels(), frameon=False, fontsize=7)
+        for axes in (top, *shown[:-1]):
+            axes.tick_params(labelbottom=False)
+        shown[-1].set_xlabel("steps")
+        for axes in others[len(shown) :]:
             axes.set_visible(False)
-        last = others[len(layers[title]) - 1]
-        last.set_xlabel("steps")
-        last.tick_params(labelbottom=True)
-    handles, names = rows[1][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=len(names), frameon=False)
-    figure.subplots_adjust(bottom=0.1)
     save_figure(path, figure)
 
 
-def _draw_steps(axes: Axes, history: History, label: str) -> None:
+def _draw_lr(axes: Axes, history: History) -> None:
     """The learning rate with which each window began."""
     axes.plot(*_until_the_end(history, history.lrs), color="#000000", drawstyle="steps-post")
-    _finish(axes, label)
+    axes.set_ylim(0, 1.4 * max(history.lrs))
+    _finish(axes, "learning rate")
 
 
 def _draw_layer(axes: Axes, name: str, histories: Mapping[str, History]) -> None:
-    """A layer's ranks by all methods; the later ones are thinner, as they may lie on others."""
+    """A layer's ranks by all methods; later lines are thinner, as they may lie on others."""
     for number, (method, history) in enumerate(histories.items()):
         axes.plot(
             *_until_the_end(history, history.ranks[name]),
@@ -99,12 +100,14 @@ def _draw_layer(axes: Axes, name: str, histories: Mapping[str, History]) -> None
             linewidth=2 * (len(histories) - number) - 0.6,
         )  # fmt: skip
     found = re.fullmatch(r".*\((.*)\)", name)
-    axes.set_ylim(bottom=0)
-    _finish(axes, found[1] if found else name)
+    highest = max(max(ranks) for history in histories.values() for ranks in history.ranks.values())
+    axes.set_ylim(0, 1.25 * highest)
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _finish(axes, f"rank of {found[1] if found else name}")
 
 
 def _finish(axes: Axes, label: str) -> None:
-    axes.set_title(label, loc="left", fontsize=8, y=0.9)
+    axes.text(0.01, 0.96, label, transform=axes.transAxes, fontsize=8, va="top")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
 

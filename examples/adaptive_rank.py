@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torch import nn
 
 from efsgd import PowerSGDOptimizer
-from efsgd.rank import Accordion, RankPolicy, RankScheduler
+from efsgd.rank import Accordion, LGreCo, RankPolicy, RankScheduler
 from examples.adaptation import adaptation_table, plot_ranks
 from examples.builtin import DIGITS, TOPICS, digits_task, topics_task
 from examples.comparison import Comparison, Subject, argument_parser
@@ -56,7 +56,9 @@ class Choices:
 
 # The same for both small tasks, whose trainings have 20 windows each. Their layers are so small
 # that a sketch of the default size would be all of a gradient.
-SMALL = Choices(1, 4, {"interval": 2, "sketch": 256}, {"interval": 5, "sketch": 256})
+SMALL = Choices(
+    2, 4, {"interval": 1, "sketch": 256}, {"interval": 5, "shrink": 0.25, "sketch": 256}
+)
 # Those of the paper.
 RESNET18 = Choices(1, 2, {"interval": 10}, {"interval": 10})
 
@@ -81,6 +83,16 @@ def accordion(choices: Choices) -> RankPolicy:
     return Accordion(choices.low, choices.high, **choices.accordion)
 
 
+def l_greco(choices: Choices) -> RankPolicy:
+    """A new L-GreCo, whose layers together have no more error than at the high rank."""
+    return LGreCo(choices.high, **choices.l_greco)
+
+
+def l_greco_after_accordion(choices: Choices) -> RankPolicy:
+    """A new L-GreCo, whose layers together have no more error than Accordion's choice."""
+    return LGreCo(accordion(choices), **choices.l_greco)
+
+
 def scheduled(
     optimizer: PowerSGDOptimizer, *, policy: Callable[[Choices], RankPolicy], choices: Choices
 ) -> RankScheduler:
@@ -88,14 +100,18 @@ def scheduled(
     return RankScheduler(optimizer, policy(choices))
 
 
-POLICIES = {"Accordion": accordion}
+POLICIES = {
+    "Accordion": accordion,
+    "L-GreCo": l_greco,
+    "L-GreCo and Accordion": l_greco_after_accordion,
+}
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line, or these words of one."""
     parser = argument_parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10's binary files")
-    parser.add_argument("--low-rank", type=int, help="default: 1")
+    parser.add_argument("--low-rank", type=int, help="default: 2, of ResNet18 1")
     parser.add_argument("--high-rank", type=int, help="default: 4, of ResNet18 2")
     return parser.parse_args(words)
 
