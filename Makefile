@@ -40,6 +40,10 @@ demo-adamw: $(VENV)/.with-examples ## the same for AdamW, on gradients that were
 demo-compressors: $(VENV)/.with-examples ## the same for other compressors, at equal numbers of bytes
 	$(BIN)/python examples/compare_compressors.py $(DEMO_FLAGS)
 
+.PHONY: demo-adaptive
+demo-adaptive: $(VENV)/.with-examples ## fixed ranks beside ranks that change as training goes on
+	$(BIN)/python examples/adaptive_rank.py $(DEMO_FLAGS)
+
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
