@@ -40,6 +40,10 @@ demo-adamw: $(VENV)/.with-examples ## the same for AdamW, on gradients that were
 demo-compressors: $(VENV)/.with-examples ## the same for other compressors, at equal numbers of bytes
 	$(BIN)/python examples/compare_compressors.py $(DEMO_FLAGS)
 
+.PHONY: demo-adaptive
+demo-adaptive: $(VENV)/.with-examples ## fixed ranks beside ranks that change as training goes on
+	$(BIN)/python examples/adaptive_rank.py $(DEMO_FLAGS)
+
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
@@ -119,6 +123,12 @@ bench-growth: $(VENV)/.with-examples ## measure growth with the workers (Linux, 
 .PHONY: bench-kernels
 bench-kernels: $(VENV)/.with-examples ## measure single operations of a step, every way they could be done
 	$(BENCH).kernels --output $(RESULTS)/kernels.json
+
+.PHONY: bench-rank
+bench-rank: $(VENV)/.with-examples ## measure what it costs to observe steps, to decide on ranks, and to change them
+	@set -ex; for workload in resnet18 lstm; do \
+		$(BENCH).rank --workload $$workload $(BENCH_FLAGS); \
+	done
 
 .PHONY: bench-contract
 bench-contract: $(VENV)/.with-examples ## ask efsgd and its peers what a swap-in for SGD has to do

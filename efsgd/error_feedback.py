@@ -43,8 +43,7 @@ class Section:
         device: where all of it is.
         errors: the error memory e_w of the compressed tensors; None without error feedback.
         deltas: scratch for Δ_w; after line 9 it holds the next errors.
-        leftovers: by index, errors of tensors that have no error memory any more (compressed
-            before, and now not). They are sent along with the next gradient.
+        leftovers: by index, errors of tensors not compressed any more: sent with the next gradient.
         shown: by index and name, the views that `optimizer.state` shows of errors and factors.
 
     Args:
@@ -56,6 +55,7 @@ class Section:
         device: the same.
         error_feedback: whether what was not sent is kept.
         phases: names the phases of a step.
+        memory: for errors and deltas, [layout.matrix_floats] each; None: new memory, of zeros.
     """
 
     def __init__(
@@ -69,14 +69,16 @@ class Section:
         *,
         error_feedback: bool = True,
         phases: Phases | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.layout, self.parameters, self.device = layout, dict(parameters), device
         self.aggregator, self.control = aggregator, control
         self.phases = aggregator.phases = Phases() if phases is None else phases
         self.phases.devices.add(device)
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
-        self.deltas = Blocks(layout, dtype, device, aggregator.vectors)
-        self.errors = Blocks(layout, dtype, device, aggregator.vectors) if error_feedback else None
+        kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
+        self.deltas = Blocks(layout, *kind, flat=scratch)
+        self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
         self.leftovers: dict[int, Tensor] = {}
         self.shown: dict[int, dict[str, Tensor]] = {}
 
@@ -181,8 +183,7 @@ def decompress_with_(
         mean: C(Δ).
         function: is given a list of pieces of Δ', which it may modify, and for each operand the
             list of its like pieces.
-        operands: tensors by parameter index, all with the same indices (`function` may modify
-            them).
+        operands: tensors by parameter index, all with the same indices (modified in place).
         options: passed on to `function`.
     """
     mean.decompress_with_(function, *operands, **options)  # Alg. 2, line 11

@@ -8,12 +8,19 @@ the group's parameters, in their order; None there is the group's own::
 It is replaced, never modified: a state_dict that was taken keeps what it had.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from efsgd.compressors import Compressor
 
-__all__ = ["PER_PARAMETER", "frozen", "settings_of", "validate_per_parameter"]
+__all__ = [
+    "PER_PARAMETER",
+    "frozen",
+    "own_settings",
+    "set_own_",
+    "settings_of",
+    "validate_per_parameter",
+]
 
 #: The entry of a parameter group.
 PER_PARAMETER = "per_parameter"
@@ -32,66 +39,102 @@ def settings_of(group: dict[str, Any], position: int) -> dict[str, Any]:
         >>> settings_of(group, 0)["rank"], settings_of(group, 1)["rank"]
         (2, 4)
     """
-    own = group.get(PER_PARAMETER)
-    if not own:
-        return group
-    chosen = {name: values[position] for name, values in own.items()}
-    return {**group, **{name: value for name, value in chosen.items() if value is not None}}
+    own = own_settings(group, position)
+    return {**group, **own} if own else group
+
+
+def own_settings(group: Mapping[str, Any], position: int) -> dict[str, Any]:
+    """What one parameter has in the place of its group's settings.
+
+    Args:
+        group: its parameter group.
+        position: its place in the group.
+    """
+    own = group.get(PER_PARAMETER) or {}
+    chosen = ((name, own[name][position]) for name in sorted(own))
+    return {name: value for name, value in chosen if value is not None}
+
+
+def set_own_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
+    """Gives single parameters values of a setting.
+
+    Args:
+        groups: parameter groups (`per_parameter` is replaced where it changes).
+        name: of the setting.
+        values: by the parameters' positions over all groups; those left out keep what they have.
+    """
+    first = 0
+    for group in groups:
+        own, count = group.get(PER_PARAMETER) or {}, len(group["params"])
+        before = tuple(own.get(name, [None] * count))
+        after = tuple(values.get(first + place, old) for place, old in enumerate(before))
+        if after != before:
+            group[PER_PARAMETER] = {**own, name: after}
+        first += count
 
 
 def frozen(group: Mapping[str, Any]) -> Hashable:
     """What `per_parameter` says, to be compared with what it says later."""
-    own = group.get(PER_PARAMETER)
-    return own and tuple((name, tuple(own[name])) for name in sorted(own))
+    own = group.get(PER_PARAMETER) or {}
+    return tuple((name, tuple(own[name])) for name in sorted(own))
 
 
 def validate_per_parameter(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks what a group says about single parameters.
+    """Checks the compressor's settings in a group, and what it says about single parameters.
 
     Args:
         group: a parameter group, or the defaults of one.
         compressor: whose settings these are.
 
     Raises:
-        TypeError: it is of the wrong type.
+        TypeError: `per_parameter` is of the wrong type.
         ValueError: it names what is no setting of single parameters, has not one value for each
-            of them, or a value is out of range.
+            of them, or a value, there or in the group, is out of range.
     """
+    compressor.validate(group)
     own = group.get(PER_PARAMETER)
     if own is None:
-        compressor.validate(group)
         return
-    if not isinstance(own, Mapping):
+    if not isinstance(own, dict):
         raise TypeError(
             f"Invalid per_parameter: {own!r}. Must be None, or a dict from names of settings to "
             f"a value for each parameter of the group, for example {{'rank': [4, 2]}}."
         )
     allowed = sorted(set(compressor.settings()) - set(compressor.shared_settings()))
+    count = len(group.get("params", ()))
     for name, values in own.items():
         if name not in allowed:
+            choices = f"one of {allowed}" if allowed else "None: this compressor has none"
             raise ValueError(
                 f"Invalid per_parameter: {name!r} is no setting that single parameters may have. "
-                f"Must be one of {allowed}."
+                f"Must be {choices}."
             )
-        if not isinstance(values, Sequence) or isinstance(values, str):
+        if not isinstance(values, list | tuple):
             raise TypeError(
                 f"Invalid per_parameter: {name!r} has {values!r}. Must be a list or a tuple, with "
                 f"a value or None for each parameter of the group."
             )
-        if len(values) != len(group.get("params", ())):
+        if len(values) != count:
             raise ValueError(
-                f"Invalid per_parameter: {name!r} has {len(values)} values for "
-                f"{len(group.get('params', ()))} parameters. Must have one, or None, for each."
+                f"Invalid per_parameter: {name!r} has {len(values)} values for {count} parameters. "
+                f"Must have one, or None, for each."
             )
-    for settings in _distinct(group, own):
-        compressor.validate(settings)
+    _validate_values(group, compressor, count if own else 0)
 
 
-def _distinct(
-    group: Mapping[str, Any], own: Mapping[str, Sequence[Any]]
-) -> Iterator[dict[str, Any]]:
-    """The settings that occur, each once."""
-    names = list(own)
-    for values in dict.fromkeys(zip(*own.values(), strict=True)):
-        chosen = dict(zip(names, values, strict=True))
-        yield {**group, **{name: value for name, value in chosen.items() if value is not None}}
+def _validate_values(group: Mapping[str, Any], compressor: Compressor, count: int) -> None:
+    """Checks the settings of each parameter; those that occur several times, once."""
+    seen: set[str] = set()
+    for position in range(count):
+        chosen = own_settings(group, position)
+        text = repr(chosen)  # 1, 1.0 and True are equal, and not all of them are ranks
+        if text in seen:
+            continue
+        seen.add(text)
+        try:
+            compressor.validate({**group, **chosen})
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"{error} That is what per_parameter has for parameter {position} of the group."
+            ) from error

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from efsgd.blocks import real_view
@@ -18,7 +19,8 @@ class Observation:
 
     Attributes:
         gradients: g_w by index, in the parameters' shapes (complex ones as real views), before
-            they are multiplied by `scale`; of the parameters that have one on this worker.
+            they are multiplied by `scale`; of the parameters that have one on this worker, whether
+            they are compressed now or not. Sparse ones are left out.
         errors: e_w by index, float32 or float64, as they were before the step; of the parameters
             that have an error memory and take part in the step.
         scale: gradients times this are those of the loss (mixed precision), and weighted.
@@ -34,18 +36,20 @@ Watcher: TypeAlias = Callable[[Observation], None]
 
 
 def observe(section: Section, absent: frozenset[int], scale: float) -> Observation:
-    """Shows the compressed tensors of a section, before its step is committed.
+    """Shows the tensors of a section, before its step is committed.
 
     Args:
         section: after `exchange_gradients`.
         absent: parameters that no worker had a gradient for.
         scale: the gradients were multiplied by it.
     """
-    present = section.compressed - absent
     gradients = {
         index: real_view(gradient)
         for index, parameter in section.parameters.items()
-        if index in present and (gradient := parameter.grad) is not None
+        if index not in absent
+        and (gradient := parameter.grad) is not None
+        and gradient.layout == torch.strided
     }
+    present = section.compressed - absent
     errors = {} if section.errors is None else {i: section.errors.views[i] for i in present}
     return Observation(gradients, errors, scale)

@@ -155,7 +155,8 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
     def plan_change(self) -> None:
         """To be called by every worker before the same step, if all change settings for it alike.
 
-        The change then costs a comparison less. What differs is an error of the next step.
+        The change then need not be announced, which would cost the collectives of a step: the next
+        step begins with a comparison on all workers. What differs is an error on all of them.
         """
         self._stepper.plan_change()
 

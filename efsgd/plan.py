@@ -12,7 +12,7 @@ from efsgd.error_feedback import Section
 from efsgd.members import Member, members
 from efsgd.phases import Phases
 from efsgd.rules import Rules
-from efsgd.sections import make_sections, signature
+from efsgd.sections import make_sections, memory_of, signature
 from efsgd.state import (
     LOCAL_STATE,
     State,
@@ -87,6 +87,8 @@ class Plan:
         self._compressor, self._phases = compressor, phases
         self.signature: Signature | None = None
         self._prepared: list[Hashable] = []
+        # Of states that the last `update` changed: what they had under these names.
+        self._replaced: list[tuple[State, dict[str, Tensor | None]]] = []
 
     @property
     def roundings(self) -> tuple[str, ...]:
@@ -96,6 +98,25 @@ class Plan:
     def forget(self) -> None:
         """Frees the sections; they are made anew by the next `update`."""
         self.sections, self.signature = [], None
+
+    def keep_changes(self) -> None:
+        """The step is applied: what `update` has made of the state stays."""
+        self._replaced = []
+
+    def undo_changes_(self) -> None:
+        """Puts back what `update` has replaced in the state since then (modified in place).
+
+        Those are factors of another rank, and what a tensor needs that was not compressed before.
+        """
+        for own, before in self._replaced:
+            for name, value in before.items():
+                if value is None:
+                    own.pop(name, None)
+                else:
+                    own[name] = value
+        if self._replaced:
+            self.forget()  # its views are those that were left out
+        self._replaced = []
 
     def sign(self, groups: Groups, state: Mapping[Tensor, State]) -> Signature:
         """All that a plan of these groups depends on, as it is now."""
@@ -155,8 +176,9 @@ class Plan:
                     prepare_updates(section.aggregator, own, self.states, rules)
             self._prepared = kinds
             return
-        self.forget()  # its scratch memory is free for what follows
         self.members, self.states = list(members(groups, self.sparse)), {}
+        memory = memory_of(self.sections, self.members, self._compressor)
+        self.forget()  # all other memory is free for what follows
         for member in self.members:
             if member.parameter.is_meta:
                 fused = "`fused=True` requires all the params to have values, but "
@@ -166,7 +188,7 @@ class Plan:
                     f"example by module.to_empty(device='cpu')."
                 )
             if member.parameter.requires_grad:
-                complete_(state[member.parameter], member, self._compressor)
+                self._complete_(state[member.parameter], member)
                 self.states[member.index] = state[member.parameter]
             elif member.parameter in state:
                 withdraw_(state[member.parameter])
@@ -177,10 +199,25 @@ class Plan:
             *context,
             self._phases,
             lambda aggregator, own: prepare_updates(aggregator, own, self.states, rules),
+            memory,
         )
         self.context, self._prepared = context, kinds
         self.sparse &= {member.parameter for member in self.members}
         self.signature = self.sign(groups, state)
+
+    def _complete_(self, own: State, member: Member) -> None:
+        before = dict(own)
+        try:
+            complete_(own, member, self._compressor)
+        finally:
+            replaced = {
+                name: before.get(name)
+                for name, value in own.items()
+                if name not in before
+                or (value is not before[name] and value.shape != before[name].shape)
+            }
+            if replaced:
+                self._replaced.append((own, replaced))
 
 
 def replicated(listed: Iterable[Member], state: Mapping[Tensor, State]) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ __all__ = ["resized"]
 # Columns that nothing is known of count less than any that was learned, should the rank shrink
 # again before a step has been taken.
 _UNKNOWN = 2.0**-10
+# What a column of zeros may become by rotation, in float64, beside the longest.
+_ROUNDING = 2.0**-44
 
 
 def resized(kept: Tensor, fresh: Tensor) -> Tensor:
@@ -19,14 +21,17 @@ def resized(kept: Tensor, fresh: Tensor) -> Tensor:
 
     Where there are fewer, the factor is rotated by its SVD and keeps the columns of its largest
     singular values: of all subspaces of that dimension, the one that has most of what the last step
-    found. Where there are more, they are those of `fresh`.
+    found. Where there are more, and where one is zero or rounding, they point where those of
+    `fresh` do, and are shorter than all that were learned.
 
     Args:
         kept: [m, r], what was learned.
         fresh: [m, r'], drawn from the shared generator.
 
     Returns:
-        [m, r'] float64, on the CPU; the same on every worker.
+        [m, r'] float64, on the CPU; the same bits for the same values, whatever their strides, on
+        workers of one kind. Between processors of several kinds it may differ by rounding, which
+        the mean of the next step takes away.
 
     Example:
         >>> from efsgd.resizing import resized
@@ -36,12 +41,14 @@ def resized(kept: Tensor, fresh: Tensor) -> Tensor:
         >>> resized(kept, torch.ones(3, 4)).shape
         torch.Size([3, 4])
     """
-    known, drawn = (tensor.detach().double().cpu() for tensor in (kept, fresh))
+    # Contiguous, as sums of other strides have other bits: a state in training is a view, a loaded
+    # one is not.
+    known, drawn = (tensor.detach().double().cpu().contiguous() for tensor in (kept, fresh))
     columns = drawn.shape[-1]
     if columns < known.shape[-1]:
         known = _rotated(known)[:, :columns]
     norms = torch.linalg.vector_norm(known, dim=0)
-    is_learned = norms > torch.finfo(kept.dtype).eps * norms.max()  # the others are rounding
+    is_learned = norms > max(torch.finfo(kept.dtype).eps, _ROUNDING) * norms.max()
     found, is_new = drawn.clone(), torch.ones(columns, dtype=torch.bool, device="cpu")
     is_new[: len(norms)] = ~is_learned
     found[:, ~is_new] = known[:, is_learned]

@@ -1,7 +1,7 @@
 """From parameter groups to sections: one for each device and dtype, made anew when they change."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,12 +10,15 @@ from efsgd.blocks import Entry, Layout
 from efsgd.compressors import Aggregator, Compressor
 from efsgd.control import ControlWords
 from efsgd.error_feedback import Section
-from efsgd.individual import frozen
+from efsgd.individual import PER_PARAMETER, frozen, own_settings
 from efsgd.members import Member, compute_dtype
 from efsgd.phases import Phases
 from efsgd.state import State, attach_, release_zero_errors_
 
-__all__ = ["describe", "make_sections", "signature"]
+__all__ = ["Kind", "describe", "make_sections", "memory_of", "signature"]
+
+#: What the tensors of a section have in common.
+Kind: TypeAlias = tuple[torch.device, torch.dtype]
 
 
 def signature(
@@ -49,6 +52,45 @@ def signature(
     )
 
 
+def memory_of(
+    sections: Iterable[Section], members: Iterable[Member], compressor: Compressor
+) -> dict[Kind, tuple[Tensor, Tensor]]:
+    """Buffers of sections that those after them can have, as they compress the same tensors.
+
+    Scratch becomes the new errors, into which `attach_` copies the old ones, and these become the
+    new scratch: nothing is allocated, and nothing is written over that has not been copied.
+
+    Args:
+        sections: that are given up once new ones are made.
+        members: the parameters of the new ones.
+        compressor: decides what is compressed.
+
+    Returns:
+        By device and dtype, for errors and deltas; see `Section`.
+    """
+    kinds, found = _by_kind(members), {}
+    for section in sections:
+        kind, errors = (section.device, section.deltas.flat.dtype), section.errors
+        own = [m for m in kinds.get(kind, []) if _entry(m, compressor).level is not None]
+        if errors is None or not all(member.group["error_feedback"] for member in own):
+            continue
+        is_same = section.compressed == {member.index for member in own}
+        is_same = is_same and all(section.parameters[m.index] is m.parameter for m in own)
+        if is_same and errors.flat.numel() == sum(m.shape.numel() for m in own):
+            found[kind] = section.deltas.flat, errors.flat
+    return found
+
+
+def _by_kind(members: Iterable[Member]) -> dict[Kind, list[Member]]:
+    """The parameters that require a gradient."""
+    kinds: dict[Kind, list[Member]] = {}
+    for member in members:
+        if member.parameter.requires_grad:
+            kind = member.parameter.device, compute_dtype(member.parameter)
+            kinds.setdefault(kind, []).append(member)
+    return kinds
+
+
 def make_sections(
     members: Iterable[Member],
     states: Mapping[int, State],
@@ -57,6 +99,7 @@ def make_sections(
     worker: int,
     phases: Phases,
     prepare: Callable[[Aggregator, list[Member]], None],
+    memory: Mapping[Kind, tuple[Tensor, Tensor]],
 ) -> list[Section]:
     """Plans and fills the sections of all parameters that require a gradient.
 
@@ -69,15 +112,11 @@ def make_sections(
         phases: names the phases of a step.
         prepare: called with each new aggregator and the parameters it works for, while the large
             buffers are not allocated yet.
+        memory: of `memory_of`.
     """
-    kinds: dict[tuple[torch.device, torch.dtype], list[Member]] = {}
-    for member in members:
-        if member.parameter.requires_grad:
-            kind = member.parameter.device, compute_dtype(member.parameter)
-            kinds.setdefault(kind, []).append(member)
     sections = []
-    release_zero_errors_(states.values())
-    for (device, dtype), alike in kinds.items():
+    release_zero_errors_(states.values(), [buffer for pair in memory.values() for buffer in pair])
+    for (device, dtype), alike in _by_kind(members).items():
         words = ControlWords.count(len(alike), world_size)
         layout = Layout.plan((_entry(member, compressor) for member in alike), words)
         options = alike[0].group
@@ -92,6 +131,7 @@ def make_sections(
             device,
             error_feedback=options["error_feedback"],
             phases=phases,
+            memory=memory.get((device, dtype)),
         )
         attach_(section, states)
         sections.append(section)
@@ -110,7 +150,7 @@ def describe(
         compressor: decides what is compressed and how far.
         settings: names of the group entries that must be equal.
     """
-    lines, names = [], sorted(settings)
+    lines, names = [], sorted(set(settings) - {PER_PARAMETER})
     group: dict[str, Any] | None = None
     for member in members:
         if member.group is not group:
@@ -121,6 +161,8 @@ def describe(
         if not parameter.requires_grad:
             how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
+        own = own_settings(member.group, member.position).items()
+        how += "".join(f", with {name}={value} of its own" for name, value in own)
         lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
     return lines
 

@@ -153,15 +153,22 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
     return torch.empty_like(parameter, device="meta").stride()
 
 
-def release_zero_errors_(states: Iterable[State]) -> None:
+def release_zero_errors_(states: Iterable[State], kept: Sequence[Tensor] = ()) -> None:
     """Frees the memory of local state that is zero until `attach_` (modified in place).
 
     A fresh optimizer then never has it twice, in its state and in the buffers of its sections.
+
+    Args:
+        states: of the parameters.
+        kept: buffers that nothing is gained by freeing parts of.
     """
+    addresses = {buffer.untyped_storage().data_ptr() for buffer in kept}
     for state in states:
         for name in LOCAL_STATE:
             value = state.get(name)
-            if value is not None and not bool(value.any()):
+            if value is None or value.untyped_storage().data_ptr() in addresses:
+                continue
+            if not bool(value.any()):
                 state[name] = value.new_zeros(()).expand(value.shape)
 
 

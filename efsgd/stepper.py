@@ -155,6 +155,7 @@ class Stepper:
             exchange = self._exchange(groups, state, (world_size, worker), scaling, weight)
             return (yield from intercept(exchange, outgoing=self.ledger.record))
         finally:
+            self.plan.undo_changes_()
             if note is not None:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
 
@@ -260,6 +261,7 @@ class Stepper:
         self, outcomes: Sequence[Outcome], rules: Rules, max_grad_norm: float | None
     ) -> None:
         plan, changes = self.plan, {}
+        plan.keep_changes()
         found = []
         for section, outcome in zip(plan.sections, outcomes, strict=True):
             assert outcome.mean is not None  # there was no obstacle

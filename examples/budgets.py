@@ -10,8 +10,8 @@ from matplotlib.ticker import LogLocator
 from rich.table import Table
 
 from examples.comparison import Method
+from examples.history import History
 from examples.reporting import look, mean_and_deviation, milliseconds, save_figure
-from examples.training import History
 
 __all__ = ["Candidate", "budget_table", "plot_budgets"]
 

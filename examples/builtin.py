@@ -18,7 +18,9 @@ DIGITS = Settings(
 )  # fmt: skip
 # Without momentum, as the paper trains its language model. (With Nesterov's momentum and longer
 # training SGD gets further on this small text than a rank of 4 does.)
-TOPICS = Settings(epochs=5, batch_size=8, lr=3.0, warmup_epochs=1, decay_at=(0.6, 0.85))
+TOPICS = Settings(
+    epochs=5, batch_size=8, lr=3.0, warmup_epochs=1, decay_at=(0.6, 0.85), windows_per_epoch=4,
+)  # fmt: skip
 
 
 def digits_task(batch_size: int, workers: Workers) -> tuple[ImageClassification, nn.Module]:

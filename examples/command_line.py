@@ -6,9 +6,9 @@ from pathlib import Path
 
 from examples.checkpointing import Checkpoints
 from examples.distributed import Workers
+from examples.history import History
 from examples.reporting import plot_runs, save_json
 from examples.settings import Settings
-from examples.training import History
 
 __all__ = ["Arguments", "parse_arguments", "save_run"]
 

@@ -15,10 +15,11 @@ from rich.table import Table
 from torch import multiprocessing, nn
 
 from examples.distributed import Workers, join_workers
-from examples.optimizers import Optimizer
+from examples.history import History
+from examples.optimizers import Optimizer, Scheduler
 from examples.reporting import comparison_table, markdown, plot_runs, progress_bar, save_json
 from examples.settings import Settings
-from examples.training import History, Task, Training, prepare, seed_worker
+from examples.training import Task, Training, prepare, seed_worker
 
 __all__ = ["Comparison", "Method", "Subject", "argument_parser"]
 
@@ -66,6 +67,7 @@ class Comparison:
         name: of the files with results.
         subjects: what is trained.
         methods: how; the first is what the others are compared with.
+        schedulers: makes a rank scheduler of a method's optimizer, for methods that have one.
         own_settings: hyper-parameters in which a method differs from the subjects' settings.
         table: makes one of a subject's title, what its quality means, and histories by method.
         plot: draws, under a path, what quality means and histories by method, for each subject.
@@ -74,6 +76,7 @@ class Comparison:
     name: str
     subjects: Sequence[Subject]
     methods: Mapping[str, Method]
+    schedulers: Mapping[str, Callable[[Any], Scheduler]] = field(default_factory=dict)
     own_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table: Callable[[str, str, Mapping[str, Sequence[History]]], Table] = comparison_table
     plot: Callable[[Path, Mapping[str, tuple[str, Mapping[str, Sequence[History]]]]], None] = (
@@ -145,8 +148,10 @@ class Comparison:
         prepare(workers, seed)
         task, model = subject.make(settings.batch_size, workers)
         model, optimizer = self.methods[method](model, settings, seed, workers)
+        make_scheduler = self.schedulers.get(method)
+        scheduler = None if make_scheduler is None else make_scheduler(optimizer)
         seed_worker(seed, workers.worker)
         steps = settings.epochs * task.steps_per_epoch
         with progress_bar(f"{method}, seed {seed}", steps, visible=workers.is_first) as report:
-            training = Training(task, model, optimizer, settings, workers, seed)
+            training = Training(task, model, optimizer, settings, workers, seed, scheduler)
             return training.run(report), task.quality

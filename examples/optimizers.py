@@ -1,4 +1,4 @@
-"""What the training loop asks of an optimizer, and optimizers of torch.optim that answer it."""
+"""What the training loop asks of an optimizer and of a scheduler, and who answers it."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,7 @@ import torch
 
 from efsgd import GradientAverager
 
-__all__ = ["AveragedOptimizer", "Optimizer", "Wrapped"]
+__all__ = ["AveragedOptimizer", "Optimizer", "Scheduler", "Wrapped"]
 
 
 class Optimizer(Protocol):
@@ -23,7 +23,26 @@ class Optimizer(Protocol):
         """Updates the parameters."""
 
     def communication_stats(self) -> dict[str, Any]:
-        """Figures of what was sent: `total_bytes_sent`, of which `check_bytes_sent` by checks."""
+        """What was sent: `total_bytes_sent`, of which `check_bytes_sent` by checks.
+
+        With a scheduler also `decision_bytes_sent`, the part of its decisions.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes that up again."""
+
+
+class Scheduler(Protocol):
+    """What decides, between two steps, what the next ones send."""
+
+    def step(self) -> None:
+        """Ends a window of steps; every worker calls it."""
+
+    def get_last_ranks(self) -> dict[str, int | float]:
+        """The rank of each parameter that is compressed, by its name."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from examples.files import replacing
-from examples.training import History
+from examples.history import History
 
 matplotlib.use("Agg")  # writes files, needs no screen
 

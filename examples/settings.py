@@ -22,6 +22,7 @@ class Settings:
         clip: largest norm of the gradient, a worker's own with PowerSGDOptimizer and the average
             under DistributedDataParallel; None for no limit.
         momentum_form: of PowerSGDOptimizer: "sgd", or "paper".
+        windows_per_epoch: rank schedulers may decide so many times in an epoch.
     """
 
     epochs: int
@@ -34,6 +35,7 @@ class Settings:
     weight_decay: float = 0.0
     clip: float | None = None
     momentum_form: str = "sgd"
+    windows_per_epoch: int = 1
 
     def of_sgd(self) -> dict[str, Any]:
         """Arguments of torch.optim.SGD, other than the parameters and their weight decay."""

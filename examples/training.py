@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from efsgd import average_buffers
 from examples.checkpointing import Checkpoints
 from examples.distributed import Workers
-from examples.optimizers import Optimizer
+from examples.history import History, Progress
+from examples.optimizers import Optimizer, Scheduler
 from examples.settings import Settings
 
-__all__ = ["History", "Progress", "Task", "Training", "parameter_groups", "prepare", "seed_worker"]
+__all__ = ["Task", "Training", "parameter_groups", "prepare", "seed_worker"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -40,48 +41,6 @@ class Task(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes that up again."""
-
-
-@dataclass
-class History:
-    """What one training did; the lists have one entry per epoch, after an entry before training.
-
-    Attributes:
-        steps: steps taken.
-        bytes_sent: bytes this worker had handed to collectives for these steps.
-        quality: quality on the test set.
-        training_loss: mean loss over the epoch on this worker; nan before training.
-        seconds_per_batch: median time of forward, backward, exchange and update.
-        bytes_per_epoch: bytes this worker handed to collectives in the last epoch.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    bytes_sent: list[int] = field(default_factory=list)
-    quality: list[float] = field(default_factory=list)
-    training_loss: list[float] = field(default_factory=list)
-    seconds_per_batch: float = 0.0
-    bytes_per_epoch: int = 0
-
-
-@dataclass
-class Progress:
-    """How far a training has come.
-
-    Attributes:
-        epoch: the present one, from 0.
-        batch: batches of it that were trained on.
-        bytes_sent: bytes this worker has handed to collectives for the steps taken.
-        losses: of the present epoch's batches.
-        seconds: of all steps; there are as many as steps were taken.
-        history: of the epochs before.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    bytes_sent: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    history: History = field(default_factory=History)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -123,6 +82,7 @@ class Training:
         settings: hyper-parameters.
         workers: the group this worker belongs to.
         seed: of the order of the data.
+        scheduler: of ranks, steps at the end of each window but the last; None for fixed ranks.
         progress: how far it has come.
     """
 
@@ -132,8 +92,10 @@ class Training:
     settings: Settings
     workers: Workers
     seed: int
+    scheduler: Scheduler | None = None
     progress: Progress = field(default_factory=Progress)
-    _sent_before: int = field(default=0, init=False)  # by processes that trained before this one
+    # By processes that trained before this one: bytes in all, and in decisions.
+    _sent_before: tuple[int, int] = field(default=(0, 0), init=False)
 
     def run(
         self,
@@ -155,10 +117,13 @@ class Training:
             progress, history = self.progress, self.progress.history
         if not history.steps:
             self._test(loss=float("nan"))
+            self._begin_window()
         while progress.epoch < self.settings.epochs:
             for batch in self.task.batches(self.seed, progress.epoch, progress.batch):
                 self._step(batch)
                 step = len(progress.seconds)
+                if self._ends_window():
+                    self._decide()
                 report(step, progress.losses[-1], history.quality[-1])
                 if checkpoints is not None and checkpoints.is_due(step):
                     checkpoints.save(step, self.state_dict())
@@ -166,6 +131,8 @@ class Training:
             progress.epoch, progress.batch, progress.losses = progress.epoch + 1, 0, []
         if progress.seconds:
             history.seconds_per_batch = statistics.median(progress.seconds)
+            history.seconds = sum(progress.seconds)
+            history.decision_bytes_sent = progress.decision_bytes_sent
             history.bytes_per_epoch = history.bytes_sent[-1] - history.bytes_sent[-2]
         return history
 
@@ -177,6 +144,7 @@ class Training:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "task": self.task.state_dict(),
             "random": random,
             "progress": asdict(self.progress),
@@ -186,21 +154,20 @@ class Training:
         """Takes up a training of the same model, task and settings."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(saved["scheduler"])
         self.task.load_state_dict(saved["task"])
         torch.set_rng_state(saved["random"]["cpu"])
         if "cuda" in saved["random"]:
             torch.cuda.set_rng_state(saved["random"]["cuda"], self.workers.device)
         progress = saved["progress"]
         self.progress = Progress(**{**progress, "history": History(**progress["history"])})
-        self._sent_before = self.progress.bytes_sent
+        self._sent_before = self.progress.bytes_sent, self.progress.decision_bytes_sent
 
     def _step(self, batch: Batch) -> None:
         """Forward, backward, exchange and update."""
-        progress, steps_per_epoch = self.progress, self.task.steps_per_epoch
-        epoch = progress.epoch + progress.batch / steps_per_epoch
-        lr = self.settings.lr_at(epoch, self.workers.world_size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        progress = self.progress
+        self._set_lr()
         start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = self.task.loss(self.model, batch)
@@ -211,9 +178,49 @@ class Training:
         progress.losses.append(loss.item())  # waits for the device
         progress.seconds.append(time.perf_counter() - start)
         progress.batch += 1
+        self._count_bytes()
+
+    def _set_lr(self) -> float:
+        """The learning rate of the next step, which it also returns."""
+        progress = self.progress
+        epoch = progress.epoch + progress.batch / self.task.steps_per_epoch
+        lr = self.settings.lr_at(epoch, self.workers.world_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _count_bytes(self) -> None:
+        """Of steps and decisions; checks come on top of a training, and are left out."""
         sent = self.optimizer.communication_stats()
+        before, decided_before = self._sent_before
         own = sent["total_bytes_sent"] - sent["check_bytes_sent"]
-        progress.bytes_sent = self._sent_before + own
+        self.progress.bytes_sent = before + own
+        decided = sent.get("decision_bytes_sent", 0)
+        self.progress.decision_bytes_sent = decided_before + decided
+
+    def _ends_window(self) -> bool:
+        """Whether the last step was the last of a window, and not of the whole training."""
+        steps, windows = self.task.steps_per_epoch, self.settings.windows_per_epoch
+        batch = self.progress.batch
+        is_last = batch == steps and self.progress.epoch == self.settings.epochs - 1
+        return batch * windows // steps > (batch - 1) * windows // steps and not is_last
+
+    def _decide(self) -> None:
+        """Ends a window; the decision's time counts as the last step's."""
+        if self.scheduler is None:
+            return
+        self._set_lr()  # a rank scheduler follows that of the next step
+        start = time.perf_counter()
+        self.scheduler.step()
+        self.progress.seconds[-1] += time.perf_counter() - start
+        self._count_bytes()
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        """Adds learning rate and ranks to the history."""
+        if self.scheduler is not None:
+            ranks = self.scheduler.get_last_ranks()
+            self.progress.history.add_window(len(self.progress.seconds), self._set_lr(), ranks)
 
     def _test(self, loss: float) -> None:
         """Adds an entry to the history; `loss` is the mean over the epoch."""

@@ -7,8 +7,8 @@ import pytest
 
 from examples.budgets import budget_table
 from examples.compare_compressors import candidates, parse_arguments
+from examples.history import History
 from examples.reporting import markdown
-from examples.training import History
 from tests.test_example_data import write_cifar10
 from tests.test_examples import results_of, run
 

@@ -40,7 +40,9 @@ def is_critical(previous: float | None, present: float, threshold: float = 0.5) 
         >>> is_critical(None, 1.0), is_critical(0.0, 0.0)
         (True, True)
     """
-    if previous is None or previous == 0.0 or not math.isfinite(previous + present):
+    if previous is None or previous == 0.0:
+        return True
+    if not (math.isfinite(previous) and math.isfinite(present)):
         return True
     return abs(previous - present) / previous >= threshold
 
@@ -65,10 +67,10 @@ class Accordion(RankPolicy):
         threshold: η, at least 0.
         interval: how many windows lie between two decisions, at least 1.
         scope: "layer" decides for each layer by itself, "model" for all together.
-        lr_fall: the learning rate of a group has fallen where it is less than this share of what it
+        lr_fall: the learning rate of a layer has fallen where it is less than this share of what it
             was in the last window. 1.0: any fall, as in the paper. With a rate that falls in every
-            window, such as a cosine's, that would always be critical: 0.5 asks for half, 0.0 for
-            none at all.
+            window, such as a cosine's, that would always be critical: 0.5 asks for less than half,
+            and with 0.0 no fall counts.
         gradients: "mean" compares norms of the mean over the workers, "worker 0" those of its own
             gradients, as the authors' code does; that has more noise, and sends nothing.
         sketch: with "mean", how many numbers of each layer are sent for a decision at most. The
@@ -78,8 +80,7 @@ class Accordion(RankPolicy):
             that single parameters may have, such as the "density" of Top K.
 
     Raises:
-        TypeError: a number is none.
-        ValueError: an argument is out of range.
+        ValueError: an argument is no number, or out of range.
 
     Source: arXiv 2010.16248, Algorithm 1.
     """
@@ -102,14 +103,17 @@ class Accordion(RankPolicy):
         require_choice("scope", scope, ("layer", "model"))
         require_choice("gradients", gradients, ("mean", "worker 0"))
         if low > high:
-            raise ValueError(f"Invalid low and high: {low!r}, {high!r}. Low must not exceed high.")
+            raise ValueError(
+                f"Invalid low and high: {low!r} and {high!r}. Must be in this order: low is for "
+                f"windows in which little changes, and must not exceed high."
+            )
         self.low, self.high, self.threshold, self.interval = low, high, threshold, interval
         self.scope, self.lr_fall, self.gradients, self.sketch = scope, lr_fall, gradients, sketch
         self.setting = setting
         self._windows = 0  # that have ended
         self._norms: dict[int, float] = {}  # of the last window that was looked at
         self._pending: dict[int, float] | None = None
-        self._lrs: dict[int, float | None] = {}
+        self._lrs: dict[int, float | None] = {}  # of each layer, in the window that is ending
         self._accumulator = Accumulator(with_errors=False)
 
     @property
@@ -130,6 +134,7 @@ class Accordion(RankPolicy):
     def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
         """High everywhere."""
         self._windows = -1  # the first `commit` begins window 0
+        self._norms, self._pending, self._lrs = {}, None, {}
         return {layer.index: self.high for layer in layers}
 
     def observe(self, observation: Observation) -> None:
@@ -150,7 +155,7 @@ class Accordion(RankPolicy):
                     self.high if is_critical(*known, self.threshold) else self.low
                 )
         for layer in layers:
-            before = self._lrs.get(layer.group)
+            before = self._lrs.get(layer.index)
             if layer.lr is not None and before is not None and layer.lr < self.lr_fall * before:
                 proposed[layer.index] = self.high
         return proposed
@@ -159,6 +164,8 @@ class Accordion(RankPolicy):
         """The norms by which each layer is judged."""
         indices = [layer.index for layer in layers if layer.index in self._accumulator.sums]
         sums = [self._accumulator.sums[index] for index in indices]
+        if not sums:
+            return {}
         if self.gradients == "mean":
             norms = yield from mean_norms(sums, self.sketch, seed=0)
         else:
@@ -173,7 +180,7 @@ class Accordion(RankPolicy):
         """Keeps norms and learning rates, and accumulates anew if the next window counts."""
         if self._pending is not None:
             self._norms, self._pending = self._pending, None
-        self._lrs = {layer.group: layer.lr for layer in layers}
+        self._lrs = {layer.index: layer.lr for layer in layers}
         self._windows += 1
         if self._is_looking:
             self._accumulator.begin(layers)

@@ -85,8 +85,9 @@ class Accumulator:
             torch._foreach_add_(self._views(own, summands), gradients, alpha=observation.scale)
 
     def count_step(self) -> None:
-        """A step was added, all parts of it."""
-        self.steps += 1
+        """A step is added, all parts of it."""
+        if self.sums:
+            self.steps += 1
 
     def _views(self, indices: Sequence[int], like: Mapping[int, Tensor]) -> list[Tensor]:
         """A vector is compressed as one, whatever shape its parameter has."""
@@ -110,12 +111,9 @@ class Accumulator:
         """The sums, which are this worker's own, and the number of steps: live views."""
         return {"steps": self.steps, "sums": dict(self.sums)}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
-        """Goes on from there.
-
-        Args:
-            state_dict: from `state_dict`, or the mean of several.
-            layers: what is summed.
+    @staticmethod
+    def validate(state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
+        """Checks what `load_state_dict` is to be given.
 
         Raises:
             ValueError: a sum has not the shape of its layer.
@@ -130,6 +128,15 @@ class Accumulator:
                     f"{tuple(value.shape)}, and the layer has {shape}. Load the state_dict of a "
                     f"scheduler of the same model."
                 )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
+        """Goes on from there.
+
+        Args:
+            state_dict: from `state_dict`, or the mean of several; see `validate`.
+            layers: what is summed.
+        """
+        sums = state_dict["sums"]
         self.end()
         if sums:
             self.begin(layer for layer in layers if layer.index in sums)

@@ -5,9 +5,9 @@ bytes or milliseconds, and an error. One is chosen of every layer. Only numbers 
 any compressor's table will do.
 
 Source: Alimohammadi, Markov, Frantar, Alistarh: "L-GreCo", MLSys 2024, arXiv 2210.17357, which
-allows the error of the uniform choice, and looks for a smaller one in a grid of errors, all of them
-rounded up. Here errors are not rounded: on the grid the uniform choice may itself exceed
-the budget.
+allows the error of the uniform choice, and looks for a smaller one on a grid of errors, all of them
+rounded up. On the grid the uniform choice may itself exceed the budget. Here nothing is
+rounded, so the result is also the same on every machine.
 """
 
 import math
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from efsgd.rank.integers import as_integers, limit_of
 from efsgd.rank.knapsack import solve
 
-__all__ = ["Candidate", "allocate", "allocate_within"]
+__all__ = ["Candidate", "Table", "allocate", "allocate_within"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Candidate:
     error: float
 
 
+#: The candidates of every layer, in any order.
 Table = Sequence[Sequence[Candidate]]
 
 
@@ -41,15 +42,15 @@ def allocate(table: Table, budget: float) -> list[int]:
     """Chooses a candidate of every layer: least total size, with a total error in the budget.
 
     Of choices of the same total size it is one of least total error, and of those the one with
-    the lowest index in the first layer in which they differ. Totals are compared without rounding,
-    and so is the error with the budget: their `math.fsum` is within it.
+    the lowest index in the first layer in which they differ. Totals are compared without rounding;
+    what must be within the budget is their nearest float, which `math.fsum` gives.
 
-    The choice is the best there is, unless the table is hard: many layers, and sizes that are
-    almost a linear function of errors. Partial choices are then left out; the result is within the
-    budget all the same.
+    The choice is the best there is, unless the table is hard: hundreds of layers, each with sizes
+    that are almost a linear function of the errors. Partial choices are then left out, so that a
+    better one may be missed; the result is within the budget all the same.
 
     Args:
-        table: the candidates of every layer, in any order.
+        table: the candidates of every layer.
         budget: most total error.
 
     Returns:
@@ -86,7 +87,7 @@ def allocate_within(table: Table, reference: Sequence[int], tolerance: float = 1
     than the reference, whatever the table. Totals are those of `math.fsum`.
 
     Args:
-        table: the candidates of every layer, in any order.
+        table: the candidates of every layer.
         reference: the index of a candidate, for each layer.
         tolerance: of the total error, a factor. Where it is below 1 and no choice is within the
             budget, the result is the choice of least error.

@@ -99,7 +99,8 @@ class RankPolicy(ABC):
         """What the next window should have. It may communicate, and must not change anything.
 
         All workers call it, and all then take what worker 0 proposes: what is decided is the same
-        on every worker by construction.
+        on every worker by construction. What is raised before the first collective, or after the
+        last, is raised on all workers; in between the others would wait for it.
 
         Args:
             layers: as they are now.
@@ -107,7 +108,7 @@ class RankPolicy(ABC):
             worker: this worker's place among them, from 0.
 
         Returns:
-            By index. A layer that is left out keeps its value.
+            By index, each one of `values`. A layer that is left out keeps its value.
         """
 
     @abstractmethod

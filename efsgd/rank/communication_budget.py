@@ -57,6 +57,15 @@ class CommunicationBudget(RankPolicy):
     Raises:
         ValueError: an argument is out of range, or not exactly one budget is given. From
             `RankScheduler`: the budget is too small for the smallest value.
+
+    Example:
+        >>> from efsgd import PowerSGDOptimizer
+        >>> from efsgd.rank import CommunicationBudget, RankScheduler
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
+        >>> scheduler = RankScheduler(optimizer, CommunicationBudget(bytes_per_step=3000))
+        >>> scheduler.get_last_ranks()  # 4·7·(64 + 32) bytes, and 4·(32 + 2 + 1)
+        {'parameter 0': 7}
     """
 
     def __init__(
@@ -213,4 +222,6 @@ def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)

@@ -5,7 +5,7 @@ of two of them; refreshes of PowerSGD+ are left out, unless every step is one, o
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,6 @@ from efsgd.compressors import Compressor
 from efsgd.rank.base import Layer, Value
 
 __all__ = [
-    "all_reduce_bytes",
     "byte_table",
     "bytes_of",
     "total_bytes",
@@ -90,23 +89,30 @@ def byte_table(
     setting: str,
     values: Sequence[Value],
     world_size: int = 1,
+    *,
+    as_all_reduce: bool = False,
 ) -> list[list[float]]:
     """`bytes_of`, a row for each layer and a column for each value.
 
     Where several layers share bytes (codes of a few bits) they send no more together than the sum.
+
+    Args:
+        compressor: of the optimizer.
+        layers: which.
+        setting: whose values they are.
+        values: of the setting.
+        world_size: the number of workers.
+        as_all_reduce: see `total_bytes`.
     """
-    known: dict[Any, int] = {}
-    table: list[list[float]] = []
-    for layer in layers:
-        row: list[float] = []
-        for value in values:
-            own = with_value(compressor, layer.settings, setting, value)
-            key = layer.shape, layer.dtype, tuple(own.settings().items())
-            if key not in known:
-                known[key] = _bytes(own, [layer.shape], layer.dtype, world_size)
-            row.append(known[key])
-        table.append(row)
-    return table
+    names, known = _others(compressor, setting), dict[Any, list[float]]()
+    for layer in (listed := list(layers)):
+        key = _key(layer, names)
+        if key not in known:
+            made = [with_value(compressor, layer.settings, setting, value) for value in values]
+            known[key] = [
+                _cost(own, [layer.shape], layer.dtype, world_size, as_all_reduce) for own in made
+            ]
+    return [list(known[_key(layer, names)]) for layer in listed]
 
 
 def total_bytes(
@@ -115,10 +121,14 @@ def total_bytes(
     setting: str,
     chosen: Sequence[Value],
     world_size: int = 1,
-) -> int:
+    *,
+    as_all_reduce: bool = False,
+) -> float:
     """What one worker sends of all layers together.
 
-    Layers with equal settings are counted as one payload.
+    Layers with equal settings are counted as one payload, which is exact where all have the same
+    value. With different values it is what is sent, or a few bytes more where codes of several
+    layers share them. LQ-SGD's "scatter" may send more: up to two scales of each layer and worker.
 
     Args:
         compressor: of the optimizer.
@@ -126,30 +136,45 @@ def total_bytes(
         setting: whose values they are.
         chosen: the value of each layer.
         world_size: the number of workers.
+        as_all_reduce: counts as many bytes as an all-reduce would send in the same time. A payload
+            that is gathered comes from all W workers: each of its bytes counts W / 2 times, the
+            ratio of the (W - 1)·S bytes that a worker then receives to 2 (W - 1) / W·S.
     """
-    groups = _alike(compressor, layers, setting, chosen)
-    return sum(_bytes(own, shapes, dtype, world_size) for own, shapes, dtype in groups)
-
-
-def all_reduce_bytes(
-    compressor: Compressor,
-    layers: Sequence[Layer],
-    setting: str,
-    chosen: Sequence[Value],
-    world_size: int = 1,
-) -> float:
-    """`total_bytes`, but as many as an all-reduce would send in the same time.
-
-    A payload that is gathered comes from all W workers: each of its bytes counts W / 2 times, the
-    ratio of (W - 1)·S to 2 (W - 1) / W·S bytes that a worker receives.
-    """
-    total = 0.0
-    for own, shapes, dtype in _alike(compressor, layers, setting, chosen):
-        whole = [shape for shape in shapes if own.level(shape, own.settings()) is None]
-        uncompressed = _bytes(own, whole, dtype, world_size)
-        payload = _bytes(own, shapes, dtype, world_size) - uncompressed
-        total += uncompressed + payload * (1 if own.claims().averages else world_size / 2)
+    names = _others(compressor, setting)
+    groups: dict[Any, list[Layer]] = {}
+    for layer, value in zip(layers, chosen, strict=True):
+        groups.setdefault((value, layer.device, _key(layer, names)[1:]), []).append(layer)
+    total: float = 0
+    for (value, *_), alike in groups.items():
+        own = with_value(compressor, alike[0].settings, setting, value)
+        shapes = [layer.shape for layer in alike]
+        total += _cost(own, shapes, alike[0].dtype, world_size, as_all_reduce)
     return total
+
+
+def _others(compressor: Compressor, setting: str) -> tuple[str, ...]:
+    """The settings that are not decided on."""
+    return tuple(name for name in compressor.settings() if name != setting)
+
+
+def _key(layer: Layer, names: Iterable[str]) -> tuple[Any, ...]:
+    """All that its bytes depend on, besides the value."""
+    return layer.shape, layer.dtype, *(layer.settings.get(name) for name in names)
+
+
+def _cost(
+    own: Compressor,
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    world_size: int,
+    as_all_reduce: bool,
+) -> float:
+    sent = _bytes(own, shapes, dtype, world_size)
+    if not as_all_reduce or own.claims().averages:
+        return sent
+    whole = [shape for shape in shapes if own.level(shape, own.settings()) is None]
+    uncompressed = _bytes(own, whole, dtype, world_size)
+    return uncompressed + (sent - uncompressed) * world_size / 2
 
 
 def _bytes(
@@ -161,15 +186,3 @@ def _bytes(
     steps = (1, 2) if first == third != second else (1,)
     total = sum(own.payload_bytes(shapes, dtype, step, world_size) for step in steps)
     return -(-total // len(steps))
-
-
-def _alike(
-    compressor: Compressor, layers: Sequence[Layer], setting: str, chosen: Sequence[Value]
-) -> Iterator[tuple[Compressor, list[tuple[int, ...]], torch.dtype]]:
-    """Shapes of layers that are sent together with equal settings."""
-    groups: dict[Any, tuple[Compressor, list[tuple[int, ...]], torch.dtype]] = {}
-    for layer, value in zip(layers, chosen, strict=True):
-        own = with_value(compressor, layer.settings, setting, value)
-        key = layer.device, layer.dtype, tuple(own.settings().items())
-        groups.setdefault(key, (own, [], layer.dtype))[1].append(layer.shape)
-    yield from groups.values()

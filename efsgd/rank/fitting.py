@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from efsgd.compressors import Compressor
 from efsgd.rank.background import Background
 from efsgd.rank.base import Layer, Value
-from efsgd.rank.costs import all_reduce_bytes, byte_table, total_bytes
+from efsgd.rank.costs import byte_table, total_bytes
 from efsgd.rank.network import Network
 from efsgd.rank.uniform import largest_within
 
@@ -46,9 +46,8 @@ class Fitting:
 
     def within_bytes(self, budget: float) -> Fit:
         """The largest values with which one worker sends so many bytes in a step, or fewer."""
-        workers = self.background.world_size
-        table = byte_table(self.compressor, self.layers, self.setting, self.values, workers)
-        return self._fit(largest_within(self.values, table, self._bytes, budget), self._bytes)
+        fitting = largest_within(self.values, self._table(), self._bytes, budget)
+        return self._fit(fitting, self._bytes)
 
     def within_share(self, network: Network, step_seconds: float, share: float) -> Fit:
         """The largest values with which communication takes this share of a step's time, or less.
@@ -64,14 +63,13 @@ class Fitting:
         """
 
         def seconds(chosen: Sequence[Value]) -> float:
-            known = self.background
-            nbytes = known.nbytes + self._equivalent(self.layers, chosen)
-            return network.seconds(nbytes, known.collectives)
+            nbytes = self._bytes(chosen, as_all_reduce=True)
+            return network.seconds(nbytes, self.background.collectives)
 
         others = max(0.0, step_seconds - seconds([layer.value for layer in self.layers]))
         table = [
-            [network.seconds(self._equivalent([layer], [value]), 0) for value in self.values]
-            for layer in self.layers
+            [network.seconds(nbytes, 0) for nbytes in row]
+            for row in self._table(as_all_reduce=True)
         ]
         limit = others * share / (1 - share)
 
@@ -88,11 +86,12 @@ class Fitting:
         pairs = zip(self.layers, chosen, strict=True)
         return Fit({layer.index: value for layer, value in pairs}, least)
 
-    def _bytes(self, chosen: Sequence[Value]) -> int:
-        known = self.background
-        own = total_bytes(self.compressor, self.layers, self.setting, chosen, known.world_size)
-        return known.nbytes + own
-
-    def _equivalent(self, layers: Sequence[Layer], chosen: Sequence[Value]) -> float:
+    def _table(self, *, as_all_reduce: bool = False) -> list[list[float]]:
         workers = self.background.world_size
-        return all_reduce_bytes(self.compressor, layers, self.setting, chosen, workers)
+        own = self.compressor, self.layers, self.setting, self.values, workers
+        return byte_table(*own, as_all_reduce=as_all_reduce)
+
+    def _bytes(self, chosen: Sequence[Value], *, as_all_reduce: bool = False) -> float:
+        workers = self.background.world_size
+        own = self.compressor, self.layers, self.setting, chosen, workers
+        return self.background.nbytes + total_bytes(*own, as_all_reduce=as_all_reduce)

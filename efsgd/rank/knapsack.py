@@ -26,7 +26,7 @@ __all__ = ["Solution", "solve"]
 
 #: How many partial choices are kept: few at first, since the choice they lead to shows how many
 #: others are hopeless, and more where that was not enough.
-FRONTIERS = (32, 256, 1024)
+FRONTIERS = (32, 256, 512)
 
 
 class Solution(NamedTuple):
@@ -105,5 +105,5 @@ def _sweep(layers: Sequence[Layer], limit: int, best: State, most: int) -> tuple
         if len(ranked) > most:
             is_complete = False
             ranked = sorted(ranked)[:most]
-        states = sorted(state for _, state in ranked)
+        states = [state for _, state in ranked]
     return State(*min([best, *states], key=_preference)), is_complete

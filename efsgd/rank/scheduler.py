@@ -1,22 +1,25 @@
 """Changes what each parameter is compressed to between steps, as a policy proposes."""
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from efsgd.agreement import compare
 from efsgd.blocks import matrix_shape
 from efsgd.collectives import AllGather, Exchange
 from efsgd.errors import CollectiveError, WorkerMismatchError
-from efsgd.individual import PER_PARAMETER
+from efsgd.individual import set_own_
 from efsgd.members import members
 from efsgd.observation import Observation
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.rank.background import Background, background_of
 from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
+from efsgd.rank.saving import load_policy, saved, validate_saved
 from efsgd.transports import current_transport
 
 __all__ = ["RankScheduler"]
@@ -49,7 +52,8 @@ class RankScheduler:
 
     Raises:
         TypeError: an argument is not of its type.
-        ValueError: the policy does not go with the optimizer's compressor.
+        ValueError: the policy does not go with the optimizer's compressor, or `lr_of` has none of
+            the parameters.
 
     Example:
         >>> from efsgd import PowerSGDOptimizer
@@ -85,11 +89,22 @@ class RankScheduler:
                 f"Invalid policy: {policy!r}. Must be an efsgd.rank.RankPolicy, for example "
                 f"Accordion(low=1, high=4)."
             )
+        if lr_of is not None and not isinstance(lr_of, Optimizer):
+            raise TypeError(
+                f"Invalid lr_of: {type(lr_of).__name__}. Must be a torch.optim.Optimizer of the "
+                f"same parameters, or None for the first argument."
+            )
         self.optimizer, self.policy = optimizer, policy
         self._lr_of = optimizer if lr_of is None else lr_of
         self._calls, self._last_step = 0, self._step_number
         self._seen: int | None = None
+        self._is_closed = False
         layers = self._layers()
+        if lr_of is not None and all(layer.lr is None for layer in layers):
+            raise ValueError(
+                f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
+                f"compressed, and has none of them: their learning rates are not known."
+            )
         world_size = current_transport(optimizer.process_group).world_size
         policy.background = self._background(layers, world_size)
         self._set(policy.begin(layers, optimizer.compressor))
@@ -101,9 +116,10 @@ class RankScheduler:
         """How many steps the optimizer has taken."""
         return int(self.optimizer.param_groups[0]["step"])
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self, more: Iterable[Value] = ()) -> list[Layer]:
+        """Those that are compressed at some of the policy's values, or of `more` values."""
         optimizer, policy = self.optimizer, self.policy
-        groups, values = optimizer.param_groups, policy.values
+        groups, values = optimizer.param_groups, (*policy.values, *more)
         return layers_of(groups, optimizer.compressor, policy.setting, values, self._lr_of)
 
     def _background(self, layers: Sequence[Layer], world_size: int) -> Background:
@@ -119,8 +135,10 @@ class RankScheduler:
         self.policy.observe(observation)
 
     def close(self) -> None:
-        """Stops watching the optimizer. Values stay as they are."""
-        self._stop()
+        """Stops watching the optimizer, and deciding: from then on `step` changes nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._stop()
 
     def step(self) -> None:
         """Ends a window: decides what the optimizer's next steps send.
@@ -131,7 +149,9 @@ class RankScheduler:
         Raises:
             CollectiveError: a collective failed, or another worker could not decide. Nothing has
                 changed on this worker.
-            WorkerMismatchError: the workers do not have the same values before.
+            WorkerMismatchError: the workers do not have the same values before, or are not in the
+                same window. Nothing has changed.
+            ValueError: the policy proposes what is none of its values. Nothing has changed.
         """
         self.optimizer.decide(self.exchange)
 
@@ -143,59 +163,68 @@ class RankScheduler:
             world_size: the number of workers.
             worker: this worker's place among them, from 0.
         """
-        if self._step_number == self._last_step:
+        if self._is_closed or self._step_number == self._last_step:
             return
-        layers = self._layers()
-        present = {layer.index: layer.value for layer in layers}
-        values, obstacle = present, None
+        layers = yield from self._compare()
+        wanted = [float(layer.value) for layer in layers]
+        obstacle = None
         try:
             self.policy.background = self._background(layers, world_size)
-            values = {**present, **(yield from self.policy.propose(layers, world_size, worker))}
+            values = yield from self.policy.propose(layers, world_size, worker)
+            wanted = [float(values.get(layer.index, layer.value)) for layer in layers]
         except CollectiveError:
             raise
         except Exception as error:  # the other workers are waiting, so it is raised afterwards
             obstacle = error
-        wanted = [values[index] for index in present]
-        words = [obstacle is not None, *present.values(), *wanted]
+        words = [obstacle is not None, *wanted]
         own = torch.tensor(words, dtype=torch.float64, device=layers[0].device)
         gathered = (yield AllGather(own, "decisions")).cpu()
         if obstacle is not None:
             raise obstacle
-        decided = self._read(gathered, [layer.name for layer in layers])
-        kinds = zip(present, wanted, decided, strict=True)
+        decided = self._read(gathered, layers)
         self._calls, self._last_step = self._calls + 1, self._step_number
-        if self._set({i: int(d) if isinstance(own, int) else d for i, own, d in kinds}):
+        # What is equal on all workers is new on all of them or on none, however it is written.
+        if new := {n.index: decided[n.index] for n in layers if decided[n.index] != n.value}:
+            self._set(new)
             self.optimizer.plan_change()
         self.policy.commit(self._layers())
 
-    def _read(self, gathered: Tensor, names: Sequence[str]) -> list[float]:
+    def _compare(self) -> Exchange[list[Layer]]:
+        """The layers, once it is known that all workers have the same, and are in one window."""
+        device = self.optimizer.param_groups[0]["params"][0].device
+        try:
+            layers = self._layers()
+            setting = self.policy.setting
+            lines = [f"window {self._calls} of {setting}s"]
+            lines += [f"{setting} of {layer.name}: {layer.value}" for layer in layers]
+            lines += [f"sums of {list(a.sums)}" for a in self.policy.accumulators]
+        except Exception as obstacle:
+            reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
+            with contextlib.suppress(WorkerMismatchError):
+                yield from compare([f"cannot decide: {reason}"], device)
+            raise
+        yield from compare(lines, device)
+        return layers
+
+    def _read(self, gathered: Tensor, layers: Sequence[Layer]) -> dict[int, Value]:
         """What worker 0 proposes, if all workers can follow."""
         if unable := gathered[:, 0].nonzero().flatten().tolist():
             numbers = ", ".join(map(str, unable))
             raise CollectiveError(f"could not decide, and say themselves why: worker {numbers}.")
-        present, proposed = gathered[:, 1 : 1 + len(names)], gathered[0, 1 + len(names) :]
-        for position, name in enumerate(names):
-            if len(found := present[:, position].tolist()) > found.count(found[0]):
-                raise WorkerMismatchError(
-                    f"The {self.policy.setting} of {name} is {found} on the workers, in their "
-                    f"order. Parameter groups and state_dicts must be changed on all of them alike."
+        decided = {}
+        for layer, proposed in zip(layers, gathered[0, 1:].tolist(), strict=True):
+            known = {float(value): value for value in (*self.policy.values, layer.value)}
+            if proposed not in known:
+                raise ValueError(
+                    f"Invalid {self.policy.setting} of {layer.name}: {proposed}. What "
+                    f"{type(self.policy).__name__} proposes must be one of its values, which are "
+                    f"{list(self.policy.values)}."
                 )
-        own: list[float] = proposed.tolist()
-        return own
+            decided[layer.index] = known[proposed]
+        return decided
 
-    def _set(self, values: Mapping[int, Value]) -> bool:
-        """Writes values to the parameter groups. Has any changed?"""
-        setting, first, has_changed = self.policy.setting, 0, False
-        for group in self.optimizer.param_groups:
-            own = group[PER_PARAMETER] or {}
-            count = len(group["params"])
-            before = tuple(own.get(setting, [None] * count))
-            indices = range(first, first + count)
-            after = tuple(values.get(i, old) for i, old in zip(indices, before, strict=True))
-            if after != before:
-                group[PER_PARAMETER], has_changed = {**own, setting: after}, True
-            first += count
-        return has_changed
+    def _set(self, values: Mapping[int, Value]) -> None:
+        set_own_(self.optimizer.param_groups, self.policy.setting, values)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.
@@ -236,14 +265,7 @@ class RankScheduler:
         return copy.deepcopy(self._saved(sums))
 
     def _saved(self, sums: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "setting": self.policy.setting,
-            "values": {layer.index: layer.value for layer in self._layers()},
-            "calls": self._calls,
-            "last_step": self._last_step,
-            "policy": self.policy.state_dict(),
-            "sums": sums,
-        }
+        return saved(self.policy, self._layers(), (self._calls, self._last_step), sums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` or `consolidated_state_dict` returned.
@@ -254,18 +276,16 @@ class RankScheduler:
             state_dict: of a scheduler with a policy that was made with the same arguments.
 
         Raises:
-            ValueError: it is another policy's, or of another model.
+            ValueError: it is no such dict, another policy's, or of another model. Nothing has
+                changed then.
         """
+        layers, policy = self._layers(), self.policy
+        validate_saved(state_dict, policy, layers)
         values = state_dict["values"]
-        indices = [layer.index for layer in self._layers()]
-        if state_dict["setting"] != self.policy.setting or list(values) != indices:
-            raise ValueError(
-                f"Invalid state_dict: it has the {state_dict['setting']} of parameters "
-                f"{list(values)}, and this scheduler decides on the {self.policy.setting} of "
-                f"{indices}. Make model and policy as they were when it was saved."
-            )
-        self.policy.load_state_dict(state_dict["policy"])
-        for accumulator, own in zip(self.policy.accumulators, state_dict["sums"], strict=True):
-            accumulator.load_state_dict(own, self._layers())
+        self._layers(values.values())  # are they in range?
+        load_policy(policy, state_dict["policy"])
+        for accumulator, sums in zip(policy.accumulators, state_dict["sums"], strict=True):
+            accumulator.load_state_dict(sums, layers)
         self._set(values)
         self._calls, self._last_step = state_dict["calls"], state_dict["last_step"]
+        self._seen = None

@@ -1,5 +1,6 @@
 """The largest value that all can have within a budget, and one more for those it costs least."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 from efsgd.rank.base import Value
@@ -22,7 +23,7 @@ def largest_within(
     Args:
         values: in order of ascending cost.
         table: what each value costs each layer, a row for each.
-        total: what chosen values cost together, at most the sum of the table's.
+        total: what chosen values cost together: about the sum of the table's.
         limit: of the total.
 
     Returns:
@@ -36,21 +37,20 @@ def largest_within(
         >>> largest_within([1, 2, 3], table, total, limit=23), total([3, 2])
         ([3, 2], 23)
     """
-    fitting = [k for k, value in enumerate(values) if total([value] * len(table)) <= limit]
-    if not fitting:
+    last_first = range(len(values) - 1, -1, -1)
+    uniform = next((k for k in last_first if total([values[k]] * len(table)) <= limit), None)
+    if uniform is None:
         return None
-    uniform = fitting[-1]
-    chosen = [values[uniform]] * len(table)
-    left = limit - total(chosen)
-    raised = []
-    for more, layer, k in sorted(_raises(table, uniform)):
-        if more > left:
-            break
-        chosen[layer], left = values[k], left - more
-        raised.append(layer)
-    while total(chosen) > limit:  # a sum of many numbers may be off by their rounding
-        chosen[raised.pop()] = values[uniform]
-    return chosen
+    raises = sorted(_raises(table, uniform))
+
+    def with_first(count: int) -> list[Value]:
+        chosen = [values[uniform]] * len(table)
+        for _, layer, k in raises[:count]:
+            chosen[layer] = values[k]
+        return chosen
+
+    counts = range(len(raises) + 1)
+    return with_first(bisect_right(counts, limit, key=lambda n: total(with_first(n))) - 1)
 
 
 def _raises(table: Sequence[Sequence[float]], uniform: int) -> list[tuple[float, int, int]]:

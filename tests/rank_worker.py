@@ -1,0 +1,87 @@
+"""What one worker of `test_rank_scheduler.py` does; run by torchrun. It takes a folder."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efsgd import PowerSGDOptimizer
+from efsgd.agreement import checksum
+from efsgd.rank import Accordion, RankScheduler
+from tests.rank_policies import Odd
+from tests.rank_runs import SQUARE, individual
+from tests.simulation import parameters_of
+from tests.strategies import gaussian
+
+SHAPES = [SQUARE, (80, 64), (10,)]
+WINDOWS, STEPS = 5, 2
+
+
+def policy() -> Accordion:
+    """That of each worker. The second layer has more numbers than its sketch."""
+    return Accordion(1, 3, interval=1, sketch=512)
+
+
+def gradients(window: int, step: int, worker: int) -> list[Tensor]:
+    """Made-up gradients; those of window 2 are larger."""
+    scale = 10.0 if window == 2 else 1.0
+    return [scale * (0.2 * gaussian(s, window, step, worker, i) + 1) for i, s in enumerate(SHAPES)]
+
+
+def fingerprint(optimizer: PowerSGDOptimizer) -> list[int]:
+    """Checksums of the parameters."""
+    return [checksum(p.detach()) for p in parameters_of(optimizer)]
+
+
+def checksums(sums: Mapping[int, Tensor]) -> list[int]:
+    """Of sums of gradients."""
+    return [checksum(value) for value in sums.values()]
+
+
+def train(worker: int) -> dict[str, Any]:
+    """Trains, consolidates, and meets an error on worker 1 alone."""
+    own = [torch.zeros(shape, requires_grad=True) for shape in SHAPES]
+    optimizer = PowerSGDOptimizer([{"params": [each]} for each in own], lr=1.0)
+    scheduler = RankScheduler(optimizer, policy())
+    decided = []
+    for window in range(WINDOWS):
+        for step in range(STEPS):
+            for parameter, gradient in zip(own, gradients(window, step, worker), strict=True):
+                parameter.grad = gradient.float()
+            optimizer.step()
+        scheduler.step()
+        decided.append(individual(optimizer))
+    report = {
+        "decided": decided,
+        "decision bytes": optimizer.communication_stats()["decision_bytes_sent"],
+        "parameters": fingerprint(optimizer),
+        "sums": checksums(scheduler.consolidated_state_dict()["sums"][0]["sums"]),
+    }
+    scheduler.close()
+    odd = RankScheduler(optimizer, Odd(1, RuntimeError("a policy's own words")))
+    optimizer.step()
+    before = individual(optimizer)
+    try:
+        odd.step()
+    except Exception as error:
+        report["error"] = type(error).__name__
+    return {**report, "unchanged": individual(optimizer) == before}
+
+
+def main() -> None:
+    """Entry point."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    worker = dist.get_rank()
+    report = train(worker)
+    dist.destroy_process_group()
+    (Path(sys.argv[1]) / f"{worker}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
