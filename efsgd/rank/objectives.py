@@ -9,7 +9,7 @@ from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.checks import require_counts
-from efsgd.rank.costs import all_reduce_bytes
+from efsgd.rank.costs import byte_table
 from efsgd.rank.durations import measured_seconds, modelled_seconds
 from efsgd.rank.network import Clock, Network, measure_network
 
@@ -76,15 +76,10 @@ class StepTime:
             network = yield from measure_network(
                 layers[0].device, world_size, repeats=repeats, clock=clock
             )
-        sent = [
-            [all_reduce_bytes(compressor, [layer], setting, [v], world_size) for v in values]
-            for layer in layers
-        ]
-        seconds = modelled_seconds(sent, network)
+        own = compressor, layers, setting, values, world_size
+        seconds = modelled_seconds(byte_table(*own, as_all_reduce=True), network)
         if self.compression:
-            measured = yield from measured_seconds(
-                compressor, layers, setting, values, world_size, repeats=repeats, clock=clock
-            )
+            measured = yield from measured_seconds(*own, repeats=repeats, clock=clock)
             pairs = [zip(*rows, strict=True) for rows in zip(seconds, measured, strict=True)]
             seconds = [[a + b for a, b in row] for row in pairs]
         return [[1000 * each for each in row] for row in seconds]
