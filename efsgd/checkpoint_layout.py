@@ -15,14 +15,17 @@ modules add.
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 __all__ = [
     "ERRORS",
+    "FACTORS",
     "GROUPS",
     "STATE",
     "WORLD_SIZE",
+    "adopt_factors_",
     "check_fit",
     "local_key",
     "optimizers_in",
@@ -38,6 +41,8 @@ GROUPS = "param_groups"
 STATE = "state"
 #: Key of what each worker has of its own.
 ERRORS = "errors"
+#: What depends on a parameter's rank, of its state.
+FACTORS = ("q", "p")
 
 
 def owner_key(worker: int, world_size: int) -> str:
@@ -84,6 +89,40 @@ def optimizers_in(
             yield from optimizers_in(value, f"{start}{key}.")
 
 
+def adopt_factors_(start: str, part: MutableMapping[str, Any], metadata: Metadata) -> None:
+    """Makes room for the factors and errors that a checkpoint has, at whatever ranks it has them.
+
+    The ranks themselves come from it too, with all settings of the groups; so there may be a factor
+    where the optimizer has none yet, and none where it has one.
+
+    Args:
+        start: what the optimizer's keys start with.
+        part: from `OptimizerState.state_dict` (modified in place); its tensors are left alone.
+        metadata: of the checkpoint.
+    """
+    [(own, errors)] = part[ERRORS].items()
+    saved = {key.removeprefix(start): value for key, value in metadata.state_dict_metadata.items()}
+    first = next((key for key in saved if key.startswith(f"{ERRORS}.")), "")
+    owner = first.removeprefix(f"{ERRORS}.").partition(".")[0]
+    state, local = {}, dict(errors)
+    for name, kept in part[STATE].items():
+        state[name] = dict(kept)
+        places = [(state[name], kind, f"{STATE}.{name}.{kind}") for kind in FACTORS]
+        for place, kind, key in (*places, (local, name, f"{ERRORS}.{owner}.{name}")):
+            there, here = saved.get(key), place.get(kind)
+            if there is None:
+                place.pop(kind, None)
+            elif isinstance(there, TensorStorageMetadata) and _is_of_another_rank(there, here):
+                like = next(value for value in kept.values() if isinstance(value, Tensor))
+                dtype = there.properties.dtype
+                place[kind] = torch.empty(there.size, dtype=dtype, device=like.device)
+    part[STATE], part[ERRORS] = state, {own: local}
+
+
+def _is_of_another_rank(there: TensorStorageMetadata, here: Tensor | None) -> bool:
+    return here is None or (len(there.size) == 2 == here.dim() and there.size[0] == here.shape[0])
+
+
 def check_fit(start: str, part: Mapping[str, Any], metadata: Metadata) -> int:
     """Compares keys and shapes of an optimizer with those in a checkpoint, before it is read.
 
@@ -126,7 +165,7 @@ def check_fit(start: str, part: Mapping[str, Any], metadata: Metadata) -> int:
         raise ValueError(
             f"The checkpoint does not fit the optimizer: {problems[0]}{more}. Make model and "
             f"optimizer as they were when it was saved: with the same parameters, and with the "
-            f"settings on which the state depends, such as rank and momentum."
+            f"settings on which the state depends, such as momentum."
         )
     return world_size
 

@@ -24,6 +24,7 @@ from efsgd.checkpoint_layout import (
     GROUPS,
     STATE,
     WORLD_SIZE,
+    adopt_factors_,
     check_fit,
     local_key,
     optimizers_in,
@@ -87,8 +88,7 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """What DCP is to save, or to load into: the optimizer's own tensors, not copies.
 
-        Returns:
-            What the module describes, of the errors only this worker's.
+        It has what the module describes, of the errors only this worker's.
         """
         transport = current_transport(self._optimizer.process_group)
         note = self._optimizer.settle_errors(transport.world_size, transport.worker)
@@ -188,13 +188,12 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
 
     Where the number is another one, each saved error is read by one of the present workers and
     added to the others that it reads, and the workers average these sums. So no more is read than
-    was saved, and the memory that it takes does not depend on how many workers saved. A checkpoint
-    that does not fit is refused before anything is read, and an optimizer changes only when
-    everything has been read.
+    was saved, and the memory that it takes does not depend on how many workers saved. Ranks come
+    from the checkpoint. One that does not fit is refused before anything is read, and an optimizer
+    changes only when everything has been read.
 
     Args:
-        allow_partial_load: whether other things than optimizers may be missing in the checkpoint,
-            as in DCP's `DefaultLoadPlanner`.
+        allow_partial_load: whether other things than optimizers may be missing, as in DCP's.
 
     Raises:
         ValueError: the checkpoint has no such optimizer, or one of other parameters, shapes or
@@ -215,6 +214,7 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
         assert metadata is not None
         self._sums, found = {}, []
         for start, part in optimizers_in(state_dict):
+            adopt_factors_(start, part, metadata)
             saved_by = check_fit(start, part, metadata)
             part[STATE] = {name: _emptied(kept) for name, kept in part[STATE].items()}
             [(owner, errors)] = part[ERRORS].items()
