@@ -20,7 +20,7 @@ from efsgd.randomness import generator_of
 
 __all__ = ["mean_norms", "sketch"]
 
-_AT_ONCE = 1 << 20  # elements for which random numbers are drawn together
+_AT_ONCE = 1 << 18  # elements for which random numbers are drawn together
 
 
 def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
@@ -44,13 +44,13 @@ def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
     flat = tensor.reshape(-1)
     if flat.numel() <= size:
         return flat.clone()
-    found = torch.zeros(size, dtype=flat.dtype, device=flat.device)
+    # Two buckets for one: what is drawn for the second half counts negative.
+    found = torch.zeros(2 * size, dtype=flat.dtype, device=flat.device)
     generator = generator_of(seed)
     for part in flat.split(_AT_ONCE):
         drawn = torch.randint(2 * size, part.shape, generator=generator, device="cpu")
-        drawn = drawn.to(part.device)
-        found.index_add_(0, drawn // 2, torch.where(drawn % 2 == 0, part, -part))
-    return found
+        found.index_add_(0, drawn.to(part.device), part)
+    return found[:size] - found[size:]
 
 
 def mean_norms(tensors: Iterable[Tensor], size: int | None, seed: int) -> Exchange[list[float]]:
