@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from efsgd.compressors import Compressor
 from efsgd.rank.allocation.largest import largest_within
+from efsgd.rank.background import Background
 from efsgd.rank.base import Layer, Value
-from efsgd.rank.costs.background import Background
 from efsgd.rank.costs.network import Network
 from efsgd.rank.costs.volumes import byte_table, total_bytes
 
