@@ -64,7 +64,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=[message.split(". ")[0] for _, message in WRONG]
+)
 def test_a_wrong_argument_is_named_with_what_must_hold(
     arguments: dict[str, Any], message: str
 ) -> None:
