@@ -17,7 +17,7 @@ from efsgd import (
 from efsgd.compressors import Compressor
 from efsgd.compressors.powersgd_plus import PowerSGDPlus
 from efsgd.rank.base import Layer, layers_of
-from efsgd.rank.costs import byte_table, bytes_of, total_bytes, with_value
+from efsgd.rank.costs.volumes import byte_table, bytes_of, total_bytes, with_value
 from tests.strategies import Shape, gaussian
 
 SHAPES: list[Shape] = [(24, 16), (12, 3, 3, 2), (16, 24), (24, 16)]

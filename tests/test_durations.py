@@ -9,9 +9,9 @@ import torch
 
 from efsgd import CollectiveError, Field, TensorCompressor
 from efsgd.collectives import AllReduceMean
-from efsgd.rank.costs import with_value
-from efsgd.rank.durations import measured_seconds, modelled_seconds
-from efsgd.rank.network import Network
+from efsgd.rank.costs.durations import measured_seconds, modelled_seconds
+from efsgd.rank.costs.network import Network
+from efsgd.rank.costs.volumes import with_value
 from efsgd.testing import lockstep
 from tests.test_costs import CASES, layers_with
 

@@ -9,10 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks.tables import made_table
-from efsgd.rank import knapsack
-from efsgd.rank.allocation import Candidate, allocate_within
-from efsgd.rank.integers import as_integers, limit_of
-from efsgd.rank.knapsack import solve
+from efsgd.rank.allocation import Candidate, allocate_within, knapsack
+from efsgd.rank.allocation.integers import as_integers, limit_of
+from efsgd.rank.allocation.knapsack import solve
 from tests.knapsack_reference import (
     best_of_all,
     exact_totals,

@@ -65,6 +65,14 @@ def test_a_gradient_that_is_missing_counts_as_zero() -> None:
     assert_summed(workers, 3)
 
 
+def test_steps_before_compression_starts_are_summed_too() -> None:
+    workers = Workers(lambda: LGreCo(2), 2, SHAPES, **OPTIONS, start_compressing_at=100)
+    workers.steps(3)
+    assert_summed(workers, 3)
+    workers.decide()
+    assert workers.values != [2, 2, 2]
+
+
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_decisions_lie_so_many_windows_apart(interval: int) -> None:
     workers = Workers(lambda: LGreCo(2, interval=interval), 2, SHAPES, **OPTIONS)

@@ -14,8 +14,8 @@ from torch import Tensor
 from efsgd import ErrorFeedbackSGD, RandomK, TensorCompressor, TopK, UniformQuantized
 from efsgd.collectives import AllReduceMean
 from efsgd.rank import Layer, Value
+from efsgd.rank.approximation.measured import measured_errors
 from efsgd.rank.base import layers_of
-from efsgd.rank.measured_errors import measured_errors
 from efsgd.testing import Lockstep, lockstep
 from efsgd.units import Draws, Payload
 from tests.simulation import bits

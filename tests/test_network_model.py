@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efsgd.collectives import Collective, Exchange, intercept
-from efsgd.rank.network import LARGE_BYTES, Network, measure_network
+from efsgd.rank.costs.network import LARGE_BYTES, Network, measure_network
 from efsgd.testing import lockstep
 from tests.made_time import MadeClock
 

@@ -10,7 +10,7 @@ import torch
 from efsgd import PowerSGD, TopK
 from efsgd.errors import CollectiveError
 from efsgd.rank import CommunicationBudget
-from efsgd.rank.network import Network
+from efsgd.rank.costs.network import Network
 from tests.made_time import MadeWorkers, optimizers
 from tests.strategies import Shape
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd.rank import sketch as room
-from efsgd.rank.sketch import mean_norms, sketch
+from efsgd.rank.approximation.sketch import mean_norms, sketch
 from efsgd.testing import Lockstep, lockstep
 from tests.strategies import gaussian
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd.rank.spectra import exact_tails, power_tails
+from efsgd.rank.approximation.spectra import exact_tails, power_tails
 from efsgd.testing import Lockstep, lockstep
 from tests.simulation import bits
 from tests.strategies import gaussian, matrix_shapes, seeds

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efsgd.rank.uniform import largest_within
+from efsgd.rank.allocation.largest import largest_within
 
 tables = st.lists(st.lists(st.integers(0, 20), min_size=4, max_size=4), min_size=1, max_size=4)
 

@@ -15,9 +15,9 @@ from efsgd.collectives import Broadcast, Exchange
 from efsgd.compressors import Compressor
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
+from efsgd.rank.approximation.sketch import mean_norms
 from efsgd.rank.base import Layer, RankPolicy, Value
 from efsgd.rank.checks import require_choice, require_counts, require_numbers
-from efsgd.rank.sketch import mean_norms
 
 __all__ = ["Accordion", "is_critical"]
 
@@ -25,8 +25,8 @@ __all__ = ["Accordion", "is_critical"]
 def is_critical(previous: float | None, present: float, threshold: float = 0.5) -> bool:
     """Whether the norm of the accumulated gradient has changed by much: a critical regime.
 
-    That is |‖Δ_prev‖ - ‖Δ_curr‖| / ‖Δ_prev‖ >= η. Where there is nothing to compare with (the first
-    window, or a norm that was zero), or a norm is not finite, it is critical.
+    That is abs(‖Δ_prev‖ - ‖Δ_curr‖) / ‖Δ_prev‖ >= η. Where there is nothing to compare with (the
+    first window, or a norm that was zero), or a norm is not finite, it is critical.
 
     Args:
         previous: ‖Δ_prev‖; None where there is none.

@@ -14,7 +14,7 @@ from efsgd.individual import settings_of
 from efsgd.members import Member, compute_dtype, members
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
-from efsgd.rank.background import Background
+from efsgd.rank.costs.background import Background
 
 __all__ = ["Layer", "RankPolicy", "Value", "layers_of"]
 

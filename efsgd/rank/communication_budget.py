@@ -14,9 +14,9 @@ from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
 from efsgd.observation import Observation
 from efsgd.rank.base import Layer, RankPolicy, Value
-from efsgd.rank.costs import total_bytes
+from efsgd.rank.costs.network import Clock, Network, measure_network
+from efsgd.rank.costs.volumes import total_bytes
 from efsgd.rank.fitting import Fitting
-from efsgd.rank.network import Clock, Network, measure_network
 
 __all__ = ["CommunicationBudget"]
 

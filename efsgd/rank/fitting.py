@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from efsgd.compressors import Compressor
-from efsgd.rank.background import Background
+from efsgd.rank.allocation.largest import largest_within
 from efsgd.rank.base import Layer, Value
-from efsgd.rank.costs import byte_table, total_bytes
-from efsgd.rank.network import Network
-from efsgd.rank.uniform import largest_within
+from efsgd.rank.costs.background import Background
+from efsgd.rank.costs.network import Network
+from efsgd.rank.costs.volumes import byte_table, total_bytes
 
 __all__ = ["Fit", "Fitting"]
 

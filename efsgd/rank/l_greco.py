@@ -14,12 +14,12 @@ from efsgd.compressors import Compressor
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.allocation import Candidate, allocate_within
+from efsgd.rank.approximation.tables import ErrorTables
 from efsgd.rank.base import Layer, RankPolicy, Value
 from efsgd.rank.checks import require_counts, require_numbers
-from efsgd.rank.constant import Uniform
-from efsgd.rank.costs import byte_table
-from efsgd.rank.error_tables import ErrorTables
-from efsgd.rank.objectives import Costs, checked
+from efsgd.rank.costs.objectives import Costs, checked
+from efsgd.rank.costs.volumes import byte_table
+from efsgd.rank.uniform import Uniform
 
 __all__ = ["LGreCo"]
 

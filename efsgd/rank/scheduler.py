@@ -17,8 +17,8 @@ from efsgd.individual import set_own_
 from efsgd.members import members
 from efsgd.observation import Observation
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
-from efsgd.rank.background import Background, background_of
 from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
+from efsgd.rank.costs.background import Background, background_of
 from efsgd.rank.saving import load_policy, saved, validate_saved
 from efsgd.transports import current_transport
 

@@ -38,7 +38,7 @@ def with_value(
 
     Example:
         >>> from efsgd import PowerSGD
-        >>> from efsgd.rank.costs import with_value
+        >>> from efsgd.rank.costs.volumes import with_value
         >>> own = with_value(PowerSGD(rank=4), {"rank": 2, "min_compression_rate": 2.0}, "rank", 8)
         >>> own.rank, own.min_compression_rate
         (8, 2.0)
@@ -72,7 +72,7 @@ def bytes_of(
     Example:
         >>> from efsgd import PowerSGDOptimizer
         >>> from efsgd.rank.base import layers_of
-        >>> from efsgd.rank.costs import bytes_of
+        >>> from efsgd.rank.costs.volumes import bytes_of
         >>> optimizer = PowerSGDOptimizer([torch.zeros(64, 32, requires_grad=True)], lr=0.1)
         >>> compressor, groups = optimizer.compressor, optimizer.param_groups
         >>> (layer,) = layers_of(groups, compressor, "rank", [1, 64], optimizer)

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efsgd.rank.integers import as_integers, limit_of
-from efsgd.rank.knapsack import solve
+from efsgd.rank.allocation.integers import as_integers, limit_of
+from efsgd.rank.allocation.knapsack import solve
 
 __all__ = ["Candidate", "Table", "allocate", "allocate_within"]
 

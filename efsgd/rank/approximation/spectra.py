@@ -25,7 +25,7 @@ from torch import Tensor
 from efsgd.collectives import AllReduceMean, Exchange
 from efsgd.orthogonalization import normalize_columns, orthogonalize
 from efsgd.query import initial_query
-from efsgd.rank.sketch import mean_norms
+from efsgd.rank.approximation.sketch import mean_norms
 
 __all__ = ["exact_tails", "power_tails"]
 

@@ -10,7 +10,7 @@ Research 83(2), 1995).
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from efsgd.rank.relaxation import (
+from efsgd.rank.allocation.relaxation import (
     Layer,
     State,
     greedy,
@@ -56,7 +56,7 @@ def solve(
         another one of the same totals may have lower indices.
 
     Example:
-        >>> from efsgd.rank.knapsack import solve
+        >>> from efsgd.rank.allocation.knapsack import solve
         >>> solve([[(4, 1), (1, 2)], [(4, 10), (1, 20)]], limit=5)
         Solution(choice=[1, 0], is_optimal=True)
     """

@@ -35,7 +35,7 @@ def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
         [min(size, numel)], of the same dtype and device.
 
     Example:
-        >>> from efsgd.rank.sketch import sketch
+        >>> from efsgd.rank.approximation.sketch import sketch
         >>> tensor = torch.ones(200, 300)
         >>> found = sketch(tensor, 4096, seed=0)
         >>> found.shape, round(float(found.norm() / tensor.norm()), 1)

@@ -32,7 +32,7 @@ class Network:
         ValueError: one of them is negative, or not finite.
 
     Example:
-        >>> from efsgd.rank.network import Network
+        >>> from efsgd.rank.costs.network import Network
         >>> Network(latency=0.001, seconds_per_byte=1e-8).seconds(500_000)
         0.007
     """
@@ -88,7 +88,7 @@ def measure_network(
 
     Example:
         >>> from efsgd.collectives import run
-        >>> from efsgd.rank.network import measure_network
+        >>> from efsgd.rank.costs.network import measure_network
         >>> from efsgd.transports import Alone
         >>> run(measure_network(torch.device("cpu"), world_size=1), Alone())
         Network(latency=0.0, seconds_per_byte=0.0)

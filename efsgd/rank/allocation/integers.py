@@ -17,7 +17,7 @@ def as_integers(rows: Sequence[Sequence[float]]) -> tuple[list[list[int]], Fract
         The multiples, and the unit.
 
     Example:
-        >>> from efsgd.rank.integers import as_integers
+        >>> from efsgd.rank.allocation.integers import as_integers
         >>> as_integers([[0.5, 1.25], [3.0]])
         ([[2, 5], [12]], Fraction(1, 4))
     """
@@ -36,7 +36,7 @@ def limit_of(budget: float, unit: Fraction) -> int:
         unit: above 0.
 
     Example:
-        >>> from efsgd.rank.integers import limit_of
+        >>> from efsgd.rank.allocation.integers import limit_of
         >>> from fractions import Fraction
         >>> limit_of(0.75, Fraction(1, 4)), limit_of(0.3, Fraction(1, 4))
         (3, 1)

@@ -14,8 +14,8 @@ from efsgd.errors import CollectiveError
 from efsgd.phases import Phases
 from efsgd.randomness import generator_of
 from efsgd.rank.base import Layer, Value
-from efsgd.rank.costs import with_value
-from efsgd.rank.network import Clock, Network, seconds_now
+from efsgd.rank.costs.network import Clock, Network, seconds_now
+from efsgd.rank.costs.volumes import with_value
 from efsgd.transports import Alone
 
 __all__ = ["measured_seconds", "modelled_seconds"]

@@ -9,9 +9,9 @@ from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.checks import require_counts
-from efsgd.rank.costs import byte_table
-from efsgd.rank.durations import measured_seconds, modelled_seconds
-from efsgd.rank.network import Clock, Network, measure_network
+from efsgd.rank.costs.durations import measured_seconds, modelled_seconds
+from efsgd.rank.costs.network import Clock, Network, measure_network
+from efsgd.rank.costs.volumes import byte_table
 
 __all__ = ["Costs", "StepTime", "checked"]
 

@@ -1,0 +1,3 @@
+"""What each layer costs at a value: bytes, and time."""
+
+__all__: list[str] = []
