@@ -108,8 +108,8 @@ def test_the_table_has_ratios_to_the_first_method_and_the_part_of_decisions() ->
         "| Rank | Accuracy | Data sent (million floats) | Of it decisions | Time (seconds) |",
         "|---|---:|---:|---:|---:|",
         "| Rank 9 | 93.00 ± 4.24 | 3.000 (1×) |  | 40.0 (1×) |",
-        "| Something | 92.00 ± 1.41 | 2.000 (1.5×) | 15.0 % | 80.0 (0.5×) |",
-        "| Once | 91.00 | 1.500 (2×) | 10.0 % | 70.0 (0.571×) |",
+        "| Something | 92.00 ± 1.41 | 2.000 (1.5×) | 15.00 % | 80.0 (0.5×) |",
+        "| Once | 91.00 | 1.500 (2×) | 10.00 % | 70.0 (0.571×) |",
     ]
 
 
