@@ -41,7 +41,7 @@ def adaptation_table(title: str, quality: str, runs: Mapping[str, Sequence[Histo
             method,
             f"{mean:.2f}" + (f" ± {deviation:.2f}" if len(histories) > 1 else ""),
             f"{sent / 1e6:.3f} ({_ratio(_floats(baseline), sent)})",
-            f"{100 * decisions:.1f} %" if histories[0].windows else "",
+            f"{100 * decisions:.2f} %" if histories[0].windows else "",
             f"{seconds:.1f} ({_ratio(_seconds(baseline), seconds)})",
         )
     return table
