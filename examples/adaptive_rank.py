@@ -54,11 +54,11 @@ class Choices:
     l_greco: Mapping[str, Any]
 
 
-# The same for both small tasks, whose trainings have 20 windows each. A decision of Accordion stands
-# for 4 of them, also one that a fall of the learning rate brings about. Their layers are so small
-# that a sketch of the default size would be all of a gradient, and that one decision of L-GreCo on
-# the mean over the workers sends as much as several steps. On worker 0's own gradients, as in the
-# authors' code, it sends next to nothing.
+# The same for both small tasks, whose trainings have 20 windows each. A decision of Accordion
+# stands for 4 of them, also one that a fall of the learning rate brings about. Their layers are so
+# small that a sketch of the default size would be all of a gradient, and that one decision of
+# L-GreCo on the mean over the workers sends as much as several steps. On worker 0's own gradients,
+# as in the authors' code, it sends next to nothing.
 SMALL = Choices(
     2,
     4,
