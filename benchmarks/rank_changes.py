@@ -87,7 +87,6 @@ class Changes:
     def __init__(self, optimizer: PowerSGDOptimizer) -> None:
         self._policy = Prescribed((HIGH,))
         self._scheduler = RankScheduler(optimizer, self._policy)
-        self._scheduler.close()  # ordinary steps are not watched
         self._optimizer = optimizer
         optimizer.step()
 

@@ -113,9 +113,9 @@ def adopt_factors_(start: str, part: MutableMapping[str, Any], metadata: Metadat
             if there is None:
                 place.pop(kind, None)
             elif isinstance(there, TensorStorageMetadata) and _is_of_another_rank(there, here):
-                like = next(value for value in kept.values() if isinstance(value, Tensor))
-                dtype = there.properties.dtype
-                place[kind] = torch.empty(there.size, dtype=dtype, device=like.device)
+                like = [own for own in kept.values() if isinstance(own, Tensor) and own.dim() > 0]
+                device = like[0].device if like else torch.device("cpu")  # moved when loaded
+                place[kind] = torch.empty(there.size, dtype=there.properties.dtype, device=device)
     part[STATE], part[ERRORS] = state, {own: local}
 
 

@@ -138,6 +138,11 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         """Decides what is compressed and how far. Its settings now are those in the groups."""
         return self._compressor
 
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """Those that `watch` was given and that have not ended."""
+        return tuple(self._stepper.watchers)
+
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Shows each step, before it is applied, to a function that decides on later ones.
 

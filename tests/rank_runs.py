@@ -73,11 +73,11 @@ class Team:
         """A step with `gradients[w][i]`."""
         return step_with(self.optimizers, gradients)
 
-    def step_alike(self, *norms: float) -> None:
+    def step_alike(self, *norms: float) -> list[Traced]:
         """A step in which all workers have gradients of these norms, one for each parameter."""
         shapes = [p.shape for p in parameters_of(self.optimizers[0])]
         own = [of_norm(norm, shape) for norm, shape in zip(norms, shapes, strict=True)]
-        self.step([own for _ in self.optimizers])
+        return self.step([own for _ in self.optimizers])
 
     def set_lr(self, *lrs: float) -> None:
         """Of each group, on all workers."""

@@ -21,7 +21,7 @@ from efsgd import (
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor, PowerSGDPlus
 from efsgd.errors import CollectiveError
-from efsgd.rank import Accordion, Layer, LGreCo, RankScheduler, Value
+from efsgd.rank import Accordion, Layer, LGreCo, RankScheduler, StepTime, Value
 from efsgd.signum import Signum
 from efsgd.testing import LockstepError
 from efsgd.units import Draws, Payload
@@ -230,3 +230,16 @@ def test_a_collective_that_fails_leaves_all_as_it_was(options: dict[str, Any]) -
             break
     assert number == len(trace) > 1
     assert workers.values != [2, 2, 2]
+
+
+@pytest.mark.parametrize("costs", ["time", StepTime])
+def test_costs_that_cannot_be_called_are_refused(costs: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape("Must be None, for bytes, StepTime()")):
+        LGreCo(4, costs=costs)
+
+
+def test_costs_that_are_no_exchange_are_named() -> None:
+    workers = Workers(lambda: LGreCo(2, costs=lambda *_: [[1.0]]), 1, SHAPES, **OPTIONS)
+    workers.steps(2)
+    with pytest.raises(TypeError, match="Must come from a generator"):
+        workers.decide()

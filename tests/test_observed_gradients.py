@@ -81,7 +81,8 @@ def test_gradients_count_in_units_of_the_loss_and_skipped_steps_do_not(unscales:
 def test_an_averager_s_gradients_count_before_they_are_replaced() -> None:
     parameter = torch.zeros(SQUARE, requires_grad=True)
     averager = GradientAverager([parameter])
-    scheduler = RankScheduler(averager, Accordion(1, 4, interval=1))
+    with pytest.warns(UserWarning, match="knows no learning rates"):
+        scheduler = RankScheduler(averager, Accordion(1, 4, interval=1))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     own = torch.eye(16)
     scaler.scale((parameter * own).sum()).backward()

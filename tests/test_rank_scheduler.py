@@ -1,5 +1,6 @@
 """RankScheduler: all workers decide alike, and watching changes nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from efsgd import PowerSGDOptimizer
 from efsgd.rank import Accordion, RankScheduler
-from efsgd.testing import lockstep
+from efsgd.testing import Traced, lockstep
 from tests import rank_worker
 from tests.launcher import launch
 from tests.rank_policies import Drawn, Still
@@ -71,14 +72,50 @@ def test_ranks_are_named_and_no_larger_than_the_matrix() -> None:
     assert individual(optimizer) == [8, None, 8, None]
 
 
+COMPARISON = "digests of settings, parameters and state"
+
+
+def purposes(trace: Sequence[Traced]) -> list[str]:
+    """What was sent."""
+    return [traced.purpose for traced in trace]
+
+
+def test_a_change_that_was_decided_need_not_be_announced() -> None:
+    team = Team(accordion, 2, SHAPES)
+    changed = []
+    for _ in range(3):
+        ordinary = len(team.step_alike(*[4.0] * len(SHAPES)))
+        before = team.schedulers[0].get_last_ranks()
+        team.decide()
+        if team.schedulers[0].get_last_ranks() != before:
+            trace = team.step_alike(*[4.0] * len(SHAPES))
+            changed.append([purposes(trace).count(COMPARISON), len(trace) - ordinary])
+    # Two comparisons, of settings and of how products are rounded, and no step of zeros.
+    assert changed and all(each == [2, 2] for each in changed)
+
+
+def test_a_policy_and_a_setting_of_an_optimizer_have_one_scheduler() -> None:
+    policy, parameter = accordion(), torch.zeros(SQUARE, requires_grad=True)
+    optimizer = PowerSGDOptimizer([parameter], lr=0.1)
+    scheduler = RankScheduler(optimizer, policy)
+    other = PowerSGDOptimizer([torch.zeros(SQUARE, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match=r"Invalid policy: Accordion.* another RankScheduler"):
+        RankScheduler(other, policy)
+    with pytest.raises(ValueError, match=r"Invalid optimizer: .* decides on its rank already"):
+        RankScheduler(optimizer, accordion())
+    scheduler.close()
+    RankScheduler(optimizer, accordion())
+    RankScheduler(other, policy)
+
+
 def test_a_window_without_a_step_decides_nothing() -> None:
     team = Team(accordion, 2, SHAPES)
-    assert team.decide() == []
+    assert purposes(team.decide()) == [COMPARISON]
     run_windows(team, 0, 2)
     before = all_of(team)
     team.set_lr(*[0.5] * len(SHAPES))
     lrs = all_of(team)
-    assert team.decide() == []
+    assert purposes(team.decide()) == [COMPARISON]
     assert all_of(team) == lrs != before
 
 
@@ -90,7 +127,7 @@ def test_a_scheduler_that_is_closed_neither_watches_nor_decides() -> None:
         scheduler.close()
     before = [scheduler.state_dict() for scheduler in team.schedulers]
     team.step_alike(*[4.0] * len(SHAPES))
-    assert team.decide() == []
+    assert purposes(team.decide()) == [COMPARISON]
     assert bits([scheduler.state_dict() for scheduler in team.schedulers]) == bits(before)
     assert team.optimizers[0]._stepper.watchers == []
 
@@ -130,6 +167,7 @@ def test_a_policy_begins_anew_with_a_second_scheduler() -> None:
             scheduler.step()
             decided += individual(optimizer)
         assert decided == [3, 1]
+        scheduler.close()
 
 
 @pytest.mark.parametrize("sketch", [64, 4096, None])

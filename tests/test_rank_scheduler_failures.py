@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from efsgd import CollectiveError, WorkerMismatchError
+from efsgd.rank import LGreCo
 from tests.rank_policies import Odd
 from tests.rank_runs import SHAPES, SQUARE, Team, accordion, all_of, run_windows
 
@@ -18,7 +19,7 @@ def test_what_a_policy_raises_on_one_worker_is_an_error_on_all(worker: int) -> N
     expected = RuntimeError if worker == 0 else CollectiveError
     with pytest.raises(expected) as caught:
         team.decide()
-    told = f"could not decide, and say themselves why: worker {worker}."
+    told = f"worker {worker} could not decide, and says itself why."
     words = [str(caught.value), *caught.value.__notes__]
     assert sum("a policy's own words" in text for text in words) == 1
     assert sum(told in text for text in words) == 2
@@ -113,4 +114,32 @@ def test_workers_in_different_windows_or_with_other_parameters_do_not_decide() -
     more = torch.zeros(SQUARE, dtype=torch.float64, requires_grad=True)
     team.optimizers[1].add_param_group({"params": [more]})
     with pytest.raises(WorkerMismatchError, match="worker 1: rank of parameter 4"):
+        team.decide()
+
+
+def test_workers_with_other_policies_do_not_decide() -> None:
+    for other in (accordion(interval=2), accordion(sketch=64), LGreCo(3)):
+        policies = [accordion(), other]
+        team = Team(policies.pop, 2, SHAPES)
+        team.step_alike(*[4.0] * len(SHAPES))
+        before = all_of(team)
+        with pytest.raises(WorkerMismatchError, match="decisions by Accordion"):
+            team.decide()
+        assert all_of(team) == before
+
+
+@pytest.mark.parametrize(
+    ("proposal", "words"),
+    [(lambda *_: {}, "Must be a generator"), (None, "Must be a dict from the indices of layers")],
+)
+def test_a_policy_of_ones_own_is_told_what_it_lacks(proposal: Any, words: str) -> None:
+    team = Team(accordion, 2, SHAPES)
+    team.step_alike(*[4.0] * len(SHAPES))
+
+    def nothing(*_: object) -> Any:
+        yield from ()
+
+    for scheduler in team.schedulers:
+        scheduler.policy.__dict__["propose"] = nothing if proposal is None else proposal
+    with pytest.raises(TypeError, match=words):
         team.decide()

@@ -13,6 +13,7 @@ import torch
 
 from efsgd.collectives import Broadcast, Exchange
 from efsgd.compressors import Compressor
+from efsgd.errors import warn_user
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.approximation.sketch import mean_norms
@@ -135,6 +136,11 @@ class Accordion(RankPolicy):
         """High everywhere."""
         self._windows = -1  # the first `commit` begins window 0
         self._norms, self._pending, self._lrs = {}, None, {}
+        if self.lr_fall > 0 and all(layer.lr is None for layer in layers):
+            warn_user(
+                "Accordion knows no learning rates, so that their falls make no regime critical. "
+                "Tell RankScheduler whose count, lr_of=adamw for example, or pass lr_fall=0."
+            )
         return {layer.index: self.high for layer in layers}
 
     def observe(self, observation: Observation) -> None:
@@ -178,14 +184,14 @@ class Accordion(RankPolicy):
 
     def commit(self, layers: Sequence[Layer]) -> None:
         """Keeps norms and learning rates, and accumulates anew if the next window counts."""
-        if self._pending is not None:
-            self._norms, self._pending = self._pending, None
         self._lrs = {layer.index: layer.lr for layer in layers}
         self._windows += 1
         if self._is_looking:
             self._accumulator.begin(layers)
         else:
             self._accumulator.end()
+        if self._pending is not None:
+            self._norms, self._pending = self._pending, None
 
     def state_dict(self) -> dict[str, Any]:
         """Norms, learning rates, and the number of windows."""

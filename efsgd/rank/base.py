@@ -1,5 +1,6 @@
 """What decides how far each parameter is compressed, as training goes on. It names no policy."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,17 @@ class RankPolicy(ABC):
     setting: str = "rank"
     background: Background = Background()
 
+    def __repr__(self) -> str:
+        """Class and arguments: workers whose policies read differently refuse to decide together.
+
+        Arguments are found as the attributes of the constructor's names; what is a function stands
+        there with its name.
+        """
+        names = inspect.signature(type(self).__init__).parameters
+        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        shown = (f"{n}={getattr(v, '__qualname__', None) or repr(v)}" for n, v in found.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     @abstractmethod
     def values(self) -> Sequence[Value]:
@@ -99,8 +111,8 @@ class RankPolicy(ABC):
         """What the next window should have. It may communicate, and must not change anything.
 
         All workers call it, and all then take what worker 0 proposes: what is decided is the same
-        on every worker by construction. What is raised before the first collective, or after the
-        last, is raised on all workers; in between the others would wait for it.
+        on every worker by construction. What one worker raises after its last collective is raised
+        on all; before it the others would wait for a collective until the time-out.
 
         Args:
             layers: as they are now.
@@ -168,7 +180,7 @@ def layers_of(
         settings = settings_of(member.group, member.position)
         own = [_with_setting(member, {**settings, setting: value}) for value in choices]
         for each in own:
-            compressor.validate(each.group)
+            _validate(compressor, each, setting, choices)
         if all(each.entry(compressor).level is None for each in own):
             continue
         lr = lrs.get(id(member.parameter))
@@ -191,6 +203,20 @@ def layers_of(
             f"parameter of this optimizer: there is nothing to decide on."
         )
     return found
+
+
+def _validate(
+    compressor: Compressor, member: Member, setting: str, choices: Sequence[Value]
+) -> None:
+    try:
+        compressor.validate(member.group)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{error} That is for {setting}={member.group[setting]!r} of {member.name}, one of the "
+            f"values {list(choices)} of the policy. Another setting is decided on by a policy that "
+            f"is made with setting='density', for example."
+        ) from error
 
 
 def _with_setting(member: Member, settings: dict[str, Any]) -> Member:

@@ -187,6 +187,8 @@ class CommunicationBudget(RankPolicy):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from there."""
         self._windows = state_dict["windows"]
+        self._last = None
+        self._durations.clear()
 
     def _measure(
         self, device: torch.device, world_size: int

@@ -61,6 +61,7 @@ class LGreCo(RankPolicy):
         setting: of which a uniform reference is a value. A policy has its own.
 
     Raises:
+        TypeError: `costs` cannot be called.
         ValueError: an argument is out of range, or the reference's values are not among `values`;
             from `RankScheduler`: it is not known how the compressor's errors depend on the setting.
 
@@ -86,6 +87,11 @@ class LGreCo(RankPolicy):
     ) -> None:
         require_numbers(above=0.0, shrink=shrink, grow=grow, tolerance=tolerance)
         require_counts(observations=observations, interval=interval)
+        if costs is not None and (isinstance(costs, type) or not callable(costs)):
+            raise TypeError(
+                f"Invalid costs: {costs!r}. Must be None, for bytes, StepTime(), for milliseconds, "
+                f"or a function like efsgd.rank.Costs."
+            )
         if not isinstance(reference, RankPolicy):
             reference = Uniform(reference, setting)
         self.reference = reference
@@ -111,7 +117,7 @@ class LGreCo(RankPolicy):
         self._compressor: Compressor | None = None
         self._windows = 0  # that have ended
         self._steps = 0  # of the present window
-        self._length: int | None = None  # of the last window, in steps
+        self._length = 0  # of the last window, in steps
         self._targets: dict[int, Value] = {}  # the reference's value of each layer
         self._pending: dict[int, Value] = {}
         self._accumulator = Accumulator(with_errors=True)
@@ -134,7 +140,7 @@ class LGreCo(RankPolicy):
     @property
     def _is_summing(self) -> bool:
         """Whether the present step is one of the last, in a window as long as the last one."""
-        return self._length is None or self._steps > self._length - self.observations
+        return self._steps > self._length - self.observations
 
     def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
         """The reference's."""
@@ -174,9 +180,13 @@ class LGreCo(RankPolicy):
             self._compressor, known, self._accumulator, world_size, worker
         )
         costs = yield from self._costs(known, world_size)
-        if not _tell_anything(errors):
+        if not all(math.isfinite(error) for row in errors for error in row):
+            return changed  # an overflow: there is nothing to go by
+        rows = zip(known, costs, errors, strict=True)
+        # A layer without errors had no gradients, and keeps what the reference has for it.
+        if not (telling := [row for row in rows if any(row[2])]):
             return changed
-        return {**self._pending, **self._allocated(known, costs, errors)}
+        return {**self._pending, **self._allocated(*zip(*telling, strict=True))}
 
     def _is_known(self, index: int) -> bool:
         """Whether a layer has a sum, and something to be compared with."""
@@ -213,7 +223,7 @@ class LGreCo(RankPolicy):
         """Keeps what the reference wants, and sums anew if the next window counts."""
         self._targets, self._pending = self._pending, {}
         self.reference.commit([self._as_reference_has_it(layer) for layer in layers])
-        self._length, self._steps = self._steps or None, 0
+        self._length, self._steps = self._steps, 0
         self._windows += 1
         if self._is_looking:
             self._accumulator.begin(layers)
@@ -236,12 +246,6 @@ class LGreCo(RankPolicy):
         self._length = state_dict["length"]
         self._targets = dict(state_dict["targets"])
         self.reference.load_state_dict(state_dict["reference"])
-
-
-def _tell_anything(errors: Sequence[Sequence[float]]) -> bool:
-    """Whether they are finite, without overflow, and not all zero, as where no gradients came."""
-    flat = [error for row in errors for error in row]
-    return all(map(math.isfinite, flat)) and any(flat)
 
 
 def _between(values: Sequence[Value], shrink: float, grow: float) -> Sequence[int]:

@@ -3,10 +3,10 @@
 import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from efsgd.agreement import compare
@@ -19,6 +19,16 @@ from efsgd.observation import Observation
 from efsgd.optimizer_base import ErrorFeedbackOptimizer
 from efsgd.rank.background import Background, background_of
 from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
+from efsgd.rank.refusals import (
+    disown_,
+    own_,
+    require_exchange,
+    require_known,
+    require_mapping,
+    require_rates,
+    require_sole,
+    require_types,
+)
 from efsgd.rank.saving import load_policy, saved, validate_saved
 from efsgd.transports import current_transport
 
@@ -79,37 +89,23 @@ class RankScheduler:
         *,
         lr_of: Optimizer | None = None,
     ) -> None:
-        if not isinstance(optimizer, ErrorFeedbackOptimizer):
-            raise TypeError(
-                f"Invalid optimizer: {type(optimizer).__name__}. Must be one of this package, for "
-                f"example efsgd.PowerSGDOptimizer."
-            )
-        if not isinstance(policy, RankPolicy):
-            raise TypeError(
-                f"Invalid policy: {policy!r}. Must be an efsgd.rank.RankPolicy, for example "
-                f"Accordion(low=1, high=4)."
-            )
-        if lr_of is not None and not isinstance(lr_of, Optimizer):
-            raise TypeError(
-                f"Invalid lr_of: {type(lr_of).__name__}. Must be a torch.optim.Optimizer of the "
-                f"same parameters, or None for the first argument."
-            )
+        require_types(optimizer, policy, lr_of)
+        require_sole(optimizer, policy)
         self.optimizer, self.policy = optimizer, policy
         self._lr_of = optimizer if lr_of is None else lr_of
         self._calls, self._last_step = 0, self._step_number
         self._seen: int | None = None
         self._is_closed = False
         layers = self._layers()
-        if lr_of is not None and all(layer.lr is None for layer in layers):
-            raise ValueError(
-                f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
-                f"compressed, and has none of them: their learning rates are not known."
-            )
+        if lr_of is not None:
+            require_rates(lr_of, layers)
         world_size = current_transport(optimizer.process_group).world_size
         policy.background = self._background(layers, world_size)
-        self._set(policy.begin(layers, optimizer.compressor))
+        values = policy.begin(layers, optimizer.compressor)
+        self._set(require_mapping(values, policy, "begin"))
         policy.commit(self._layers())
         self._stop = optimizer.watch(self._observe)
+        own_(self, policy)
 
     @property
     def _step_number(self) -> int:
@@ -139,6 +135,7 @@ class RankScheduler:
         if not self._is_closed:
             self._is_closed = True
             self._stop()
+            disown_(self.policy)
 
     def step(self) -> None:
         """Ends a window: decides what the optimizer's next steps send.
@@ -153,7 +150,13 @@ class RankScheduler:
                 same window. Nothing has changed.
             ValueError: the policy proposes what is none of its values. Nothing has changed.
         """
-        self.optimizer.decide(self.exchange)
+        try:
+            self.optimizer.decide(self.exchange)
+        except CollectiveError as error:
+            raise CollectiveError(
+                f"RankScheduler.step was abandoned: {error} Every worker must call it, between the "
+                f"same two steps of the optimizer. Nothing has changed on this worker."
+            ) from error
 
     @torch.no_grad()
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[None]:
@@ -163,14 +166,16 @@ class RankScheduler:
             world_size: the number of workers.
             worker: this worker's place among them, from 0.
         """
+        layers = yield from self._compare()
         if self._is_closed or self._step_number == self._last_step:
             return
-        layers = yield from self._compare()
         wanted = [float(layer.value) for layer in layers]
         obstacle = None
         try:
             self.policy.background = self._background(layers, world_size)
-            values = yield from self.policy.propose(layers, world_size, worker)
+            proposal = self.policy.propose(layers, world_size, worker)
+            values = yield from require_exchange(proposal, self.policy)
+            values = require_mapping(values, self.policy, "propose")
             wanted = [float(values.get(layer.index, layer.value)) for layer in layers]
         except CollectiveError:
             raise
@@ -178,16 +183,22 @@ class RankScheduler:
             obstacle = error
         words = [obstacle is not None, *wanted]
         own = torch.tensor(words, dtype=torch.float64, device=layers[0].device)
-        gathered = (yield AllGather(own, "decisions")).cpu()
+        try:
+            gathered = (yield AllGather(own, "decisions")).cpu()
+        except CollectiveError as error:
+            raise (error if obstacle is None else obstacle) from error
         if obstacle is not None:
             raise obstacle
-        decided = self._read(gathered, layers)
+        if unable := gathered[:, 0].nonzero().flatten().tolist():
+            numbers = ", ".join(map(str, unable))
+            raise CollectiveError(f"worker {numbers} could not decide, and says itself why.")
+        decided = require_known(gathered[0, 1:].tolist(), layers, self.policy)
+        self.policy.commit([replace(n, value=decided[n.index]) for n in layers])
         self._calls, self._last_step = self._calls + 1, self._step_number
         # What is equal on all workers is new on all of them or on none, however it is written.
         if new := {n.index: decided[n.index] for n in layers if decided[n.index] != n.value}:
             self._set(new)
             self.optimizer.plan_change()
-        self.policy.commit(self._layers())
 
     def _compare(self) -> Exchange[list[Layer]]:
         """The layers, once it is known that all workers have the same, and are in one window."""
@@ -195,7 +206,9 @@ class RankScheduler:
         try:
             layers = self._layers()
             setting = self.policy.setting
-            lines = [f"window {self._calls} of {setting}s"]
+            lines = [f"decisions by {self.policy!r}", f"window {self._calls} of {setting}s"]
+            lines += [f"step {self._step_number}, decided on at step {self._last_step}"]
+            lines += ["closed" if self._is_closed else "watching"]
             lines += [f"{setting} of {layer.name}: {layer.value}" for layer in layers]
             lines += [f"sums of {list(a.sums)}" for a in self.policy.accumulators]
         except Exception as obstacle:
@@ -205,23 +218,6 @@ class RankScheduler:
             raise
         yield from compare(lines, device)
         return layers
-
-    def _read(self, gathered: Tensor, layers: Sequence[Layer]) -> dict[int, Value]:
-        """What worker 0 proposes, if all workers can follow."""
-        if unable := gathered[:, 0].nonzero().flatten().tolist():
-            numbers = ", ".join(map(str, unable))
-            raise CollectiveError(f"could not decide, and say themselves why: worker {numbers}.")
-        decided = {}
-        for layer, proposed in zip(layers, gathered[0, 1:].tolist(), strict=True):
-            known = {float(value): value for value in (*self.policy.values, layer.value)}
-            if proposed not in known:
-                raise ValueError(
-                    f"Invalid {self.policy.setting} of {layer.name}: {proposed}. What "
-                    f"{type(self.policy).__name__} proposes must be one of its values, which are "
-                    f"{list(self.policy.values)}."
-                )
-            decided[layer.index] = known[proposed]
-        return decided
 
     def _set(self, values: Mapping[int, Value]) -> None:
         set_own_(self.optimizer.param_groups, self.policy.setting, values)
@@ -258,6 +254,7 @@ class RankScheduler:
     @torch.no_grad()
     def consolidation(self, world_size: int = 1, worker: int = 0) -> Exchange[dict[str, Any]]:
         """`consolidated_state_dict` as an exchange; see `exchange`."""
+        yield from self._compare()
         sums = []
         for accumulator in self.policy.accumulators:
             means = yield from accumulator.means()

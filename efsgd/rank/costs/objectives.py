@@ -1,7 +1,7 @@
 """What an allocation is to make least, where it is not bytes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -92,8 +92,14 @@ def checked(
     """What an exchange finds, if it has the shape of a table.
 
     Raises:
+        TypeError: it is no exchange.
         ValueError: it has not.
     """
+    if not isinstance(costs, Generator):
+        raise TypeError(
+            f"Invalid costs: {costs!r}. Must come from a generator: where it needs no collective, "
+            f"let `yield from ()` come before `return`."
+        )
     found = yield from costs
     if [len(row) for row in found] != [columns] * rows:
         raise ValueError(
