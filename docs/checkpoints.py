@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import average_errors_, consolidated_state_dict
 from efsgd.distributed_checkpoint import ElasticLoadPlanner, OptimizerState
+from efsgd.rank import RankScheduler
 
 Model, Optimizer = torch.nn.Module, PowerSGDOptimizer
 
@@ -56,6 +57,22 @@ def save_with_errors(model: Model, optimizer: Optimizer, folder: Path) -> None:
 def load_with_errors(model: Model, optimizer: Optimizer, folder: Path) -> None:
     state = {"model": model, "optimizer": OptimizerState(model, optimizer)}
     dcp.load(state, checkpoint_id=folder, planner=ElasticLoadPlanner())
+
+
+def save_with_ranks(
+    model: Model, optimizer: Optimizer, scheduler: RankScheduler, folder: Path
+) -> None:
+    save_with_errors(model, optimizer, folder)
+    consolidated = scheduler.consolidated_state_dict()  # on every worker
+    if dist.get_rank() == 0:
+        torch.save(consolidated, folder / "rank-scheduler.pt")
+
+
+def load_with_ranks(
+    model: Model, optimizer: Optimizer, scheduler: RankScheduler, folder: Path
+) -> None:
+    load_with_errors(model, optimizer, folder)
+    scheduler.load_state_dict(torch.load(folder / "rank-scheduler.pt"))  # on every worker
 
 
 def start_saving(

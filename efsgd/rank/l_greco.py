@@ -29,8 +29,9 @@ class LGreCo(RankPolicy):
 
     Each window ends with a decision. What the layers' last corrected gradients Δ_w = g_w + e_w sum
     up to says how large the error of each layer would be at each rank. Of all choices whose errors
-    add up to no more than those of the reference, the one that sends least is taken. So never more
-    is sent than with the reference, and never is the error larger, as far as it was measured.
+    add up to no more than those of the reference, the one that sends least is taken. So steps never
+    send more than with the reference, and never is the error larger, as far as it was measured.
+    What decisions send comes on top.
 
     Differences to the authors' code: errors are those of the mean over the workers, not worker 0's;
     they are not rounded to a grid, which excludes the uniform choice itself; the reference is what

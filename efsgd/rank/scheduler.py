@@ -270,7 +270,9 @@ class RankScheduler:
         It may come before or after the optimizer's `load_state_dict`: both know the values.
 
         Args:
-            state_dict: of a scheduler with a policy that was made with the same arguments.
+            state_dict: of a scheduler whose policy is of the same class and decides on the same
+                setting, for the same layers. Its other arguments may be others, and count from
+                then on.
 
         Raises:
             ValueError: it is no such dict, another policy's, or of another model. Nothing has
