@@ -73,7 +73,7 @@ class Accordion(RankPolicy):
             window, such as a cosine's, that would always be critical: 0.5 asks for less than half,
             and with 0.0 no fall counts.
         gradients: "mean" compares norms of the mean over the workers, "worker 0" those of its own
-            gradients, as the authors' code does; that has more noise, and sends nothing.
+            gradients, as the authors' code does; that has more noise, and sends 8 bytes for each.
         sketch: with "mean", how many numbers of each layer are sent for a decision at most. The
             norms then are estimates: their standard deviation is about 1 / √(2·sketch) of them, 1 %
             for 4096. None sends whole gradients, for exact norms.
