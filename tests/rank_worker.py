@@ -1,6 +1,7 @@
 """What one worker of `test_rank_scheduler.py` does; run by torchrun. It takes a folder."""
 
 import json
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from efsgd import PowerSGDOptimizer
 from efsgd.agreement import checksum
@@ -73,12 +74,48 @@ def train(worker: int) -> dict[str, Any]:
     return {**report, "unchanged": individual(optimizer) == before}
 
 
+def made(seed: int) -> tuple[nn.Module, PowerSGDOptimizer, RankScheduler]:
+    """A small model, its optimizer, and a scheduler of ranks."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 24))
+    optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum=0.9)
+    return model, optimizer, RankScheduler(optimizer, policy())
+
+
+def go_on(optimizer: PowerSGDOptimizer, scheduler: RankScheduler, steps: range, worker: int) -> str:
+    """Trains, with a decision after every third step; what came of it."""
+    for step in steps:
+        for index, parameter in enumerate(parameters_of(optimizer)):
+            scale = 10.0 if step == 6 else 1.0
+            parameter.grad = scale * gaussian(parameter.shape, step, worker, index).float()
+        optimizer.step()
+        if step % 3 == 2:
+            scheduler.step()
+    return str((fingerprint(optimizer), scheduler.get_last_ranks()))
+
+
+def resume(worker: int, folder: Path) -> list[str]:
+    """Saves in the middle of a window and goes on; loads with other ranks, and goes on."""
+    examples = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "checkpoints.py"))
+    found = []
+    for seed, name in ((0, "save_with_ranks"), (1, "load_with_ranks")):
+        model, optimizer, scheduler = made(seed)
+        if seed == 0:
+            optimizer.broadcast_parameters()
+            go_on(optimizer, scheduler, range(5), worker)
+        examples[name](model, optimizer, scheduler, folder / "checkpoint")
+        dist.barrier()  # the file of the scheduler is written by worker 0
+        found.append(go_on(optimizer, scheduler, range(5, 12), worker))
+    return found
+
+
 def main() -> None:
     """Entry point."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     worker = dist.get_rank()
     report = train(worker)
+    report["resumed"] = resume(worker, Path(sys.argv[1]))
     dist.destroy_process_group()
     (Path(sys.argv[1]) / f"{worker}.json").write_text(json.dumps(report))
 

@@ -222,3 +222,6 @@ def test_processes_decide_as_workers_in_lockstep_do(tmp_path: Path) -> None:
         assert report["sums"] == rank_worker.checksums(sums)
     assert [report["error"] for report in reports] == ["CollectiveError", "RuntimeError"]
     assert all(report["unchanged"] for report in reports)
+    for report in reports:  # as docs/checkpoints.py saves and loads them
+        saved, loaded = report["resumed"]
+        assert saved == loaded
