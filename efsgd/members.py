@@ -56,19 +56,21 @@ class Member:
         shape = self.parameter.shape
         return torch.Size((*shape, 2)) if self.parameter.is_complex() else shape
 
+    @property
+    def compressed_shape(self) -> torch.Size:
+        """As which it is compressed: what is no matrix by itself is none as a real view either."""
+        return self.shape if self.parameter.dim() >= 2 else torch.Size((self.shape.numel(),))
+
     def entry(self, compressor: Compressor, *, is_compressing: bool = True) -> Entry:
         """Its place in a plan.
 
         Args:
-            compressor: decides how far it is compressed. What is not a matrix by itself is none
-                as a real view either.
+            compressor: decides how far it is compressed.
             is_compressing: False sends it uncompressed.
         """
         level = None
         if is_compressing and not self.has_sparse_gradients:
-            is_matrix = self.parameter.dim() >= 2
-            shape = self.shape if is_matrix else (self.shape.numel(),)
-            level = compressor.level(shape, self.settings)
+            level = compressor.level(self.compressed_shape, self.settings)
         return Entry(self.index, tuple(self.shape), level)
 
 

@@ -6,6 +6,7 @@ from weakref import ref
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from efsgd.arguments import number_of, validate_process_group
@@ -137,6 +138,11 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
     def compressor(self) -> Compressor:
         """Decides what is compressed and how far. Its settings now are those in the groups."""
         return self._compressor
+
+    @property
+    def sparse_parameters(self) -> frozenset[Tensor]:
+        """Those that are known to have sparse gradients: they are sent uncompressed."""
+        return frozenset(self._stepper.plan.sparse)
 
     @property
     def watchers(self) -> tuple[Watcher, ...]:

@@ -119,6 +119,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="CIFAR-10's binary files")
     parser.add_argument("--low-rank", type=int, help="default: 2, of ResNet18 1")
     parser.add_argument("--high-rank", type=int, help="default: 4, of ResNet18 2")
+    parser.add_argument(
+        "--interval", type=int, help="windows between decisions of Accordion (4, of ResNet18 10)"
+    )
     return parser.parse_args(words)
 
 
@@ -138,6 +141,9 @@ def comparison(arguments: argparse.Namespace) -> Comparison:
     choices = RESNET18 if arguments.data else SMALL
     given = {"low": arguments.low_rank, "high": arguments.high_rank}
     choices = replace(choices, **{name: rank for name, rank in given.items() if rank is not None})
+    if arguments.interval is not None:
+        accordion_s = {**choices.accordion, "interval": arguments.interval}
+        choices = replace(choices, accordion=accordion_s)
     fixed = {f"Rank {rank}": rank for rank in (choices.high, choices.low)}
     ranks = {**fixed, **dict.fromkeys(POLICIES, choices.high)}
     return Comparison(

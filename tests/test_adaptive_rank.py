@@ -87,6 +87,13 @@ def test_the_paper_s_ranks_and_windows_are_those_of_cifar10() -> None:
     assert {(each.low, each.high, each.accordion["interval"]) for each in choices} == {(1, 2, 10)}
 
 
+def test_the_interval_of_accordion_may_be_given() -> None:
+    chosen = comparison(parse_arguments(["--interval", "1"]))
+    choices = [make.keywords["choices"] for make in chosen.schedulers.values()]
+    assert {each.accordion["interval"] for each in choices} == {1}
+    assert {each.l_greco["interval"] for each in choices} == {5}
+
+
 def test_the_table_has_ratios_to_the_first_method_and_the_part_of_decisions() -> None:
     high = [
         History(bytes_sent=[0, 3 * 2**20, size], quality=[10, 50, quality], seconds=seconds)

@@ -1,5 +1,6 @@
 """RankScheduler where something fails: all workers raise, and nothing has changed."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -115,6 +116,37 @@ def test_workers_in_different_windows_or_with_other_parameters_do_not_decide() -
     team.optimizers[1].add_param_group({"params": [more]})
     with pytest.raises(WorkerMismatchError, match="worker 1: rank of parameter 4"):
         team.decide()
+
+
+def no_costs(scale: int, *_: object) -> Any:
+    """For `functools.partial`, which shows itself with an address."""
+    yield from ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reference": 3},
+        {"values": (2, 4)},
+        {"tolerance": 2.0},
+        {"observations": 9},
+        {"interval": 2},
+        {"spectrum": "svd"},
+        {"iterations": 1},
+        {"gradients": "worker 0"},
+        {"sketch": 64},
+        {"costs": None},
+    ],
+    ids=str,
+)
+def test_policies_read_alike_where_they_are_alike_and_nowhere_else(change: dict[str, Any]) -> None:
+    def policy(**own: Any) -> LGreCo:
+        costs = functools.partial(no_costs, 1)
+        return LGreCo(**{"reference": 4, "values": (2, 3, 4), "costs": costs, **own})
+
+    made = [policy(), policy(), policy(**change)]
+    assert repr(made[0]) == repr(made[1]) != repr(made[2])
+    assert " at 0x" not in repr(made[0])
 
 
 def test_workers_with_other_policies_do_not_decide() -> None:

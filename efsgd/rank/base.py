@@ -1,6 +1,7 @@
 """What decides how far each parameter is compressed, as training goes on. It names no policy."""
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
-from efsgd.individual import settings_of
+from efsgd.individual import PER_PARAMETER
 from efsgd.members import Member, compute_dtype, members
 from efsgd.observation import Observation
 from efsgd.rank.accumulation import Accumulator
@@ -32,7 +33,6 @@ class Layer:
         name: for messages: its name if the optimizer knows names, and its index.
         shape: as which it is compressed.
         value: of the setting that is decided on, as it is now.
-        group: the position of its parameter group.
         lr: the learning rate of its group, now; None where nobody knows.
         settings: all that its group and it have, as they are now.
         dtype: of its errors and factors.
@@ -43,11 +43,14 @@ class Layer:
     name: str
     shape: tuple[int, ...]
     value: Value
-    group: int
     lr: float | None
     settings: Mapping[str, Any]
     dtype: torch.dtype
     device: torch.device
+
+    def level(self, compressor: Compressor, setting: str, value: Value) -> Any:
+        """How far the compressor compresses it at a value; None: it is sent uncompressed."""
+        return compressor.level(self.shape, {**self.settings, setting: value})
 
 
 class RankPolicy(ABC):
@@ -67,13 +70,14 @@ class RankPolicy(ABC):
     def __repr__(self) -> str:
         """Class and arguments: workers whose policies read differently refuse to decide together.
 
-        Arguments are found as the attributes of the constructor's names; what is a function stands
-        there with its name.
+        Arguments are the attributes that have names of the constructor's. A function stands there
+        with its name, and no address does. A policy whose attributes may differ between workers has
+        to define this itself.
         """
         names = inspect.signature(type(self).__init__).parameters
         found = {name: getattr(self, name) for name in names if hasattr(self, name)}
         shown = (f"{n}={getattr(v, '__qualname__', None) or repr(v)}" for n, v in found.items())
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", f"{type(self).__name__}({', '.join(shown)})")
 
     @property
     @abstractmethod
@@ -174,10 +178,9 @@ def layers_of(
         )
     choices = list(dict.fromkeys(values))
     lrs = {id(p): group.get("lr") for group in lr_of.param_groups for p in group["params"]}
-    positions = {id(group): position for position, group in enumerate(groups)}
     found = []
     for member in members(groups):
-        settings = settings_of(member.group, member.position)
+        settings = member.settings
         own = [_with_setting(member, {**settings, setting: value}) for value in choices]
         for each in own:
             _validate(compressor, each, setting, choices)
@@ -188,9 +191,8 @@ def layers_of(
             Layer(
                 member.index,
                 member.name,
-                _shape_of(member),
+                tuple(member.compressed_shape),
                 settings[setting],
-                positions[id(member.group)],
                 None if lr is None else float(lr),
                 settings,
                 compute_dtype(member.parameter),
@@ -221,10 +223,5 @@ def _validate(
 
 def _with_setting(member: Member, settings: dict[str, Any]) -> Member:
     """The parameter as if it were in a group with these settings."""
-    group = {**settings, "per_parameter": None}
+    group = {**settings, PER_PARAMETER: None}
     return Member(member.index, member.parameter, group, 0, member.name)
-
-
-def _shape_of(member: Member) -> tuple[int, ...]:
-    """As `Member.entry` has it compressed."""
-    return tuple(member.shape) if member.parameter.dim() >= 2 else (member.shape.numel(),)

@@ -14,6 +14,7 @@ from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
 from efsgd.observation import Observation
 from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.checks import require_counts
 from efsgd.rank.costs.network import Clock, Network, measure_network
 from efsgd.rank.costs.volumes import total_bytes
 from efsgd.rank.fitting import Fitting
@@ -80,15 +81,13 @@ class CommunicationBudget(RankPolicy):
         clock: Clock = time.perf_counter,
     ) -> None:
         _validate_budget(bytes_per_step, share_of_step)
-        for name, count in (("max_rank", max_rank), ("interval", interval)):
-            if not _is_number(count) or count != int(count) or count < 1:
-                raise ValueError(f"Invalid {name}: {count!r}. Must be an integer of at least 1.")
+        require_counts(max_rank=max_rank, interval=interval)
         if values is None and setting != "rank":
             raise ValueError(
                 f"Invalid values: None. Must be a list of values of {setting!r}, in order of "
                 f"ascending cost; by itself only ranks are known, from 1 to max_rank."
             )
-        own = tuple(range(1, int(max_rank) + 1) if values is None else values)
+        own = tuple(range(1, max_rank + 1) if values is None else values)
         if not own or len(set(own)) < len(own) or not all(map(_is_number, own)):
             raise ValueError(
                 f"Invalid values: {values!r}. Must be one or more numbers, each once, in order of "

@@ -111,6 +111,8 @@ class LGreCo(RankPolicy):
                 f"ask for, and must have all of its values."
             )
         self.tolerance, self.costs = tolerance, costs
+        self.spectrum, self.iterations = spectrum, iterations
+        self.gradients, self.sketch = gradients, sketch
         self.observations, self.interval = observations, interval
         self._values = tuple(sorted(set(chosen)))
         options = spectrum, iterations, gradients, sketch

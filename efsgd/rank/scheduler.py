@@ -120,7 +120,7 @@ class RankScheduler:
 
     def _background(self, layers: Sequence[Layer], world_size: int) -> Background:
         optimizer = self.optimizer
-        listed = members(optimizer.param_groups, optimizer._stepper.plan.sparse)
+        listed = members(optimizer.param_groups, optimizer.sparse_parameters)
         collectives = optimizer.communication_stats()["collectives"]
         return background_of(listed, {layer.index for layer in layers}, world_size, collectives)
 

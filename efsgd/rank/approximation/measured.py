@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from efsgd.collectives import AllReduceMean, Exchange
+from efsgd.collectives import Exchange
 from efsgd.compressors import TensorCompressor
 from efsgd.rank.base import Layer, Value
+from efsgd.rank.mean_table import mean_table
 from efsgd.units import Draws
 
 __all__ = ["measured_errors"]
@@ -41,33 +42,24 @@ def measured_errors(
     Raises:
         Exception: what the compressor raises on this worker. The others have NaN.
     """
-    rows, obstacle = [[math.nan] * len(values) for _ in layers], None
-    try:
-        rows = [
-            [
-                _missed(compressor, layer, {setting: value}, tensors[layer.index], worker)
-                for value in values
-            ]
-            for layer in layers
-        ]
-    except Exception as error:  # the other workers are waiting, so it is raised afterwards
-        obstacle = error
-    table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
-    mean = yield AllReduceMean(table, "errors of accumulated gradients")
-    if obstacle is not None:
-        raise obstacle
-    found: list[list[float]] = mean.tolist()
-    return found
+
+    def row(layer: Layer) -> list[float]:
+        tensor = tensors[layer.index]
+        return [_missed(compressor, layer, setting, value, tensor, worker) for value in values]
+
+    sizes, purpose = (len(layers), len(values)), "errors of accumulated gradients"
+    return mean_table(lambda: map(row, layers), *sizes, layers[0].device, purpose)
 
 
 def _missed(
     compressor: TensorCompressor,
     layer: Layer,
-    chosen: Mapping[str, Value],
+    setting: str,
+    value: Value,
     tensor: Tensor,
     worker: int,
 ) -> float:
-    operator = compressor.level(layer.shape, {**layer.settings, **chosen})
+    operator = layer.level(compressor, setting, value)
     if operator is None:
         return 0.0
     if not tensor.isfinite().all():

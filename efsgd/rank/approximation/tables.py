@@ -136,7 +136,7 @@ class ErrorTables:
         most = min(matrix_shape(layer.shape))
         found = []
         for value in self.values:
-            level = compressor.level(layer.shape, {**layer.settings, self.setting: value})
+            level = layer.level(compressor, self.setting, value)
             found.append(0 if level is None else min(int(value), most))
         return found
 

@@ -1,5 +1,6 @@
 """How long a layer takes at a value of the setting that is decided on: modelled, and measured."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from efsgd.blocks import Blocks, Entry, Layout
-from efsgd.collectives import AllReduceMean, Exchange, run
+from efsgd.collectives import Exchange, run
 from efsgd.compressors import Compressed, Compressor
 from efsgd.errors import CollectiveError
 from efsgd.phases import Phases
@@ -16,6 +17,7 @@ from efsgd.randomness import generator_of
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.costs.network import Clock, Network, seconds_now
 from efsgd.rank.costs.volumes import with_value
+from efsgd.rank.mean_table import mean_table
 from efsgd.transports import Alone
 
 __all__ = ["measured_seconds", "modelled_seconds"]
@@ -40,7 +42,6 @@ def measured_seconds(
     layers: Sequence[Layer],
     setting: str,
     values: Sequence[Value],
-    world_size: int = 1,
     *,
     repeats: int = 5,
     clock: Clock = time.perf_counter,
@@ -56,7 +57,6 @@ def measured_seconds(
         layers: the same on every worker.
         setting: whose values they are.
         values: of the setting.
-        world_size: the number of workers.
         repeats: how many times each is timed; once more comes before, to warm up.
         clock: tells the time.
 
@@ -67,24 +67,23 @@ def measured_seconds(
         CollectiveError: another worker could not measure.
     """
     known: dict[Any, float] = {}
-    rows, obstacle = [[float("nan")] * len(values) for _ in layers], None
-    try:
-        for row, layer in zip(rows, layers, strict=True):
-            for column, value in enumerate(values):
-                own = with_value(compressor, layer.settings, setting, value)
-                key = layer.shape, layer.dtype, layer.device, own.level(layer.shape, own.settings())
-                if key not in known:
-                    known[key] = _seconds_alone(own, layer, repeats, clock)
-                row[column] = known[key]
-    except Exception as error:  # the other workers are waiting, so it is raised afterwards
-        obstacle = error
-    table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
-    mean = (yield AllReduceMean(table, "seconds of compression")) if world_size > 1 else table
-    if obstacle is not None:
-        raise obstacle
-    if not bool(mean.isfinite().all()):
+
+    def seconds(layer: Layer, value: Value) -> float:
+        own = with_value(compressor, layer.settings, setting, value)
+        key = layer.shape, layer.dtype, layer.device, own.level(layer.shape, own.settings())
+        if key not in known:
+            known[key] = _seconds_alone(own, layer, repeats, clock)
+        return known[key]
+
+    found = yield from mean_table(
+        lambda: [[seconds(layer, value) for value in values] for layer in layers],
+        len(layers),
+        len(values),
+        layers[0].device,
+        "seconds of compression",
+    )
+    if not all(math.isfinite(each) for row in found for each in row):
         raise CollectiveError("another worker could not measure, and says itself why.")
-    found: list[list[float]] = mean.tolist()
     return found
 
 

@@ -80,7 +80,7 @@ class StepTime:
         sent = byte_table(*options, as_all_reduce=True)
         seconds = modelled_seconds(sent, network)
         if self.compression:
-            measured = yield from measured_seconds(*options, repeats=repeats, clock=clock)
+            measured = yield from measured_seconds(*options[:-1], repeats=repeats, clock=clock)
             pairs = [zip(*rows, strict=True) for rows in zip(seconds, measured, strict=True)]
             seconds = [[a + b for a, b in row] for row in pairs]
         return [[1000 * each for each in row] for row in seconds]
