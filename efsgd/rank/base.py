@@ -33,6 +33,7 @@ class Layer:
         name: for messages: its name if the optimizer knows names, and its index.
         shape: as which it is compressed.
         value: of the setting that is decided on, as it is now.
+        group: the position of its parameter group.
         lr: the learning rate of its group, now; None where nobody knows.
         settings: all that its group and it have, as they are now.
         dtype: of its errors and factors.
@@ -43,6 +44,7 @@ class Layer:
     name: str
     shape: tuple[int, ...]
     value: Value
+    group: int
     lr: float | None
     settings: Mapping[str, Any]
     dtype: torch.dtype
@@ -178,6 +180,7 @@ def layers_of(
         )
     choices = list(dict.fromkeys(values))
     lrs = {id(p): group.get("lr") for group in lr_of.param_groups for p in group["params"]}
+    positions = {id(group): position for position, group in enumerate(groups)}
     found = []
     for member in members(groups):
         settings = member.settings
@@ -193,6 +196,7 @@ def layers_of(
                 member.name,
                 tuple(member.compressed_shape),
                 settings[setting],
+                positions[id(member.group)],
                 None if lr is None else float(lr),
                 settings,
                 compute_dtype(member.parameter),
