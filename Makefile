@@ -50,7 +50,7 @@ test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests
 
 .PHONY: test-kill
 test-kill: $(VENV)/.with-test ## kill workers at random points; what resumes must end the same (minutes)
-	$(BIN)/python -m tests.kill_and_resume $(KILL_FLAGS)
+	$(BIN)/python -m tests.checkpoint.kill_and_resume $(KILL_FLAGS)
 
 .PHONY: lint
 lint: $(VENV)/.with-test ## check style, formatting and types

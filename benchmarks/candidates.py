@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.timing import Runner
 from benchmarks.workloads import FixedGradients, matrices_of
 from efsgd import PowerSGDOptimizer
-from efsgd.orthogonalization import orthogonalize
+from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
 
 __all__ = ["Bench", "Candidate", "compared", "knows_compile", "left_out", "use_epfml"]
 

@@ -16,9 +16,9 @@ from benchmarks.results import in_milliseconds, in_times, show
 from benchmarks.timing import Quartiles, Runner, clock_for, differences, measure, ratios
 from benchmarks.workloads import WORKLOADS, made_gradients, shapes_of
 from efsgd import PowerSGDOptimizer
-from efsgd.agreement import checksum
-from efsgd.members import members
-from efsgd.plan import replicated
+from efsgd.engine.consistency import replicated
+from efsgd.engine.parameters import members
+from efsgd.wire.compare import checksum
 
 __all__: list[str] = []
 
@@ -28,7 +28,7 @@ WARM_UP = 2
 
 
 def check(optimizer: PowerSGDOptimizer) -> int:
-    """What a worker computes for a check, see `efsgd.agreement.compare`; the number of tensors."""
+    """What a worker computes for `efsgd.wire.compare.compare`; returns the number of tensors."""
     return len(
         [
             checksum(value)

@@ -31,7 +31,7 @@ from efsgd import (
     TopK,
     UniformQuantized,
 )
-from efsgd.units import Draws
+from efsgd.randomness import Draws
 
 __all__ = ["CANDIDATES", "report"]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from benchmarks.results import describe_machine, show, write_results
 from benchmarks.timing import Quartiles, Runner, clock_for, measure
-from efsgd.error_feedback import descend_
-from efsgd.fusion import Fusion
-from efsgd.low_rank import FLOATS_AT_ONCE, subtract_
-from efsgd.orthogonalization import orthogonalize
+from efsgd.algorithms.error_feedback import descend_
+from efsgd.algorithms.low_rank.fusion import Fusion
+from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
+from efsgd.algorithms.low_rank.products import FLOATS_AT_ONCE, subtract_
 
 __all__ = ["SHAPES", "gram_schmidt", "kernels", "taken"]
 

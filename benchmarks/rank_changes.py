@@ -8,12 +8,12 @@ from torch import Tensor
 
 from benchmarks.timing import Runner
 from efsgd import PowerSGDOptimizer
-from efsgd.collectives import Exchange
-from efsgd.compressors import Compressor
-from efsgd.observation import Observation
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.engine.observation import Observation
 from efsgd.rank import Accordion, Layer, RankPolicy, RankScheduler, Value
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.base import layers_of
+from efsgd.wire.collectives import Exchange
 
 __all__ = ["Changes", "Decisions", "Prescribed", "Watched", "optimizer_of"]
 

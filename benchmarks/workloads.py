@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from efsgd.blocks import matrix_shape
+from efsgd.layout import matrix_shape
 from examples.models import CifarResNet18, LSTMLanguageModel
 
 __all__ = [

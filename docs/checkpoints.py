@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import average_errors_, consolidated_state_dict
-from efsgd.distributed_checkpoint import ElasticLoadPlanner, OptimizerState
+from efsgd.checkpoint.distributed import ElasticLoadPlanner, OptimizerState
 from efsgd.rank import RankScheduler
 
 Model, Optimizer = torch.nn.Module, PowerSGDOptimizer

@@ -5,8 +5,6 @@ gradients in place of full ones. See https://arxiv.org/abs/1905.13727. `ErrorFee
 with any compressor of the family.
 """
 
-from efsgd.averager import GradientAverager
-from efsgd.buffers import average_buffers
 from efsgd.compressors import (
     LQSGD,
     Claims,
@@ -22,9 +20,12 @@ from efsgd.compressors import (
     UniformQuantized,
 )
 from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
-from efsgd.optimizer import ErrorFeedbackSGD, PowerSGDOptimizer
-from efsgd.payload import Field
-from efsgd.signum import Signum
+from efsgd.integrations.model_buffers import average_buffers
+from efsgd.optimizers.averager import GradientAverager
+from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
+from efsgd.optimizers.powersgd import PowerSGDOptimizer
+from efsgd.optimizers.signum import Signum
+from efsgd.wire.payload import Field
 
 __all__ = [
     "LQSGD",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
-from efsgd.query import initial_query
-from efsgd.state import LOCAL_STATE
+from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd.engine.state import LOCAL_STATE
 from efsgd.testing import Traced, step_together
-from tests.reference import Reference
+from tests.promises.reference import Reference
 from tests.strategies import Scenario, matrix_dimensions
 
 SEED = 11

@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from efsgd.blocks import matrix_shape
-from efsgd.compressors.base import Claims
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.operators import Payload
 from efsgd.compressors.tensor_compressor import TensorCompressor
-from efsgd.payload import Field
-from efsgd.units import Draws, Payload
+from efsgd.layout import matrix_shape
+from efsgd.randomness import Draws
+from efsgd.wire.payload import Field
 
 __all__ = [
     "BudgetCompressor",

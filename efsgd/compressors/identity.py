@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efsgd.compressors.base import Claims
+from efsgd.algorithms.interfaces import Claims
 from efsgd.compressors.tensor_compressor import TensorCompressor
 
 __all__ = ["Identity"]

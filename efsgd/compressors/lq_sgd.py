@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Entry, Layout
-from efsgd.coded_mean import GatheredMean, ScatteredMean
-from efsgd.compressors.base import Claims
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.lq_sgd import QuantizedPowerIteration, factor_sizes
+from efsgd.algorithms.quantization.coded_mean import GatheredMean, ScatteredMean
+from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.compressors.powersgd import PowerSGD
-from efsgd.log_quantization import LogQuantizer
-from efsgd.lq_sgd import QuantizedPowerIteration, factor_sizes
+from efsgd.layout import Entry, Layout
 
 __all__ = ["LQSGD"]
 
 _AGGREGATIONS = ("gather", "scatter")
+
+
 _POWER_SGD = PowerSGD()
 
 

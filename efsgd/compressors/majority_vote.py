@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Entry, Layout
-from efsgd.compressors.base import Claims
-from efsgd.majority_vote import GroupMomentum, Voting, sign_format
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.majority_vote import LOCAL_FORM, GroupMomentum, Voting, sign_format
+from efsgd.layout import Entry, Layout
 
-__all__ = ["LOCAL_FORM", "MajorityVote"]
-
-#: The momentum form of groups whose momenta are each worker's own, and the compressor's business.
-LOCAL_FORM = "local"
+__all__ = ["MajorityVote"]
 
 
 @dataclass(frozen=True)
 class MajorityVote:
-    """Compresses to one bit per element (arXiv 1810.05291), for `efsgd.signum.Signum` alone.
+    """Compresses to one bit per element (arXiv 1810.05291), for `efsgd.Signum` alone.
 
     Tensors of every shape are compressed. It has no settings; the momentum is that of a parameter
     group. What is decompressed is a vote and no estimate of the gradient, so it makes no sense with
@@ -50,7 +47,8 @@ class MajorityVote:
         if form != LOCAL_FORM:
             raise ValueError(
                 f"Invalid momentum_form for a majority vote: {form!r}. Must be {LOCAL_FORM!r}, as "
-                f"in the groups of efsgd.signum.Signum: use that in place of another optimizer."
+                f"in the groups of efsgd.optimizers.signum.Signum: use that instead of another "
+                f"optimizer."
             )
 
     def claims(self) -> Claims:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.alternating import AlternatingPowerIteration, initial_left
-from efsgd.blocks import Entry, Layout, matrix_shape
-from efsgd.compressors.base import Claims
-from efsgd.fusion import has_compiler, shared_fusion
-from efsgd.powersgd import PowerIteration
-from efsgd.query import initial_query
+from efsgd.algorithms.alternating import AlternatingPowerIteration, initial_left
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd.algorithms.low_rank.fusion import has_compiler, shared_fusion
+from efsgd.algorithms.powersgd import PowerIteration
+from efsgd.layout import Entry, Layout, matrix_shape
 
 __all__ = ["PowerSGD"]
 
@@ -37,7 +37,7 @@ class PowerSGD:
         compile: whether torch.compile fuses products of ranks up to 8 into what is done with them.
         alternating: whether a step multiplies from one side only, by turns from the right and from
             the left: one all-reduce per step and half the bytes, and in each step an approximation
-            from a subspace that is one step older. See `efsgd.alternating`.
+            from a subspace that is one step older. See `efsgd.algorithms.alternating`.
 
     Example:
         >>> from efsgd import PowerSGD

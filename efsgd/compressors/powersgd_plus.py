@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from efsgd.blocks import Layout
-from efsgd.compressors.base import Claims
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.powersgd_plus import RefreshedPowerIteration
 from efsgd.compressors.powersgd import PowerSGD, options_of, start_of
-from efsgd.powersgd_plus import RefreshedPowerIteration
+from efsgd.layout import Layout
 
 __all__ = ["PowerSGDPlus"]
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.operators import Payload
 from efsgd.compressors.budget import DrawnCompressor
-from efsgd.units import Draws, Payload
+from efsgd.randomness import Draws
 
 __all__ = ["RandomBlock"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.operators import Payload
 from efsgd.compressors.budget import DrawnCompressor
-from efsgd.units import Draws, Payload
+from efsgd.randomness import Draws
 
 __all__ = ["RandomK", "draw_subset"]
-
 
 # Above this share of the elements, marking all that are drawn is faster than sorting them.
 SMALL_SHARE = 1 / 32

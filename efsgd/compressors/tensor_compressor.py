@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Entry, Layout
-from efsgd.compressors.base import Claims
-from efsgd.payload import Field, Format
-from efsgd.tensorwise import Tensorwise
-from efsgd.units import Draws, Payload
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.tensorwise import Tensorwise
+from efsgd.layout import Entry, Layout
+from efsgd.randomness import Draws
+from efsgd.wire.payload import Field, Format
 
 __all__ = ["TensorCompressor"]
 

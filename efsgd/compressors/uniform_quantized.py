@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efsgd.compressors.base import Claims
+from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.operators import Payload
+from efsgd.compressors.numerics import pieces, power_of_two
 from efsgd.compressors.tensor_compressor import TensorCompressor
-from efsgd.payload import Field
-from efsgd.pieces import pieces
-from efsgd.scaling import power_of_two
-from efsgd.units import Draws, Payload
+from efsgd.randomness import Draws
+from efsgd.wire.payload import Field
 
 __all__ = ["UniformQuantized"]
 

@@ -1,14 +1,14 @@
 """Ranks, densities and bits that change as training goes on, each parameter's by itself."""
 
-from efsgd.rank.accordion import Accordion, is_critical
 from efsgd.rank.allocation import Candidate, allocate, allocate_within
 from efsgd.rank.base import Layer, RankPolicy, Value
-from efsgd.rank.communication_budget import CommunicationBudget
 from efsgd.rank.costs.network import Network
 from efsgd.rank.costs.objectives import Costs, StepTime
-from efsgd.rank.l_greco import LGreCo
+from efsgd.rank.policies.accordion import Accordion, is_critical
+from efsgd.rank.policies.communication_budget import CommunicationBudget
+from efsgd.rank.policies.l_greco import LGreCo
+from efsgd.rank.policies.uniform import Uniform
 from efsgd.rank.scheduler import RankScheduler
-from efsgd.rank.uniform import Uniform
 
 __all__ = [
     "Accordion",

@@ -1,15 +1,16 @@
 """Sums of what each worker brought to the steps of a window, and their means over the workers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efsgd.collectives import AllReduceMean, Exchange
-from efsgd.observation import Observation
+from efsgd.engine.observation import Observation
+from efsgd.wire.collectives import AllReduceMean, Exchange
 
-__all__ = ["Accumulated", "Accumulator"]
+__all__ = ["Accumulated", "Accumulator", "mean_table"]
 
 
 class Accumulated(Protocol):
@@ -143,3 +144,36 @@ class Accumulator:
             for index, value in sums.items():
                 self.sums[index].copy_(value)
         self.steps = state_dict["steps"]
+
+
+def mean_table(
+    make: Callable[[], Iterable[Sequence[float]]],
+    rows: int,
+    columns: int,
+    device: torch.device,
+    purpose: str,
+) -> Exchange[list[list[float]]]:
+    """The mean of the workers' tables, the same on all of them.
+
+    Args:
+        make: computes this worker's.
+        rows: of the table.
+        columns: of the table.
+        device: where buffers may live.
+        purpose: what the table has, for messages.
+
+    Raises:
+        Exception: what `make` raises on this worker. The others, who are waiting for its table,
+            have NaN in place of numbers.
+    """
+    table, obstacle = [[math.nan] * columns] * rows, None
+    try:
+        table = [list(row) for row in make()]
+    except Exception as error:  # the other workers are waiting, so it is raised afterwards
+        obstacle = error
+    own = torch.tensor(table, dtype=torch.float64, device=device)
+    mean = yield AllReduceMean(own, purpose)
+    if obstacle is not None:
+        raise obstacle
+    found: list[list[float]] = mean.tolist()
+    return found

@@ -10,13 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim import Optimizer
 
-from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
-from efsgd.individual import PER_PARAMETER
-from efsgd.members import Member, compute_dtype, members
-from efsgd.observation import Observation
+from efsgd.engine.observation import Observation
+from efsgd.engine.parameters import PER_PARAMETER, Member, compute_dtype, members
 from efsgd.rank.accumulation import Accumulator
-from efsgd.rank.background import Background
+from efsgd.rank.fixed_traffic import Background
+from efsgd.wire.collectives import Exchange
 
 __all__ = ["Layer", "RankPolicy", "Value", "layers_of"]
 

@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from efsgd.agreement import compare
-from efsgd.blocks import matrix_shape
-from efsgd.collectives import AllGather, Exchange
+from efsgd.engine.observation import Observation
+from efsgd.engine.parameters import members, set_own_
 from efsgd.errors import CollectiveError, WorkerMismatchError
-from efsgd.individual import set_own_
-from efsgd.members import members
-from efsgd.observation import Observation
-from efsgd.optimizer_base import ErrorFeedbackOptimizer
-from efsgd.rank.background import Background, background_of
+from efsgd.layout import matrix_shape
+from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
+from efsgd.rank.fixed_traffic import Background, background_of
 from efsgd.rank.refusals import (
     disown_,
+    load_policy,
     own_,
     require_exchange,
     require_known,
@@ -28,9 +26,12 @@ from efsgd.rank.refusals import (
     require_rates,
     require_sole,
     require_types,
+    saved,
+    validate_saved,
 )
-from efsgd.rank.saving import load_policy, saved, validate_saved
-from efsgd.transports import current_transport
+from efsgd.wire.collectives import AllGather, Exchange
+from efsgd.wire.compare import compare
+from efsgd.wire.transports import current_transport
 
 __all__ = ["RankScheduler"]
 
@@ -160,7 +161,7 @@ class RankScheduler:
 
     @torch.no_grad()
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[None]:
-        """`step` as an exchange, for any driver: `efsgd.collectives.run`, `testing.lockstep`.
+        """`step` as an exchange, for any driver: `efsgd.wire.collectives.run`, `testing.lockstep`.
 
         Args:
             world_size: the number of workers.

@@ -14,8 +14,10 @@ __all__ = ["KINDS", "Gradients", "gaussian", "gradients", "made_up"]
 #: By worker, and by parameter.
 Gradients: TypeAlias = list[list[Tensor | None]]
 
+
 #: What gradients may look like.
 KINDS = ("gaussian", "one_hot", "scaled", "rank_deficient", "constant", "zero")
+
 
 # Numbers that keep the draws of this package's own parts apart.
 _GRADIENTS = 7_001

@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from efsgd.collectives import (
+from efsgd.errors import CollectiveError
+from efsgd.wire.collectives import (
     AllGather,
     AllReduceMean,
     AllToAll,
@@ -18,7 +19,6 @@ from efsgd.collectives import (
     Request,
     Start,
 )
-from efsgd.errors import CollectiveError
 
 __all__ = ["Lockstep", "LockstepError", "Traced", "lockstep", "step_together"]
 
@@ -85,7 +85,7 @@ def lockstep(exchanges: Sequence[Exchange[T]], *, fail_at: int | None = None) ->
         Exception: what the exchanges raise, if all of them raise it; worker 0's.
 
     Example:
-        >>> from efsgd.collectives import AllReduceMean
+        >>> from efsgd.wire.collectives import AllReduceMean
         >>> from efsgd.testing import lockstep
         >>> def mean_of(value):
         ...     return (yield AllReduceMean(torch.tensor([value]), "an example")).item()

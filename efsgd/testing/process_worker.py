@@ -21,6 +21,7 @@ __all__ = ["Course", "dtype_of", "error_file", "gradients_of", "result_file", "w
 #: All that a step may change on one worker, after each step.
 Course: TypeAlias = list[dict[str, Tensor]]
 
+
 #: How long one worker waits for another.
 PATIENCE = timedelta(seconds=30)
 

@@ -29,9 +29,12 @@ __all__ = ["agrees_in_processes", "check_in_processes", "failures"]
 
 #: Seconds for a launch, of which loading torch takes most, and for each compressor in it.
 LIMIT, LIMIT_EACH = 90.0, 10.0
+
+
 #: More than two workers are added in another order than in lockstep: rounding of float64, 2e-16,
 #: multiplied by what error feedback makes of it in a few steps.
 TOLERANCE = 1e-6
+
 
 _REMEDY = (
     "In a process of its own a compressor has nothing but its fields, what it has received and "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from efsgd.compressors import Compressor
-from efsgd.error_feedback_sgd import ErrorFeedbackSGD
-from efsgd.members import members
-from efsgd.plan import replicated
+from efsgd.engine.consistency import replicated
+from efsgd.engine.parameters import members
+from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
 from efsgd.testing.gradients import Gradients
 from efsgd.testing.lockstep import Traced, step_together
 from efsgd.testing.violations import Violation

@@ -59,6 +59,8 @@ class Step(NamedTuple):
 
 #: The items of a layer. Undominated ones are in ascending order of their errors.
 Layer = list[State]
+
+
 # Of the many states of a search, which a plain tuple holds faster.
 _T = TypeVar("_T", bound=tuple[int, int, int])
 

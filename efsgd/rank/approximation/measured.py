@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from efsgd.collectives import Exchange
 from efsgd.compressors import TensorCompressor
+from efsgd.randomness import Draws
+from efsgd.rank.accumulation import mean_table
 from efsgd.rank.base import Layer, Value
-from efsgd.rank.mean_table import mean_table
-from efsgd.units import Draws
+from efsgd.wire.collectives import Exchange
 
 __all__ = ["measured_errors"]
 

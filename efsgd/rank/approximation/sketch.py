@@ -15,8 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from efsgd.collectives import AllReduceMean, Exchange
 from efsgd.randomness import generator_of
+from efsgd.wire.collectives import AllReduceMean, Exchange
 
 __all__ = ["mean_norms", "sketch"]
 

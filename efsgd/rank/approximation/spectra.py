@@ -22,10 +22,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from efsgd.collectives import AllReduceMean, Exchange
-from efsgd.orthogonalization import normalize_columns, orthogonalize
-from efsgd.query import initial_query
+from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, orthogonalize
 from efsgd.rank.approximation.sketch import mean_norms
+from efsgd.wire.collectives import AllReduceMean, Exchange
 
 __all__ = ["exact_tails", "power_tails"]
 

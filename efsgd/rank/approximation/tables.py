@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from efsgd.blocks import matrix_shape
-from efsgd.collectives import Broadcast, Exchange, run
 from efsgd.compressors import LQSGD, Compressor, PowerSGD, TensorCompressor
+from efsgd.layout import matrix_shape
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.approximation.measured import measured_errors
 from efsgd.rank.approximation.spectra import exact_tails, power_tails
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.checks import require_choice, require_counts
 from efsgd.rank.costs.volumes import with_value
-from efsgd.transports import Alone
+from efsgd.wire.collectives import Broadcast, Exchange, run
+from efsgd.wire.transports import Alone
 
 __all__ = ["ErrorTables"]
 

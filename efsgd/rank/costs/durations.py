@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from efsgd.blocks import Blocks, Entry, Layout
-from efsgd.collectives import Exchange, run
 from efsgd.compressors import Compressed, Compressor
 from efsgd.errors import CollectiveError
-from efsgd.phases import Phases
+from efsgd.layout import Blocks, Entry, Layout
+from efsgd.profiling import Phases
 from efsgd.randomness import generator_of
+from efsgd.rank.accumulation import mean_table
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.costs.network import Clock, Network, seconds_now
 from efsgd.rank.costs.volumes import with_value
-from efsgd.rank.mean_table import mean_table
-from efsgd.transports import Alone
+from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.transports import Alone
 
 __all__ = ["measured_seconds", "modelled_seconds"]
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from efsgd.collectives import AllReduceMean, Exchange
+from efsgd.wire.collectives import AllReduceMean, Exchange
 
 __all__ = ["LARGE_BYTES", "Clock", "Network", "measure_network", "seconds_now"]
 
 #: Tells seconds, from any beginning.
 Clock = Callable[[], float]
+
 
 #: The size of the larger buffer that is timed: 1 MiB. The smaller one is a single float32.
 LARGE_BYTES = 2**20
@@ -87,9 +88,9 @@ def measure_network(
         ValueError: `repeats` is below 1.
 
     Example:
-        >>> from efsgd.collectives import run
+        >>> from efsgd.wire.collectives import run
         >>> from efsgd.rank.costs.network import measure_network
-        >>> from efsgd.transports import Alone
+        >>> from efsgd.wire.transports import Alone
         >>> run(measure_network(torch.device("cpu"), world_size=1), Alone())
         Network(latency=0.0, seconds_per_byte=0.0)
     """

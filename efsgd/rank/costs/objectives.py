@@ -5,13 +5,13 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from efsgd.collectives import Exchange
 from efsgd.compressors import Compressor
 from efsgd.rank.base import Layer, Value
 from efsgd.rank.checks import require_counts
 from efsgd.rank.costs.durations import measured_seconds, modelled_seconds
 from efsgd.rank.costs.network import Clock, Network, measure_network
 from efsgd.rank.costs.volumes import byte_table
+from efsgd.wire.collectives import Exchange
 
 __all__ = ["Costs", "StepTime", "checked"]
 

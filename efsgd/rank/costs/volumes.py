@@ -13,12 +13,7 @@ import torch
 from efsgd.compressors import Compressor
 from efsgd.rank.base import Layer, Value
 
-__all__ = [
-    "byte_table",
-    "bytes_of",
-    "total_bytes",
-    "with_value",
-]
+__all__ = ["byte_table", "bytes_of", "total_bytes", "with_value"]
 
 
 def with_value(

@@ -7,24 +7,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efsgd.blocks import Blocks
-from efsgd.collectives import Exchange
-from efsgd.error_feedback import Section
+from efsgd.algorithms.bucket import Section
+from efsgd.layout import Blocks
 from efsgd.testing.gradients import made_up
 from efsgd.testing.lockstep import lockstep
 from efsgd.testing.simulation import Simulation
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
+from efsgd.wire.collectives import Exchange
 
 __all__ = ["averages_what_is_sent", "draws_as_claimed", "travels_as_claimed"]
 
 # What is lost to rounding in float64: 2e-16 for each of some dozen sums.
 TOLERANCE = 1e-10
+
+
 # What may be missing of a tensor that is sent as it is: payloads may have numbers in float32.
 ROUNDING = 1e-6
+
+
 #: Steps among which others of the same beat are looked for, and how many of them are tried.
 HORIZON = 256
+
+
 TRIED, TRIED_AT_RANDOM = 6, 32
+
+
 _GATHERS = ("AllGather", "AllToAll")
 
 

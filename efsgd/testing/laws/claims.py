@@ -18,14 +18,24 @@ __all__ = ["contracts_as_claimed", "is_unbiased_as_claimed"]
 
 #: Payloads may have numbers in float32 while tensors are float64.
 ROUNDING = 1e-6
+
+
 DRAWS = 150
+
+
 #: Of one test of a few dozen; ln 1e8.
 NATS = 18.4
+
+
 #: One-sided at 7 standard errors: 1e-12 for a normal mean; a mean of 150 squares of normal
 #: numbers, with their own standard deviation, is that far below its expectation with 1e-7.
 STANDARD_ERRORS = 7.0
+
+
 #: At least and at most; in between, until the mean is known as exactly as this.
 MANY_DRAWS = (400, 1000)
+
+
 WIDTH = 0.03
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from efsgd.collectives import run
 from efsgd.testing.laws.sending import requests
 from efsgd.testing.simulation import (
     Simulation,
@@ -21,7 +20,8 @@ from efsgd.testing.simulation import (
 )
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
-from efsgd.transports import Alone
+from efsgd.wire.collectives import run
+from efsgd.wire.transports import Alone
 
 __all__ = [
     "agrees_when_alone",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from efsgd.compressors import Compressor
-from efsgd.control import ControlWords
 from efsgd.testing.gradients import gradients
 from efsgd.testing.lockstep import Traced
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
+from efsgd.wire.control_words import ControlWords
 
 __all__ = ["has_one_schedule", "requests", "sends_what_it_announces"]
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from efsgd.collectives import run
+from efsgd.algorithms.operators import Payload
 from efsgd.compressors import TensorCompressor
+from efsgd.randomness import Draws
 from efsgd.testing.gradients import gaussian
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
-from efsgd.transports import Alone
-from efsgd.units import Draws, Payload
+from efsgd.wire.collectives import run
+from efsgd.wire.transports import Alone
 
 __all__ = ["decompresses_alike", "leaves_deltas_alone"]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from efsgd.members import compute_dtype
+from efsgd.engine.parameters import compute_dtype
 from efsgd.testing.gradients import KINDS, Gradients
 from efsgd.testing.simulation import Simulation, first_difference, parameters_of
 from efsgd.testing.trial import Trial, law

@@ -1,0 +1,1 @@
+"""The papers' algorithms, as exchanges: generators that pause at their collectives."""

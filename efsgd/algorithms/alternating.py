@@ -1,0 +1,200 @@
+"""PowerSGD with one all-reduce per step: power iteration from the right and the left, by turns.
+
+Source: the two halves of PowerSGD's power iteration (Vogels, Karimireddy, Jaggi, NeurIPS 2019,
+arXiv 1905.13727), each in a step of its own, as in the authors' package github.com/epfml/powersgd.
+
+Legend. b matrices of equal shape lie in one batch::
+
+    M        [b, n, m]   the worker's own corrected gradients Δ_w
+    P        [b, n, r]   M Q_hat, later its mean, which the next step starts from
+    Q        [b, r, m]   M^T P_hat, transposed; later its mean, which the next step starts from
+    P_hat    [b, n, r]   P with orthonormal columns
+    Q_hat    [b, r, m]   Q with orthonormal rows
+
+A step from the right multiplies by Q_hat, sends P and stands for P Q_hat. A step from the left
+multiplies by P_hat, sends Q and stands for P_hat Q.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from efsgd.algorithms.low_rank.fusion import Fusion
+from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
+from efsgd.algorithms.low_rank.products import (
+    LowRank,
+    LowRankAggregator,
+    adopt_,
+    rank_of,
+    views,
+)
+from efsgd.layout import Blocks, Layout
+from efsgd.randomness import generator_of
+from efsgd.wire.collectives import AllReduceMean, Exchange, Start
+
+__all__ = ["AlternatingPowerIteration", "initial_left"]
+
+# Keeps the numbers that are drawn for P apart from those for Q.
+_STREAM = 1
+
+
+def initial_left(seed: int, index: int, n: int, r: int, *, step: int = 0) -> Tensor:
+    """P for one parameter before anything is known of it: i.i.d. standard normal.
+
+    The same on every worker and in every run, and independent of the first Q.
+
+    Args:
+        seed: of the optimizer.
+        index: the parameter's position in the optimizer.
+        n: rows of P, those of the gradient's matrix.
+        r: columns of P, the rank.
+        step: number of the step it is drawn for; 0 for a warm start.
+
+    Returns:
+        [n, r], float64, on the CPU.
+
+    Example:
+        >>> from efsgd.algorithms.alternating import initial_left
+        >>> from efsgd.algorithms.low_rank.factors import initial_query
+        >>> torch.equal(initial_left(0, 5, 3, 2), initial_query(0, 5, 3, 2))
+        False
+    """
+    generator = generator_of(seed, index, step, _STREAM)
+    return torch.randn(n, r, dtype=torch.float64, generator=generator, device="cpu")
+
+
+class AlternatingPowerIteration(LowRankAggregator):
+    """Half a step of power iteration for the matrices of one layout, in one all-reduce.
+
+    What a step sends of M is its projection on the subspace that the last step of the other side
+    has found. M changes in between, so the approximation is worse than that of Algorithm 1, which
+    projects on a subspace of M's own mean; error feedback makes up for it.
+
+    Attributes:
+        vectors: flat buffer [layout.vector_floats], the head of the one buffer that is sent.
+        queries: the warm-started Q of each batch, [b, r, m]; changed by `commit_` alone.
+        lefts: the warm-started P of each batch, [b, n, r]; changed by `commit_` alone.
+        shows_nonfinite: each element of M is a term in an element of P and in one of Q, and in
+            floating point NaN and infinity make every sum they enter NaN or infinite, even times 0.
+
+    Args:
+        layout: the plan; the level of an entry is its rank.
+        dtype: of factors and buffers.
+        device: of factors and buffers.
+        start: the number of the first compressed step, which multiplies from the right.
+        seed: with `warm_start=False`, the seed from which Q or P is drawn at every step.
+        warm_start: whether a step starts from the result of the step before it.
+        fusion: multiplies products of small rank out where they are used; None: never.
+    """
+
+    shows_nonfinite = True
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        start: int = 0,
+        seed: int = 0,
+        warm_start: bool = True,
+        fusion: Fusion | None = None,
+    ) -> None:
+        super().__init__(layout, dtype, device, fusion)
+        self.seed, self.warm_start = seed, warm_start
+        self._start, self._from_right = start, True
+        # What is handed over: [control words, vectors, P], or Q in the place of P.
+        head = layout.vector_floats
+        P_floats, Q_floats = (sum(map(math.prod, s)) for s in (self._P_shapes, self._Q_shapes))
+        longer = self._P_shapes if P_floats > Q_floats else self._Q_shapes
+        buffer, local = self._zeros(longer, head), self._zeros(longer)
+        self.vectors = buffer[:head]
+        self._P_buffer, self._Q_buffer = buffer[: head + P_floats], buffer[: head + Q_floats]
+        self._P = self._P_views(self._P_buffer[head:])
+        self._Q = views(self._Q_buffer[head:], self._Q_shapes)
+        # This worker's own, which the new errors need while the mean is on its way.
+        self._local_P_buffer, self._local_Q_buffer = local[:P_floats], local[:Q_floats]
+        self._local_P = self._P_views(self._local_P_buffer)
+        self._local_Q = views(self._local_Q_buffer, self._Q_shapes)
+        self.queries = views(self._zeros(self._Q_shapes), self._Q_shapes)
+        self.lefts = views(self._zeros(self._P_shapes), self._P_shapes)
+
+    def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
+        """Multiplies from one side and sends the product.
+
+        Args:
+            deltas: M, the worker's own matrices. Not modified.
+            step: the step's number.
+
+        Returns:
+            (P_w, Q̂) or (P̂, Q_w): the one factor the same on every worker, the other this worker's
+            own, its mean in flight.
+        """
+        # Where nothing is compressed, and before that starts, all steps are alike.
+        self._from_right = not deltas.batches or (step - self._start) % 2 == 0
+        if self._from_right:
+            return (yield from self._multiply_from_right(deltas, step))
+        return (yield from self._multiply_from_left(deltas, step))
+
+    def aggregate(self, local: LowRank) -> Exchange[LowRank]:
+        """(P, Q̂) or (P̂, Q), the same on every worker."""
+        assert local.in_flight is not None
+        with self.phases("alternating: all-reduce P or Q"):
+            yield local.in_flight
+        if self._from_right:
+            return self._low_rank(self._P, local.Q)
+        return self._low_rank(local.P_hat, self._Q)
+
+    def commit_(self, absent: frozenset[int] = frozenset()) -> None:
+        """Makes the averaged factor of the last exchange the one that the next step starts from.
+
+        Args:
+            absent: parameters that take no part in the step and keep their factors.
+        """
+        if self._from_right:
+            adopt_(self.lefts, self._P, self.layout, absent, dim=-2)
+        else:
+            adopt_(self.queries, self._Q, self.layout, absent)
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """For each compressed parameter, {"q": Q [m, r], "p": P [n, r]}, live views."""
+        return {
+            entry.index: {"q": query[position].mT, "p": left[position]}
+            for batch, query, left in zip(
+                self.layout.batches, self.queries, self.lefts, strict=True
+            )
+            for position, entry in enumerate(batch.entries)
+        }
+
+    def _multiply_from_right(self, deltas: Blocks, step: int) -> Exchange[LowRank]:
+        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
+        with self.phases("alternating: orthogonalize Q"):
+            Q_hats = [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
+        with self.phases("alternating: P = M Q"):
+            for M, Q_hat, P in zip(deltas.batches, Q_hats, self._P, strict=True):
+                torch.bmm(M, Q_hat.mT, out=P)
+            self._local_P_buffer.copy_(self._P_buffer[self.layout.vector_floats :])
+        in_flight = yield Start(AllReduceMean(self._P_buffer, "vectors and P (alternating)"))
+        return self._low_rank(self._local_P, Q_hats, in_flight)
+
+    def _multiply_from_left(self, deltas: Blocks, step: int) -> Exchange[LowRank]:
+        lefts = self.lefts if self.warm_start else self._draw_lefts(step)
+        with self.phases("alternating: orthogonalize P"):
+            P_hats = [orthogonalize(P) for P in lefts]
+        with self.phases("alternating: Q = M^T P"):
+            for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
+                torch.bmm(P_hat.mT, M, out=Q)
+            self._local_Q_buffer.copy_(self._Q_buffer[self.layout.vector_floats :])
+        in_flight = yield Start(AllReduceMean(self._Q_buffer, "vectors and Q (alternating)"))
+        return self._low_rank(P_hats, self._local_Q, in_flight)
+
+    def _draw_lefts(self, step: int) -> list[Tensor]:
+        drawn = [torch.empty_like(left) for left in self.lefts]
+        for batch, left in zip(self.layout.batches, drawn, strict=True):
+            for own, entry in zip(left, batch.entries, strict=True):
+                shape = (batch.rows, rank_of(batch))
+                own.copy_(initial_left(self.seed, entry.index, *shape, step=step))
+        return drawn

@@ -1,0 +1,86 @@
+"""The tensors of one device and dtype on one worker: what Algorithm 2 works on."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from efsgd.algorithms.interfaces import Aggregator
+from efsgd.layout import Blocks, Layout
+from efsgd.profiling import Phases
+from efsgd.wire.control_words import ControlWords
+
+__all__ = ["Section"]
+
+
+class Section:
+    """The tensors of one device and one dtype on one worker: what Algorithm 2 works on.
+
+    Attributes:
+        parameters: by index, in the order of the layout; complex ones as they are.
+        device: where all of it is.
+        errors: the error memory e_w of the compressed tensors; None without error feedback.
+        deltas: scratch for Δ_w; after line 9 it holds the next errors.
+        leftovers: by index, errors of tensors not compressed any more: sent with the next gradient.
+        shown: by index and name, the views that `optimizer.state` shows of errors and factors.
+
+    Args:
+        layout: which tensor lies where.
+        parameters: by index.
+        aggregator: compresses and aggregates; its `vectors` hold the uncompressed tensors.
+        control: the control words that travel with the vectors.
+        dtype: of errors, deltas and updates.
+        device: the same.
+        error_feedback: whether what was not sent is kept.
+        phases: names the phases of a step.
+        memory: for errors and deltas, [layout.matrix_floats] each; None: new memory, of zeros.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: Mapping[int, Tensor],
+        aggregator: Aggregator,
+        control: ControlWords,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        error_feedback: bool = True,
+        phases: Phases | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.layout, self.parameters, self.device = layout, dict(parameters), device
+        self.aggregator, self.control = aggregator, control
+        self.phases = aggregator.phases = Phases() if phases is None else phases
+        self.phases.devices.add(device)
+        self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
+        kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
+        self.deltas = Blocks(layout, *kind, flat=scratch)
+        self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
+        self.leftovers: dict[int, Tensor] = {}
+        self.shown: dict[int, dict[str, Tensor]] = {}
+
+    def gradients(self) -> list[Tensor | None]:
+        """This worker's gradients g_w, in the order of the layout."""
+        return [parameter.grad for parameter in self.parameters.values()]
+
+    def error_of(self, index: int) -> Tensor | None:
+        """The error of one parameter, in its shape; None where it has none."""
+        if self.errors is not None and index in self.compressed:
+            return self.errors.views[index]
+        return self.leftovers.get(index)
+
+    def commit_(self, absent: frozenset[int]) -> None:
+        """Makes the new errors and the compressor's new state those of the next step.
+
+        Args:
+            absent: parameters that no worker had a gradient for. Nothing of them is applied, so
+                their errors stay what they are.
+        """
+        self.aggregator.commit_(absent)
+        for index in self.leftovers.keys() - absent:
+            self.leftovers.pop(index).zero_()
+        if self.errors is not None:
+            for index in absent & self.compressed:
+                self.deltas.views[index].copy_(self.errors.views[index])
+            self.errors, self.deltas = self.deltas, self.errors

@@ -1,0 +1,1 @@
+"""Thin factors and their products."""

@@ -1,0 +1,251 @@
+"""Matrices as products of two thin factors, which are multiplied out where they are used.
+
+Source: Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for
+Distributed Optimization", NeurIPS 2019, arXiv 1905.13727. Algorithm 1, lines 10 and 11.
+
+Legend. b matrices of equal shape lie in one batch::
+
+    M        [b, n, m]   matrices that are compressed
+    P        [b, n, r]   left factors; P_hat where their columns are orthonormal
+    Q        [b, r, m]   right factors, transposed: stored by rows because that is how all products
+                         read and write memory in order
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd.algorithms.low_rank.fusion import Fusion
+from efsgd.layout import Batch, Blocks, Elementwise, Layout
+from efsgd.profiling import Phases
+from efsgd.wire.collectives import InFlight
+
+__all__ = ["LowRank", "LowRankAggregator", "adopt_", "is_aligned", "rank_of", "subtract_", "views"]
+
+# What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
+# costs little beside it, small enough to be in the cache still when the next operation reads it.
+FLOATS_AT_ONCE = 2**19
+
+
+# Unlike sums, products gain by pieces that stay in a core's own cache.
+FLOATS_OF_A_PRODUCT = 2**16
+
+
+class LowRankAggregator:
+    """What aggregators have in common whose results are products P Q^T.
+
+    Attributes:
+        layout: the plan; the level of an entry is its rank.
+        phases: names the phases of a step.
+
+    Args:
+        layout: see above.
+        dtype: of factors and buffers.
+        device: of factors and buffers.
+        fusion: multiplies products of small rank out where they are used; None: never.
+    """
+
+    def __init__(
+        self, layout: Layout, dtype: torch.dtype, device: torch.device, fusion: Fusion | None
+    ) -> None:
+        self.layout, self.phases = layout, Phases()
+        self._dtype, self._device, self._fusion = dtype, device, fusion
+        self._P_shapes = [(len(b.entries), b.rows, rank_of(b)) for b in layout.batches]
+        self._Q_shapes = [(len(b.entries), rank_of(b), b.columns) for b in layout.batches]
+        at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
+        sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
+        self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+
+    @property
+    def rounding(self) -> str:
+        """Either "compiled", where products may be fused, or "uncompiled"."""
+        return "uncompiled" if self._fusion is None else "compiled"
+
+    def prepare(
+        self,
+        function: Elementwise,
+        operands: Sequence[Mapping[int, Tensor]],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Compiles what a step will need; if that fails, nothing is fused."""
+        for batch in self.layout.batches if self._fusion is not None else ():
+            shapes = (batch.rows, rank_of(batch)), (rank_of(batch), batch.columns)
+            P, Q = (torch.zeros(s, dtype=self._dtype, device=self._device) for s in shapes)
+            M = torch.empty(batch.rows, batch.columns, dtype=P.dtype, device="meta")
+            for entry in batch.entries:
+                own = [operand[entry.index] for operand in operands if entry.index in operand]
+                if self._fusion is None or not own:
+                    continue
+                prepare = functools.partial(self._fusion.prepare, factors=(P, Q))
+                is_ready = prepare(function, operands=own, options=options)
+                if P.is_cpu and not is_aligned(batch, P.dtype):  # see `LowRank.subtract_from_`
+                    is_ready = prepare(subtract_, operands=[M], options={}) and is_ready
+                self._fusion = self._fusion if is_ready else None
+
+    def _draw_queries(self, seed: int, step: int) -> list[Tensor]:
+        """A Q for each batch that nothing is known of yet: Algorithm 1, line 1."""
+        drawn = views(self._zeros(self._Q_shapes), self._Q_shapes)
+        for batch, queries in zip(self.layout.batches, drawn, strict=True):
+            for own, entry in zip(queries, batch.entries, strict=True):
+                shape = (batch.columns, rank_of(batch))
+                own.copy_(initial_query(seed, entry.index, *shape, step=step).mT)
+        return drawn
+
+    def _zeros(self, shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
+        """One buffer for tensors of these shapes, after a head."""
+        floats = head + sum(map(math.prod, shapes))
+        return torch.zeros(floats, dtype=self._dtype, device=self._device)
+
+    def _P_views(self, buffer: Tensor) -> list[Tensor]:
+        """The P of each batch, in a buffer; one column after the other where that is faster."""
+        found = views(buffer, self._P_shapes)
+        for position, (b, n, r) in enumerate(self._P_shapes):
+            if r >= 4 and is_aligned(self.layout.batches[position], self._dtype):
+                found[position] = found[position].view(b, r, n).mT
+        return found
+
+    def _low_rank(
+        self, P: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
+    ) -> LowRank:
+        return LowRank(self.layout, self._scratch, self._fusion, P, Q, in_flight)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The compressed representation (P̂, Q) of matrices, not yet multiplied out.
+
+    With P̂ a projection has orthonormal columns, which is Algorithm 1; nothing here relies on it.
+
+    Attributes:
+        layout: whose matrices these are.
+        scratch: memory for the pieces that are multiplied out.
+        fusion: multiplies out where the product is used, without `scratch`; None: never.
+        P_hat: [b, n, r] for each batch.
+        Q: [b, r, m] for each batch (the paper's Q, transposed).
+        in_flight: where a factor is one worker's own: its mean, on its way.
+    """
+
+    layout: Layout
+    scratch: Tensor
+    fusion: Fusion | None
+    P_hat: Sequence[Tensor]
+    Q: Sequence[Tensor]
+    in_flight: InFlight | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """The factors are, if what was sent is."""
+        return True
+
+    def decompress_with_(
+        self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
+    ) -> None:
+        """Hands P̂Q^T to `function`, a few rows or matrices at a time.
+
+        See `efsgd.compressors.Compressed`.
+        """
+        for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
+            done: set[int] = set()
+            if self.fusion is not None:
+                for position, index in enumerate(entry.index for entry in batch.entries):
+                    own = [operand[index] for operand in operands if index in operand]
+                    factors = P_hat[position], Q[position]
+                    if own and self.fusion.apply_(function, *factors, own, options):
+                        done.add(index)
+            for matrices, rows in batch.pieces(operands[0].keys() - done, self.scratch.numel()):
+                entries = batch.entries[matrices]
+                shape = (len(entries), rows.stop - rows.start, batch.columns)
+                values = self.scratch[: math.prod(shape)].view(shape)
+                torch.bmm(P_hat[matrices, rows], Q[matrices], out=values)  # Alg. 1, line 11
+                function(
+                    [v.view(-1, *e.shape[1:]) for v, e in zip(values, entries, strict=True)],
+                    *([operand[e.index][rows] for e in entries] for operand in operands),
+                    **options,
+                )
+
+    def subtract_from_(self, blocks: Blocks) -> None:
+        """Subtracts P̂Q^T from each matrix of `blocks` (modified in place).
+
+        In the product itself, except where rows are not aligned: there, as in `decompress_with_`.
+        """
+        others: dict[int, Tensor] = {}
+        factors = zip(self.P_hat, self.Q, strict=True)
+        for batch, M, (P_hat, Q) in zip(self.layout.batches, blocks.batches, factors, strict=True):
+            views = {entry.index: blocks.views[entry.index] for entry in batch.entries}
+            if M.is_cpu and not is_aligned(batch, M.dtype):
+                others |= views
+                continue
+            floats = FLOATS_OF_A_PRODUCT if M.is_cpu else batch.floats
+            for matrices, rows in batch.pieces(views, floats):
+                M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
+        self.decompress_with_(subtract_, others)
+
+    def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
+        """The traces of (P^T P)(Q^T Q), whichever of the factors is orthonormal."""
+        found = []
+        for batch, P, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
+            left, right = P.mT.double() @ P.double(), Q.double() @ Q.mT.double()  # [b, r, r]
+            norms = (left * right).sum(dim=(1, 2))
+            pairs = zip(batch.entries, norms.unbind(), strict=True)
+            found += [norm for entry, norm in pairs if entry.index in wanted]
+        return found
+
+
+def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
+    """Subtracts each of `values` from its minuend (modified in place)."""
+    for value, minuend in zip(values, minuends, strict=True):
+        minuend.sub_(value)
+
+
+def adopt_(
+    kept: Sequence[Tensor],
+    means: Sequence[Tensor],
+    layout: Layout,
+    absent: Container[int],
+    dim: int = -1,
+) -> None:
+    """Keeps averaged factors for the next step (modified in place).
+
+    A column that is exactly zero (a layer without gradient, a matrix of lower rank) keeps its last
+    value instead: from a zero column nothing could ever be learned again.
+
+    Args:
+        kept: of each batch (modified in place).
+        means: of each batch.
+        layout: whose batches these are.
+        absent: parameters that take no part in the step and keep theirs.
+        dim: along which the columns lie.
+    """
+    for batch, own, mean in zip(layout.batches, kept, means, strict=True):
+        keep = (mean == 0).all(dim=dim, keepdim=True)
+        for position, entry in enumerate(batch.entries):
+            if entry.index in absent:
+                keep[position] = True
+        torch.where(keep, own, mean, out=own)
+
+
+def is_aligned(batch: Batch, dtype: torch.dtype) -> bool:
+    """Whether every row of a matrix begins at a multiple of 32 bytes, as vector units like it.
+
+    What is faster then and what is not: docs/benchmarks.md, "Choices within a step".
+    """
+    return batch.columns * dtype.itemsize % 32 == 0
+
+
+def rank_of(batch: Batch) -> int:
+    """The rank of a batch, its level."""
+    return cast(int, batch.level)
+
+
+def views(buffer: Tensor, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """Tensors of these shapes, one after the other at the head of a buffer."""
+    parts = buffer.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

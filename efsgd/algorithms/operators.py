@@ -1,0 +1,94 @@
+"""What a compressor of tensors is to its aggregator, and what it is given as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from efsgd.layout import Layout
+from efsgd.randomness import Draws
+from efsgd.wire.payload import Field
+
+__all__ = ["Operator", "Payload", "Unit", "units"]
+
+#: What is sent for one tensor: its fields, in the order in which they were announced.
+Payload = Sequence[Tensor]
+
+
+class Operator(Protocol):
+    """Compresses a tensor and decompresses it; see `efsgd.TensorCompressor`."""
+
+    def fields(self, shape: torch.Size) -> Sequence[Field]:
+        """What is sent for a tensor of this shape."""
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        """The payload of a tensor, which is not modified."""
+
+    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """Adds alpha times the decompressed tensor to `out` (modified in place)."""
+
+    @property
+    def seed_of_draws(self) -> int:
+        """The seed of all that it draws."""
+
+    @property
+    def takes_all_at_once(self) -> bool:
+        """Whether it sees all tensors as one flat one."""
+
+
+class Unit:
+    """What is compressed as one tensor: one parameter, or all of one level, one after the other.
+
+    Args:
+        operator: compresses it.
+        index: of the (first) parameter.
+        shape: as which it is seen.
+        slices: where it lies in `Blocks.flat`.
+    """
+
+    def __init__(
+        self, operator: Operator, index: int, shape: tuple[int, ...], slices: Sequence[slice]
+    ) -> None:
+        self.operator, self.index, self.shape = operator, index, torch.Size(shape)
+        self._slices: list[slice] = []
+        for own in slices:
+            if self._slices and self._slices[-1].stop == own.start:
+                own = slice(self._slices.pop().start, own.stop)
+            self._slices.append(own)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The tensor, a view wherever it lies in one piece."""
+        parts = [flat[own] for own in self._slices]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
+
+    def add_(self, flat: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
+        """Adds alpha times the decompressed payload to its place (modified in place)."""
+        out = self.of(flat)
+        self.operator.add_decompressed_(out, payload, draws, alpha)
+        if len(self._slices) > 1:
+            sizes = [own.stop - own.start for own in self._slices]
+            for own, part in zip(self._slices, out.view(-1).split(sizes), strict=True):
+                flat[own] = part
+
+
+def units(layout: Layout) -> list[Unit]:
+    """All units of a layout, whose levels are operators."""
+    found, first = [], 0
+    together: dict[Hashable, tuple[int, list[slice]]] = {}
+    for batch in layout.batches:
+        operator: Any = batch.level
+        for entry in batch.entries:
+            own = slice(first, first + entry.numel)
+            first = own.stop
+            if operator.takes_all_at_once:
+                together.setdefault(operator, (entry.index, []))[1].append(own)
+            else:
+                found.append(Unit(operator, entry.index, entry.shape, [own]))
+    for key, (index, slices) in together.items():
+        joined: Any = key
+        total = sum(own.stop - own.start for own in slices)
+        found.append(Unit(joined, index, (total,), slices))
+    return found

@@ -1,0 +1,199 @@
+"""PowerSGD+: PowerSGD whose subspace is found anew, by an SVD, every so many steps.
+
+Source: Xie, Chen, Yuan: "From PowerSGD to PowerSGD+: Low-Rank Gradient Compression for Distributed
+Optimization with Convergence Guarantees", 2025, arXiv 2509.11254. Between two refreshes it is
+Algorithm 1 of PowerSGD (arXiv 1905.13727).
+
+Legend. b matrices of equal shape lie in one batch::
+
+    M        [b, n, m]   the worker's own corrected gradients Δ_w; mean: their mean over the workers
+    P_hat    [b, n, r]   the mean's first r left singular vectors
+    Q        [b, r, m]   M^T P_hat, transposed; later its mean, from which the next step starts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.algorithms.low_rank.fusion import Fusion
+from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, orthogonalize
+from efsgd.algorithms.low_rank.products import rank_of
+from efsgd.algorithms.powersgd import PowerIteration
+from efsgd.algorithms.tensorwise import Dense
+from efsgd.layout import Blocks, Layout
+from efsgd.randomness import generator_of
+from efsgd.wire.collectives import AllReduceMean, Exchange, Start
+
+__all__ = ["RefreshedPowerIteration", "Whole", "leading_left_singular_vectors"]
+
+# Of a randomized SVD: columns beyond the rank, and steps of power iteration. Usual values, see
+# Halko, Martinsson, Tropp, arXiv 0909.4061, sections 4.2 and 4.5.
+_OVERSAMPLING = 8
+
+
+_ITERATIONS = 2
+
+
+# Keeps the numbers that are drawn here apart from those of the first Q.
+_STREAM = 2
+
+
+class RefreshedPowerIteration(PowerIteration):
+    """Algorithm 1, with a refresh in the first compressed step and every so many after it.
+
+    At a refresh the workers average their whole matrices. Memory for that is taken for the one
+    step.
+
+    Attributes:
+        shows_nonfinite: at a refresh the first buffer has all of M.
+
+    Args:
+        layout: the plan; the level of an entry is its rank.
+        dtype: of factors and buffers.
+        device: of factors and buffers.
+        refresh_every: the number of steps from one refresh to the next.
+        start: the number of the first compressed step.
+        svd: "exact" or "randomized".
+        is_exact: at a refresh, whether the mean itself is the result, not its best approximation.
+        seed: of what is drawn.
+        warm_start: see `PowerIteration`.
+        fusion: see `PowerIteration`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        refresh_every: int,
+        start: int = 0,
+        svd: str = "exact",
+        is_exact: bool = False,
+        seed: int = 0,
+        warm_start: bool = True,
+        fusion: Fusion | None = None,
+    ) -> None:
+        super().__init__(layout, dtype, device, seed=seed, warm_start=warm_start, fusion=fusion)
+        self._every, self._start = refresh_every, start
+        self._svd, self._is_exact = svd, is_exact
+
+    def compress(self, deltas: Blocks, step: int = 0) -> Exchange[Any]:
+        """A refresh where it is time for one, else Algorithm 1.
+
+        Args:
+            deltas: M, the worker's own matrices. Not modified.
+            step: the step's number.
+
+        Returns:
+            (P̂, Q_w), the mean Q in flight; or, with `is_exact`, M as a whole.
+        """
+        if not deltas.batches or (step - self._start) % self._every != 0:
+            return (yield from super().compress(deltas, step))
+        mean = yield from self._average(deltas)
+        with self.phases("PowerSGD+: SVD"):
+            P_hats = [
+                self._left_singular_vectors(position, matrices, step)
+                for position, matrices in enumerate(mean.batches)
+            ]
+        with self.phases("PowerSGD+: Q = M^T P"):
+            sources = mean if self._is_exact else deltas
+            for M, P_hat, Q in zip(sources.batches, P_hats, self._Q, strict=True):
+                torch.bmm(P_hat.mT, M, out=Q)
+            self._local_buffer.copy_(self.Q_buffer)
+        if self._is_exact:
+            return Whole(self.layout, self._matrices(deltas.flat), mean=mean)
+        in_flight = yield Start(AllReduceMean(self.Q_buffer, "Q (PowerSGD+, refresh)"))
+        return self._low_rank(P_hats, self._local_Q, in_flight)
+
+    def aggregate(self, local: Any) -> Exchange[Any]:
+        """(P̂, Q), or the mean as a whole; the same on every worker."""
+        if isinstance(local, Whole):
+            return Dense(self.layout, local.mean)
+        return (yield from super().aggregate(local))
+
+    def _average(self, deltas: Blocks) -> Exchange[Blocks]:
+        """The workers' mean of all matrices; that of the vectors, which ride along, is put back."""
+        head = self.layout.vector_floats
+        with self.phases("PowerSGD+: all-reduce M"):
+            buffer = torch.cat([self.vectors, deltas.flat])
+            yield AllReduceMean(buffer, "vectors and whole matrices (PowerSGD+, refresh)")
+            self.vectors.copy_(buffer[:head])
+        return self._matrices(buffer[head:])
+
+    def _matrices(self, flat: Tensor) -> Blocks:
+        return Blocks(self.layout, flat.dtype, flat.device, flat=flat)
+
+    def _left_singular_vectors(self, position: int, matrices: Tensor, step: int) -> Tensor:
+        batch = self.layout.batches[position]
+        generators = [
+            generator_of(self.seed, entry.index, step, _STREAM) for entry in batch.entries
+        ]
+        return leading_left_singular_vectors(
+            matrices, rank_of(batch), generators if self._svd == "randomized" else None
+        )
+
+
+@dataclass(frozen=True)
+class Whole(Dense):
+    """One worker's matrices, sent as they are.
+
+    Attributes:
+        mean: those of all workers, averaged.
+    """
+
+    mean: Blocks = field(kw_only=True)
+
+
+def leading_left_singular_vectors(
+    matrices: Tensor, rank: int, generators: Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """The left singular vectors of each matrix that belong to its largest singular values.
+
+    Orthonormal for every finite matrix, also for zero. Elements that are not finite count as zero.
+
+    Args:
+        matrices: [b, n, m], float32 or float64. Not modified.
+        rank: r, at most min(n, m).
+        generators: one for each matrix, on the CPU: a randomized SVD is made from what they give.
+            None: an exact one, by LAPACK.
+
+    Returns:
+        [b, n, r].
+
+    Source: for the randomized SVD, Halko, Martinsson, Tropp, arXiv 0909.4061, Algorithms 4.4 and
+    5.1.
+
+    Example:
+        >>> from efsgd.algorithms.powersgd_plus import leading_left_singular_vectors
+        >>> leading_left_singular_vectors(torch.diag(torch.tensor([1.0, 3.0]))[None], 1).abs()
+        tensor([[[0.],
+                 [1.]]])
+    """
+    found = []
+    for index, matrix in enumerate(matrices):  # one at a time, for the sake of memory
+        # At one scale, so that nothing overflows or vanishes on the way.
+        M = normalize_columns(matrix.reshape(-1, 1)).view_as(matrix)
+        M.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if generators is None:
+            # A copy, since a view would keep all of U.
+            found.append(torch.linalg.svd(M, full_matrices=False).U[:, :rank].clone())
+        else:
+            found.append(_randomized(M, rank, generators[index]))
+    return torch.stack(found)
+
+
+def _randomized(M: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    n, m = M.shape
+    columns = min(n, m, rank + _OVERSAMPLING)
+    drawn = torch.randn(m, columns, dtype=torch.float64, generator=generator, device="cpu")
+    basis = orthogonalize(M @ drawn.to(M))
+    for _ in range(_ITERATIONS):
+        basis = orthogonalize(M @ orthogonalize(M.mT @ basis))
+    found: Tensor = basis @ torch.linalg.svd(basis.mT @ M, full_matrices=False).U[:, :rank]
+    return found

@@ -1,0 +1,1 @@
+"""Few bits for each number, and means of what is sent so."""

@@ -1,0 +1,220 @@
+"""The parameters of an optimizer, one by one."""
+
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.layout import Entry, real_view
+
+__all__ = [
+    "PER_PARAMETER",
+    "Member",
+    "compute_dtype",
+    "frozen",
+    "members",
+    "own_settings",
+    "set_own_",
+    "settings_of",
+    "validate_per_parameter",
+]
+
+#: The entry of a parameter group.
+PER_PARAMETER = "per_parameter"
+
+
+def settings_of(group: dict[str, Any], position: int) -> dict[str, Any]:
+    """The settings of one parameter.
+
+    Args:
+        group: its parameter group.
+        position: its place in the group.
+
+    Example:
+        >>> from efsgd.engine.parameters import settings_of
+        >>> group = {"rank": 4, "per_parameter": {"rank": (2, None)}}
+        >>> settings_of(group, 0)["rank"], settings_of(group, 1)["rank"]
+        (2, 4)
+    """
+    own = own_settings(group, position)
+    return {**group, **own} if own else group
+
+
+def own_settings(group: Mapping[str, Any], position: int) -> dict[str, Any]:
+    """What one parameter has in the place of its group's settings.
+
+    Args:
+        group: its parameter group.
+        position: its place in the group.
+    """
+    own = group.get(PER_PARAMETER) or {}
+    chosen = ((name, own[name][position]) for name in sorted(own))
+    return {name: value for name, value in chosen if value is not None}
+
+
+def set_own_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
+    """Gives single parameters values of a setting.
+
+    Args:
+        groups: parameter groups (`per_parameter` is replaced where it changes).
+        name: of the setting.
+        values: by the parameters' positions over all groups; those left out keep what they have.
+    """
+    first = 0
+    for group in groups:
+        own, count = group.get(PER_PARAMETER) or {}, len(group["params"])
+        before = tuple(own.get(name, [None] * count))
+        after = tuple(values.get(first + place, old) for place, old in enumerate(before))
+        if after != before:
+            group[PER_PARAMETER] = {**own, name: after}
+        first += count
+
+
+def frozen(group: Mapping[str, Any]) -> Hashable:
+    """What `per_parameter` says, to be compared with what it says later."""
+    own = group.get(PER_PARAMETER) or {}
+    return tuple((name, tuple(own[name])) for name in sorted(own))
+
+
+def validate_per_parameter(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks the compressor's settings in a group, and what it says about single parameters.
+
+    Args:
+        group: a parameter group, or the defaults of one.
+        compressor: whose settings these are.
+
+    Raises:
+        TypeError: `per_parameter` is of the wrong type.
+        ValueError: it names what is no setting of single parameters, has not one value for each
+            of them, or a value, there or in the group, is out of range.
+    """
+    compressor.validate(group)
+    own = group.get(PER_PARAMETER)
+    if own is None:
+        return
+    if not isinstance(own, dict):
+        raise TypeError(
+            f"Invalid per_parameter: {own!r}. Must be None, or a dict from names of settings to "
+            f"a value for each parameter of the group, for example {{'rank': [4, 2]}}."
+        )
+    allowed = sorted(set(compressor.settings()) - set(compressor.shared_settings()))
+    count = len(group.get("params", ()))
+    for name, values in own.items():
+        if name not in allowed:
+            choices = f"one of {allowed}" if allowed else "None: this compressor has none"
+            raise ValueError(
+                f"Invalid per_parameter: {name!r} is no setting that single parameters may have. "
+                f"Must be {choices}."
+            )
+        if not isinstance(values, list | tuple):
+            raise TypeError(
+                f"Invalid per_parameter: {name!r} has {values!r}. Must be a list or a tuple, with "
+                f"a value or None for each parameter of the group."
+            )
+        if len(values) != count:
+            raise ValueError(
+                f"Invalid per_parameter: {name!r} has {len(values)} values for {count} parameters. "
+                f"Must have one, or None, for each."
+            )
+    _validate_values(group, compressor, count if own else 0)
+
+
+def _validate_values(group: Mapping[str, Any], compressor: Compressor, count: int) -> None:
+    """Checks the settings of each parameter; those that occur several times, once."""
+    seen: set[str] = set()
+    for position in range(count):
+        chosen = own_settings(group, position)
+        text = repr(chosen)  # 1, 1.0 and True are equal, and not all of them are ranks
+        if text in seen:
+            continue
+        seen.add(text)
+        try:
+            compressor.validate({**group, **chosen})
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(
+                f"{error} That is what per_parameter has for parameter {position} of the group."
+            ) from error
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype of errors and factors: float32, or float64 for a parameter of that precision."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if is_double else torch.float32
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter of an optimizer.
+
+    Attributes:
+        index: its position over all groups.
+        parameter: the tensor.
+        group: its parameter group.
+        position: its place in the group.
+        name: for messages: its name if the optimizer knows names, and its index.
+        has_sparse_gradients: its gradients are sent uncompressed, made dense.
+    """
+
+    index: int
+    parameter: Tensor
+    group: dict[str, Any]
+    position: int
+    name: str
+    has_sparse_gradients: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its group, and what it has of its own in their place."""
+        return settings_of(self.group, self.position)
+
+    @property
+    def values(self) -> Tensor:
+        """What is worked on: the parameter, or the real view of a complex one."""
+        return real_view(self.parameter)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of `values`."""
+        shape = self.parameter.shape
+        return torch.Size((*shape, 2)) if self.parameter.is_complex() else shape
+
+    @property
+    def compressed_shape(self) -> torch.Size:
+        """As which it is compressed: what is no matrix by itself is none as a real view either."""
+        return self.shape if self.parameter.dim() >= 2 else torch.Size((self.shape.numel(),))
+
+    def entry(self, compressor: Compressor, *, is_compressing: bool = True) -> Entry:
+        """Its place in a plan.
+
+        Args:
+            compressor: decides how far it is compressed.
+            is_compressing: False sends it uncompressed.
+        """
+        level = None
+        if is_compressing and not self.has_sparse_gradients:
+            level = compressor.level(self.compressed_shape, self.settings)
+        return Entry(self.index, tuple(self.shape), level)
+
+
+def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) -> Iterator[Member]:
+    """All parameters of all groups, in order; one that is listed twice appears once.
+
+    Args:
+        groups: parameter groups.
+        sparse: the parameters that are known to have sparse gradients.
+    """
+    index, seen = 0, set()
+    for group in groups:
+        names = group.get("param_names")
+        for position, parameter in enumerate(group["params"]):
+            name = f"parameter {index}"
+            if names is not None:
+                name += f" ({names[position]})"
+            if parameter not in seen:
+                yield Member(index, parameter, group, position, name, parameter in sparse)
+            seen.add(parameter)
+            index += 1

@@ -1,0 +1,1 @@
+"""The optimizers, as torch.optim knows them."""

@@ -1,0 +1,177 @@
+"""Compressed gradients for any optimizer: the averaging part of error-feedback SGD by itself."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Never
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.compressors import PowerSGD
+from efsgd.engine.parameters import members
+from efsgd.engine.step import LossScaling
+from efsgd.engine.update import Rule, Rules
+from efsgd.optimizers.base import ErrorFeedbackOptimizer
+from efsgd.optimizers.settings import validate_exchange
+from efsgd.optimizers.stateful import Handling
+from efsgd.wire.collectives import Exchange
+
+__all__ = ["GradientAverager", "replace_"]
+
+
+def _rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
+    rules = {}
+    for group in groups:
+        options = {} if group["max_grad_norm"] is None else {"clip": 1.0}
+        rules[id(group)] = Rule(replace_, options, keeps_momentum=False, writes_gradients=True)
+    return rules
+
+
+class GradientAverager(ErrorFeedbackOptimizer):
+    """Replaces each worker's gradients by their mean Δ', compressed, with error feedback.
+
+    For AdamW, Muon, or any other optimizer, which then sees the same gradients on every worker:
+    Algorithm 2 of PowerSGD, lines 7 to 11. It has the manners of an optimizer whose parameters are
+    the gradients: groups, `state_dict()`, `load_state_dict()`, hooks.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or parameter groups; `rank` and
+            `min_compression_rate` may be set per group.
+        compressor: what is sent; None is `PowerSGD()`.
+        error_feedback: whether what was not sent is kept, and sent later.
+        start_compressing_at: the number of steps that are sent uncompressed first.
+        nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
+            a `NonFiniteGradientError`, or "skip": leave the gradients as they are and return False.
+        max_grad_norm: the norm of all Δ' together is clipped to it; None does not.
+        check_every: compare the workers' settings, parameters and replicated state before every
+            so-manieth step; 0 does so before the first alone.
+        process_group: the workers; None is the default group, looked up at each step.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from efsgd import GradientAverager, PowerSGD
+        >>> model = torch.nn.Linear(64, 32)
+        >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> averager = GradientAverager(model.parameters(), compressor=PowerSGD(rank=2))
+        >>> model(torch.ones(8, 64)).square().mean().backward()
+        >>> averager.average_()
+        True
+        >>> adamw.step()
+
+    Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, arXiv 1905.13727.
+    """
+
+    _scale: float | None = None  # of the loss, while `average_` runs
+    _handling = Handling(validate_exchange, validate_exchange, _rules_of, ("error_feedback",))
+
+    def __init__(
+        self,
+        params: ParamsT,
+        compressor: Compressor | None = None,
+        *,
+        error_feedback: bool = True,
+        start_compressing_at: int = 0,
+        nonfinite: str = "raise",
+        max_grad_norm: float | None = None,
+        check_every: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "error_feedback": error_feedback,
+            "start_compressing_at": start_compressing_at,
+            "nonfinite": nonfinite,
+            "max_grad_norm": max_grad_norm,
+            "check_every": check_every,
+        }
+        compressor = PowerSGD() if compressor is None else compressor
+        super().__init__(params, defaults, compressor, process_group)
+
+    def average_(self, scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Writes Δ' to each `p.grad`, the same on every worker.
+
+        Every worker of the group must call it, the same number of times, after the backward pass
+        and before anything that looks at gradients (clipping, `scaler.unscale_`). A parameter
+        that no worker has a gradient for keeps None; one that only others have gets theirs.
+
+        Args:
+            scaler: of the loss, in mixed precision. Errors are kept in units of the loss whatever
+                its scale. If any worker's gradients have overflowed then all workers' become
+                infinite, so that each worker's scaler skips its step.
+
+        Returns:
+            Whether gradients were averaged; if not (see `nonfinite`, `scaler`), on no worker.
+
+        Raises:
+            NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
+            RuntimeError: the scaler has unscaled gradients already.
+            WorkerMismatchError: the workers do not train the same thing; nothing has changed.
+            CollectiveError: a collective failed; nothing has changed on this worker.
+        """
+        is_scaled = scaler is not None and scaler.is_enabled()
+        for state in getattr(scaler, "_per_optimizer_states", {}).values() if is_scaled else ():
+            if getattr(state.get("stage"), "name", None) == "UNSCALED":
+                raise RuntimeError(
+                    "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
+                    "already and would be divided by the scale again. Call average_(scaler) first."
+                )
+        self._scale = scaler.get_scale() if scaler is not None and is_scaled else None
+        try:
+            return bool(self.step())
+        finally:
+            self._scale = None
+
+    def join_hook(self, **options: Any) -> Never:
+        """Raises.
+
+        Raises:
+            NotImplementedError: a worker that has joined would not take the steps of the optimizer
+                that the gradients are for.
+        """
+        raise NotImplementedError(
+            "A worker that has joined would average gradients, but not step the optimizer that "
+            "they are for. Without Join, let every worker take the same number of steps: "
+            "average_() takes part without gradients, too, and gives all workers the mean."
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """`average_`, under the name that hooks and frameworks know; returns what it returns.
+
+        Args:
+            closure: computes gradients; called first.
+        """
+        self._evaluate(closure)
+        self._give_notice()
+        return self._take_step()
+
+    def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
+        """`average_` as an exchange, for any driver; see `ErrorFeedbackOptimizer.exchange`."""
+        scaling = None if self._scale is None else LossScaling(1.0 / self._scale)
+        applied = yield from self._stepper.exchange(
+            self.param_groups, self.state, world_size, worker, scaling, self._weight
+        )
+        if self._scale is not None:
+            parameters = (member.parameter for member in members(self.param_groups))
+            for parameter in (p for p in parameters if p.requires_grad and p.grad is not None):
+                if applied and parameter.grad is not None:
+                    parameter.grad.mul_(self._scale)
+                else:
+                    parameter.grad = torch.full_like(parameter, torch.inf, requires_grad=False)
+        return applied
+
+
+def replace_(
+    updates: Sequence[Tensor], gradients: Sequence[Tensor], *, clip: float | Tensor | None = None
+) -> None:
+    """Writes Δ' over each gradient.
+
+    Args:
+        updates: Δ', of the gradients' shapes (modified in place).
+        gradients: (modified in place).
+        clip: Δ' is multiplied by this first.
+    """
+    for update, gradient in zip(updates, gradients, strict=True):
+        gradient.copy_(update if clip is None else update.mul_(clip))

@@ -1,0 +1,212 @@
+"""Error-feedback SGD as a torch.optim.Optimizer, for any compressor."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.optimizer import ParamsT
+
+from efsgd.algorithms.error_feedback import descend_
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.algorithms.sgd import sgd_
+from efsgd.compressors import PowerSGD
+from efsgd.engine.update import Rule, Rules
+from efsgd.layout import Elementwise
+from efsgd.optimizers.base import ErrorFeedbackOptimizer
+from efsgd.optimizers.differentiable import require_differentiable, step_differentiably_
+from efsgd.optimizers.settings import (
+    SGD_SETTINGS,
+    number_of,
+    validate_changes,
+    validate_sgd_group,
+)
+from efsgd.optimizers.stateful import Handling
+from efsgd.wire.transports import current_transport
+
+__all__ = ["ErrorFeedbackSGD", "rules_of"]
+
+
+def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
+    """SGD's rules, in each group's momentum form.
+
+    Raises:
+        TypeError: a setting is not a number.
+        ValueError: it is not finite.
+        NotImplementedError: `differentiable`, which goes another way, of one worker only.
+    """
+    rules = {}
+    for group in groups:
+        if group["differentiable"]:
+            raise NotImplementedError(
+                "differentiable=True: a step cannot be differentiated through communication "
+                "between workers. Use one worker, or torch.optim.SGD."
+            )
+        options: dict[str, Any] = {name: number_of(group, name) for name in ("lr", "momentum")}
+        options["weight_decay"] = number_of(group, "weight_decay") or None
+        foreach = group["foreach"]
+        on_cpu = all(parameter.is_cpu for parameter in group["params"])
+        options |= {"maximize": group["maximize"], "together": not on_cpu}
+        if foreach is not None:
+            options["together"] = foreach
+        function: Elementwise = descend_
+        if group["momentum_form"] == "sgd":
+            function = sgd_
+            options |= {name: group[name] for name in ("nesterov", "foreach", "fused")}
+            options["dampening"] = number_of(group, "dampening")
+            options["together"] = options["together"] or bool(group["fused"])
+        if group["max_grad_norm"] is not None:
+            options["clip"] = 1.0
+        # In the paper's form m is kept up to date even while λ is 0, as line 12 has it.
+        keeps_momentum = group["momentum_form"] == "paper" or group["momentum"] != 0
+        rules[id(group)] = Rule(function, options, keeps_momentum)
+    return rules
+
+
+class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
+    """Distributed error-feedback SGD with momentum: Algorithm 2 of PowerSGD, any compressor.
+
+    `step()` takes each worker's own gradients, adds what was not sent before, compresses, averages
+    over the workers, and updates. What the compressor leaves alone is averaged as it is.
+
+    The arguments are those of `PowerSGDOptimizer`, which is the case `compressor=PowerSGD(...)`.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or parameter groups.
+        lr: learning rate γ.
+        momentum: λ.
+        dampening: as in torch.optim.SGD; needs `momentum_form="sgd"`.
+        weight_decay: multiple of the parameters that is added to the averaged update.
+        nesterov: as in torch.optim.SGD; needs `momentum_form="sgd"`.
+        maximize: ascend instead of descending.
+        foreach: whether many tensors share a kernel; None: on accelerators.
+        differentiable: whether autograd goes through the step; for one worker that compresses
+            nothing.
+        fused: as in torch.optim.SGD; needs `momentum_form="sgd"`.
+        compressor: what is sent; None is `PowerSGD()`.
+        momentum_form: "paper", or torch.optim.SGD's "sgd".
+        error_feedback: whether what was not sent is kept, and sent later.
+        start_compressing_at: the number of steps that are sent uncompressed first.
+        nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
+            a `NonFiniteGradientError`, or "skip" the step. Under torch.amp.GradScaler steps
+            are always skipped.
+        max_grad_norm: the norm of all parameters' Δ' together is clipped to it; None does not.
+        check_every: compare the workers' settings, parameters and replicated state before every
+            so-manieth step; 0 does so before the first alone.
+        process_group: the workers; None is the default group, looked up at each step. It is not
+            pickled.
+
+    Raises:
+        ValueError: an argument is out of range, or two of them contradict each other.
+    """
+
+    # torch.amp.GradScaler then calls `step` on every worker, also on one whose gradients have
+    # overflowed, and the workers decide together.
+    _step_supports_amp_scaling = True
+
+    _handling = Handling(
+        validate_sgd_group, validate_changes, rules_of, ("dampening", "error_feedback")
+    )
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        compressor: Compressor | None = None,
+        momentum_form: str = "paper",
+        error_feedback: bool = True,
+        start_compressing_at: int = 0,
+        nonfinite: str = "raise",
+        max_grad_norm: float | None = None,
+        check_every: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "momentum_form": momentum_form,
+            "error_feedback": error_feedback,
+            "start_compressing_at": start_compressing_at,
+            "nonfinite": nonfinite,
+            "max_grad_norm": max_grad_norm,
+            "check_every": check_every,
+        }
+        compressor = PowerSGD() if compressor is None else compressor
+        super().__init__(params, defaults, compressor, process_group)
+        if differentiable:
+            require_differentiable(self.param_groups, compressor)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Compresses, aggregates and applies the gradients of all workers.
+
+        Every worker of the group must call it, the same number of times. `p.grad` is not modified.
+
+        Args:
+            closure: computes the loss and its gradients; called once, before anything else.
+
+        Returns:
+            What `closure` returns.
+
+        Raises:
+            NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
+            WorkerMismatchError: the workers do not train the same thing; nothing has changed.
+            CollectiveError: a collective failed; nothing has changed on this worker.
+        """
+        loss = self._evaluate(closure)
+        is_alone = current_transport(self._process_group).world_size == 1
+        if is_alone and any(group.get("differentiable") for group in self.param_groups):
+            require_differentiable(self.param_groups, self._compressor)
+            step_differentiably_(self.param_groups, self.state, self._weight)
+            return loss
+        self._give_notice()
+        self._take_step()
+        return loss
+
+    @classmethod
+    def from_sgd(cls, sgd: SGD, **options: Any) -> Self:
+        """Takes over from a live torch.optim.SGD: same groups, same momenta, same update rule.
+
+        The momentum buffers are shared, not copied: `sgd` is not to be used any more. Learning
+        rate schedulers must be made anew, for the new optimizer.
+
+        Args:
+            sgd: the optimizer to replace.
+            options: this package's own arguments (`rank=4`, ...); `momentum_form` is "sgd".
+        """
+        if not isinstance(sgd, SGD):
+            raise TypeError(f"Invalid sgd: {type(sgd).__name__}. Must be a torch.optim.SGD.")
+        if given := sorted(set(SGD_SETTINGS) & options.keys()):
+            raise TypeError(
+                f"Invalid options: {given}. They are taken over from the SGD; set them in the "
+                f"param_groups of either."
+            )
+        defaults = {name: sgd.defaults[name] for name in SGD_SETTINGS}
+        groups = [{**group, "params": list(group["params"])} for group in sgd.param_groups]
+        optimizer = cls(groups, **defaults, **{"momentum_form": "sgd", **options})
+        for parameter, state in sgd.state.items():
+            buffer = state.get("momentum_buffer")
+            if buffer is not None:
+                own = optimizer.state[parameter]
+                own["momentum_buffer"], own["momentum_started"] = (
+                    buffer,
+                    torch.tensor(True, device="cpu"),
+                )
+        return optimizer

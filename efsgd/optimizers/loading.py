@@ -1,0 +1,182 @@
+"""Loading a state_dict: what is filled in, what is checked, and in which dtypes it is copied."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.engine.parameters import PER_PARAMETER, Member, compute_dtype, members
+from efsgd.engine.state import LOCAL_STATE, require_shape, require_tensor
+from efsgd.optimizers.settings import kind_of
+
+__all__ = [
+    "exact_copies",
+    "fill_missing_settings",
+    "keep_other_settings",
+    "refuse_overwritten",
+    "validate_structure",
+    "validate_type",
+]
+
+
+def keep_other_settings(groups: Sequence[dict[str, Any]], compressor: Compressor) -> str | None:
+    """Leaves out a compressor's settings from groups that were saved with one of another kind.
+
+    Errors and momenta are as good for the one as for the other, settings are not.
+
+    Args:
+        groups: as loaded (modified in place).
+        compressor: of the optimizer that loads.
+
+    Returns:
+        What to warn of, if it was so.
+    """
+    own, others = kind_of(compressor), set()
+    for group in groups:
+        if group.get("compressor", own) != own:
+            others.add(group["compressor"])
+            group["compressor"] = own
+            for name in (*compressor.settings(), PER_PARAMETER):
+                group.pop(name, None)
+    if not others:
+        return None
+    return (
+        f"What was loaded was saved with {', '.join(sorted(others))}, and this optimizer goes on "
+        f"with {own} and the settings that it has; errors and momenta are those loaded."
+    )
+
+
+def fill_missing_settings(
+    groups: Sequence[dict[str, Any]],
+    present: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+) -> None:
+    """Gives loaded groups the settings they lack, as an SGD's groups lack all of ours.
+
+    Args:
+        groups: as loaded (modified in place).
+        present: the optimizer's groups until now, whose settings are kept; may be empty.
+        defaults: of the constructor, for what is in neither.
+    """
+    for position, group in enumerate(groups):
+        before = present[position] if position < len(present) else {}
+        for name, default in defaults.items():
+            group.setdefault(name, before.get(name, default))
+        if "compile" in before:  # of the machine, not of the run that was saved
+            group["compile"] = before["compile"]
+
+
+def exact_copies(
+    groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[Tensor, dict[str, Any]]:
+    """The state of each parameter as `state_dict` has it, copied in this package's own dtypes.
+
+    torch's Optimizer.load_state_dict casts whatever it finds to the parameter's dtype, which for
+    a bfloat16 parameter would destroy the errors.
+
+    Args:
+        groups: of the optimizer that loads.
+        state_dict: what it loads, with as many parameters in each group.
+
+    Raises:
+        ValueError: a momentum or an error has not its parameter's shape.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    saved = state_dict["state"]
+    return {
+        member.parameter: _exact_copy(saved[keys[member.index]], member)
+        for member in members(groups)
+        if keys[member.index] in saved
+    }
+
+
+_MUST = "Must be what state_dict() returned, of this class or, for an SGD, of torch.optim.SGD."
+
+
+def validate_type(state_dict: object) -> None:
+    """Checks that what is loaded is a dict.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"Invalid state_dict: {state_dict!r}. {_MUST}")
+
+
+def validate_structure(state_dict: Mapping[str, Any], settings: Iterable[str]) -> None:
+    """Checks that what is loaded is a state_dict of an optimizer of the right kind.
+
+    Args:
+        state_dict: what is loaded.
+        settings: names of which every group must have one: they tell the right kinds of optimizers.
+
+    Raises:
+        ValueError: it is not built as `state_dict()` builds it, or is another optimizer's.
+    """
+    for name, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), kind):
+            raise ValueError(
+                f"Invalid state_dict: its {name!r} is no {kind.__name__.lower()}. It has "
+                f"{sorted(map(str, state_dict))[:9]}. {_MUST}"
+            )
+    state = state_dict["state"]
+    for group in state_dict["param_groups"]:
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"Invalid state_dict: a group without 'params'. {_MUST}")
+        own = [state[key] for key in group["params"] if key in state]
+        if strange := [value for value in own if not isinstance(value, Mapping)]:
+            raise ValueError(f"Invalid state_dict: a parameter's state is {strange[0]!r}. {_MUST}")
+        if not any(name in group for name in settings):
+            keys = sorted({str(key) for value in own for key in value})
+            raise ValueError(
+                f"Invalid state_dict: it is another optimizer's. Its parameters' state has {keys}, "
+                f"its groups {sorted(map(str, group))}. {_MUST}"
+            )
+
+
+def refuse_overwritten(saved: Mapping[Any, Any], sections: Sequence[Section]) -> None:
+    """Refuses a state_dict that was kept without copying it while training went on.
+
+    Raises:
+        ValueError: its errors lie in memory that later steps have used for other things.
+    """
+    scratch = {
+        batch.untyped_storage().data_ptr()
+        for section in sections
+        if section.errors is not None
+        for batch in section.deltas.batches
+    }
+    for state in saved.values():
+        error = state.get("error") if isinstance(state, Mapping) else None
+        if isinstance(error, Tensor) and error.untyped_storage().data_ptr() in scratch:
+            raise ValueError(
+                "Invalid state_dict: its errors are views of this optimizer's own memory, which "
+                "later steps have overwritten. Copy a state_dict when you take it: "
+                "copy.deepcopy(optimizer.state_dict()), or torch.save it."
+            )
+
+
+def _exact_copy(saved: Mapping[str, Any], member: Member) -> dict[str, Any]:
+    copies: dict[str, Any] = {}
+    parameter = member.parameter
+    for name, value in saved.items():
+        if name == "momentum_buffer" and value is None:  # as earlier versions of torch save it
+            continue
+        if name in ("momentum_buffer", "momentum_started", *LOCAL_STATE):
+            require_tensor(value, name, member.name)
+        if isinstance(value, Tensor):
+            if name in ("momentum_buffer", *LOCAL_STATE):
+                shape = member.shape if name in LOCAL_STATE else parameter.shape
+                require_shape(value, shape, name, member.name)
+            dtype = value.dtype
+            if name == "momentum_buffer":
+                dtype = parameter.dtype
+            elif value.is_floating_point():
+                dtype = compute_dtype(parameter)
+            device = torch.device("cpu") if name == "momentum_started" else parameter.device
+            value = value.detach().to(device=device, dtype=dtype, copy=True)
+        copies[name] = value
+    return copies

@@ -1,0 +1,298 @@
+"""The optimizer's arguments: torch.optim.SGD's, with its errors, and this package's own."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.algorithms.majority_vote import LOCAL_FORM
+from efsgd.engine.parameters import PER_PARAMETER, validate_per_parameter
+
+__all__ = [
+    "LOCAL",
+    "SGD_SETTINGS",
+    "SHARED",
+    "kind_of",
+    "number_of",
+    "validate_changes",
+    "validate_compressor",
+    "validate_exchange",
+    "validate_parameter",
+    "validate_process_group",
+    "validate_setting_names",
+    "validate_sgd_group",
+    "validate_shared",
+    "validate_signum_group",
+]
+
+#: Names of torch.optim.SGD's settings.
+SGD_SETTINGS = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "foreach",
+    "differentiable",
+    "fused",
+)
+
+
+#: Settings of the optimizer as a whole. They live in every group, since that is what a
+#: state_dict saves, and must be the same in all of them. A compressor may add its own.
+SHARED = (
+    "error_feedback",
+    "start_compressing_at",
+    "nonfinite",
+    "max_grad_norm",
+    "check_every",
+    "step",
+    "worker",
+    "world_size",
+)
+
+
+#: Those of them that may differ between workers: whose errors are kept, in which step's company.
+LOCAL = ("worker", "world_size")
+
+
+# What a vote cannot do: it is no estimate of the gradient, and its norm says nothing.
+_FIXED_IN_SIGNUM = {
+    "momentum_form": LOCAL_FORM,
+    "error_feedback": False,
+    "start_compressing_at": 0,
+    "max_grad_norm": None,
+}
+
+
+def validate_sgd_group(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks all settings of a parameter group of an SGD.
+
+    Raises:
+        ValueError: a value is out of range, or two settings contradict each other.
+        RuntimeError: `fused` is asked for together with `differentiable` or `foreach`.
+    """
+    _validate_sgd(group)
+    validate_changes(group, compressor)
+
+
+def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks the settings of a parameter group of an SGD that torch itself does not look at again.
+
+    Raises:
+        ValueError: a value is out of range, or two settings contradict each other.
+    """
+    _require(group, (*SGD_SETTINGS, "momentum_form"))
+    form = group["momentum_form"]
+    if form not in ("paper", "sgd"):
+        raise ValueError(f"Invalid momentum_form: {form!r}. Must be 'paper' or 'sgd'.")
+    if form == "paper" and (group["nesterov"] or group["dampening"] != 0):
+        raise ValueError(
+            f"nesterov={group['nesterov']} and dampening={group['dampening']} belong to "
+            f"torch.optim.SGD's momentum, but momentum_form is 'paper' (Algorithm 2, lines 12 and "
+            f"13), which has neither. Pass momentum_form='sgd'."
+        )
+    if form == "paper" and group["fused"]:
+        raise ValueError(
+            "fused=True asks for torch's fused SGD kernel, but momentum_form is 'paper', which it "
+            "cannot compute. Pass momentum_form='sgd', or leave fused out."
+        )
+    validate_exchange(group, compressor)
+
+
+def validate_signum_group(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks all settings of a parameter group of a Signum.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: a value is missing or out of range.
+    """
+    _require(group, ("lr", "momentum", "weight_decay", "maximize", *_FIXED_IN_SIGNUM))
+    _validate_numbers(group, ("lr", "momentum", "weight_decay"))
+    if group["momentum"] >= 1.0:
+        raise ValueError(
+            f"Invalid momentum value: {group['momentum']}. Must be at least 0 and below 1: with 1, "
+            f"no gradient but the first would ever count."
+        )
+    for name, value in _FIXED_IN_SIGNUM.items():
+        if group[name] != value:
+            raise ValueError(
+                f"Invalid {name}: {group[name]!r}. Must be {value!r} in a Signum. What differs "
+                f"belongs to ErrorFeedbackSGD, and to its state_dicts."
+            )
+    validate_exchange(group, compressor)
+
+
+def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
+    """Checks what a parameter group says about the exchange of gradients.
+
+    Raises:
+        ValueError: a value is missing, of the wrong type or out of range.
+    """
+    _require(group, (*SHARED, PER_PARAMETER, *compressor.settings()))
+    for name in ("start_compressing_at", "check_every", *LOCAL, "step"):
+        value, what = group[name], "an integer" if name in LOCAL else "a number of steps"
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"Invalid {name}: {value!r}. Must be {what}, at least 0.")
+    if not isinstance(group["error_feedback"], bool):
+        raise ValueError(f"Invalid error_feedback: {group['error_feedback']!r}. Must be a bool.")
+    if group["nonfinite"] not in ("raise", "skip"):
+        raise ValueError(f"Invalid nonfinite: {group['nonfinite']!r}. Must be 'raise' or 'skip'.")
+    norm = group["max_grad_norm"]
+    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
+        raise ValueError(
+            f"Invalid max_grad_norm: {norm!r}. Must be a positive number, math.inf to measure the "
+            f"norm alone, or None."
+        )
+    validate_per_parameter(group, compressor)
+
+
+def _validate_sgd(group: Mapping[str, Any]) -> None:
+    """torch.optim.SGD's own checks, with its texts, so that code which matches them goes on."""
+    _require(group, SGD_SETTINGS)
+    _validate_numbers(group, ("lr", "momentum", "dampening", "weight_decay"))
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+
+
+def _validate_numbers(group: Mapping[str, Any], names: Iterable[str]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    for name in names:
+        number_of(group, name)
+    if lr < 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if group["momentum"] < 0.0:
+        raise ValueError(f"Invalid momentum value: {group['momentum']}")
+    if group["weight_decay"] < 0.0:
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+
+
+def number_of(group: Mapping[str, Any], name: str) -> float:
+    """A setting that must be a finite number, or a tensor of one.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is not finite.
+    """
+    value = group[name]
+    if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+        raise TypeError(f"Invalid {name}: {value!r}. Must be a number.")
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not math.isfinite(number):
+        raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
+    return number
+
+
+def _require(group: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in group:
+            raise ValueError(
+                f"Invalid parameter group: it has no {name!r}. A parameter group must keep all the "
+                f"settings that the constructor has put there: set it again."
+            )
+
+
+def validate_shared(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Checks that settings of the optimizer as a whole are equal in all groups.
+
+    Args:
+        groups: all of them.
+        names: of those settings.
+
+    Raises:
+        ValueError: names the first setting that is not.
+    """
+    for name in names:
+        values = [group[name] for group in groups]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"Invalid {name}: {values} in the parameter groups. It belongs to the optimizer as "
+                f"a whole and must be the same in every group; pass it to the constructor."
+            )
+
+
+def validate_compressor(compressor: object) -> None:
+    """Checks that a compressor is one.
+
+    Raises:
+        TypeError: it is not.
+    """
+    needed = [name for name in vars(Compressor) if not name.startswith("_")]
+    if isinstance(compressor, type):
+        raise TypeError(
+            f"Invalid compressor: {compressor!r}. Must be an object, not its class: write "
+            f"{compressor.__name__}(...), with its settings."
+        )
+    if not all(hasattr(compressor, name) for name in needed):
+        raise TypeError(
+            f"Invalid compressor: {compressor!r}. Must be an efsgd.compressors.Compressor, for "
+            f"example efsgd.PowerSGD(rank=4)."
+        )
+
+
+def kind_of(compressor: object) -> str:
+    """What groups note of a compressor: the name of its class."""
+    return type(compressor).__name__
+
+
+def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None:
+    """Checks that a compressor's settings have names of their own.
+
+    Args:
+        compressor: whose settings will be in the parameter groups.
+        taken: names of the optimizer's own settings.
+
+    Raises:
+        ValueError: they have not.
+    """
+    names = {"params", "param_names", "initial_lr", "momentum_form", *SGD_SETTINGS, *taken}
+    if clash := sorted(names.intersection(compressor.settings())):
+        raise ValueError(
+            f"Invalid compressor: {kind_of(compressor)} has settings {clash}, which are names of "
+            f"the optimizer's own. Settings live in the same parameter groups: rename them."
+        )
+
+
+def validate_process_group(group: object) -> None:
+    """Checks that a process group is one, or what torch gives those that are not in it.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if group is None or (
+        dist.is_available()
+        and (isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER)
+    ):
+        return
+    raise TypeError(
+        f"Invalid process_group: {group!r}. Must be what torch.distributed.new_group() returned, "
+        f"or None for the default group."
+    )
+
+
+def validate_parameter(parameter: Tensor, name: str) -> None:
+    """Checks that a parameter is of a kind that can be exchanged.
+
+    Raises:
+        NotImplementedError: parameters sharded by FSDP or DTensor.
+    """
+    is_sharded = type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements")
+    # FullyShardedDataParallel marks what it has made of parameters, and the parameters themselves.
+    is_flat = type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")
+    if is_sharded or is_flat:
+        kind = "DTensor, as fully_shard makes it" if is_sharded else "FullyShardedDataParallel"
+        raise NotImplementedError(
+            f"{name} is sharded ({kind}). The optimizer needs whole parameters on every worker: "
+            f"use a plain model or DistributedDataParallel."
+        )

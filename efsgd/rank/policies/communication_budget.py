@@ -1,0 +1,228 @@
+"""Values as large as communication may cost: bytes of a step, or a part of its time."""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import torch
+
+from efsgd.compressors import Compressor
+from efsgd.engine.observation import Observation
+from efsgd.errors import warn_user
+from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.checks import require_counts
+from efsgd.rank.costs.network import Clock, Network, measure_network
+from efsgd.rank.costs.volumes import total_bytes
+from efsgd.rank.fitting import Fitting
+from efsgd.wire.collectives import AllReduceMean, Exchange
+
+__all__ = ["CommunicationBudget"]
+
+_STEPS_KEPT = 1000  # the last ones of a window, whose median counts
+
+
+class CommunicationBudget(RankPolicy):
+    """The largest rank whose communication stays within a budget.
+
+    It is the largest of `values` that all layers can have, and then the next one for single layers,
+    those first that it costs least, while the budget lasts.
+
+    With `bytes_per_step` all is known beforehand, and training begins with these values. What
+    counts is what one worker hands to collectives in an ordinary step: uncompressed parameters and
+    control words, too. Steps before compression starts, refreshes of PowerSGD+, comparisons of
+    workers and decisions come on top. Where steps take turns, as with `alternating`, it is the mean
+    of two.
+
+    With `share_of_step` the optimizer keeps its own values in the first window. Then network and
+    steps are measured: communication by the model of `Network`, all else of a step's time as it was
+    in the median. The values are such that communication takes this part of both together.
+
+    Args:
+        bytes_per_step: the budget in bytes; or
+        share_of_step: in time, above 0 and below 1.
+        max_rank: the largest rank that is looked at.
+        values: all that are looked at, in order of ascending cost; by default the ranks from 1 to
+            `max_rank`.
+        setting: what they are values of.
+        interval: how many windows lie from one measurement to the next. A budget in bytes is looked
+            at in each, which sends nothing.
+        clock: tells the seconds; for tests.
+
+    Attributes:
+        network: that was measured last; None before. The same on every worker.
+        step_seconds: of the last window that was looked at, the mean over the workers; None before.
+
+    Raises:
+        ValueError: an argument is out of range, or not exactly one budget is given. From
+            `RankScheduler`: the budget is too small for the smallest value.
+
+    Example:
+        >>> from efsgd import PowerSGDOptimizer
+        >>> from efsgd.rank import CommunicationBudget, RankScheduler
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
+        >>> scheduler = RankScheduler(optimizer, CommunicationBudget(bytes_per_step=3000))
+        >>> scheduler.get_last_ranks()  # 4·7·(64 + 32) bytes, and 4·(32 + 2 + 1)
+        {'parameter 0': 7}
+    """
+
+    def __init__(
+        self,
+        *,
+        bytes_per_step: int | None = None,
+        share_of_step: float | None = None,
+        max_rank: int = 64,
+        values: Sequence[Value] | None = None,
+        setting: str = "rank",
+        interval: int = 10,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        _validate_budget(bytes_per_step, share_of_step)
+        require_counts(max_rank=max_rank, interval=interval)
+        if values is None and setting != "rank":
+            raise ValueError(
+                f"Invalid values: None. Must be a list of values of {setting!r}, in order of "
+                f"ascending cost; by itself only ranks are known, from 1 to max_rank."
+            )
+        own = tuple(range(1, max_rank + 1) if values is None else values)
+        if not own or len(set(own)) < len(own) or not all(map(_is_number, own)):
+            raise ValueError(
+                f"Invalid values: {values!r}. Must be one or more numbers, each once, in order of "
+                f"ascending cost."
+            )
+        self.bytes_per_step, self.share_of_step = bytes_per_step, share_of_step
+        self.setting, self.interval, self._values, self._clock = setting, interval, own, clock
+        self.network: Network | None = None
+        self.step_seconds: float | None = None
+        self._pending: tuple[Network, float] | None = None
+        self._compressor: Compressor | None = None
+        self._windows = 0  # that have ended
+        self._last: float | None = None  # when the last step was seen
+        self._durations: deque[float] = deque(maxlen=_STEPS_KEPT)
+        self._has_warned = False
+
+    @property
+    def values(self) -> Sequence[Value]:
+        """Those that are looked at."""
+        return self._values
+
+    def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
+        """With a budget in bytes, what fits into it; else the optimizer's own values stay."""
+        self._compressor = compressor
+        self._windows = -1  # the first `commit` begins window 0
+        first, last = (
+            total_bytes(compressor, layers, self.setting, [value] * len(layers))
+            for value in (self._values[0], self._values[-1])
+        )
+        if first > last:
+            raise ValueError(
+                f"Invalid values: {self._values!r}. Must be in order of ascending cost, and the "
+                f"first sends {first} bytes of the layers, the last {last}."
+            )
+        if self.bytes_per_step is None:
+            return {}
+        fit = self._fitting(layers).within_bytes(self.bytes_per_step)
+        if fit.values is None:
+            raise ValueError(
+                f"Invalid bytes_per_step: {self.bytes_per_step!r}. With {self.setting}="
+                f"{self._values[0]!r} a step sends {fit.least} bytes, "
+                f"{self.background.nbytes} of them in parameters that are never compressed and in "
+                f"control words. Must be at least {fit.least}; or give smaller values."
+            )
+        return fit.values
+
+    def count_step(self) -> None:
+        """Takes the time since the last step of the window."""
+        super().count_step()
+        now = self._clock()
+        if self._last is not None:
+            self._durations.append(now - self._last)
+        self._last = now
+
+    def observe(self, observation: Observation) -> None:
+        """Looks at nothing but the clock; see `count_step`."""
+
+    def propose(
+        self, layers: Sequence[Layer], world_size: int, worker: int
+    ) -> Exchange[Mapping[int, Value]]:
+        """What fits into the budget; the smallest value, and once a warning, where nothing does."""
+        self._pending = None
+        if self.bytes_per_step is not None:
+            fit = self._fitting(layers).within_bytes(self.bytes_per_step)
+            what = f"{fit.least} bytes in a step, more than bytes_per_step={self.bytes_per_step!r}"
+        else:
+            is_time = self._windows % self.interval == 0
+            measured = (yield from self._measure(layers[0].device, world_size)) if is_time else None
+            if measured is None or self.share_of_step is None:
+                return {}
+            self._pending = measured
+            fit = self._fitting(layers).within_share(*measured, self.share_of_step)
+            what = f"{fit.least:.0%} of the time, more than share_of_step={self.share_of_step!r}"
+        if fit.values is not None:
+            return fit.values
+        if not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                f"With {self.setting}={self._values[0]!r} communication takes {what}. That is the "
+                f"smallest value there is, and is taken. Raise the budget, or give smaller values."
+            )
+        return {layer.index: self._values[0] for layer in layers}
+
+    def commit(self, layers: Sequence[Layer]) -> None:
+        """Keeps what was measured; the time of a window's first step is not known."""
+        if self._pending is not None:
+            (self.network, self.step_seconds), self._pending = self._pending, None
+        self._windows += 1
+        self._last = None
+        self._durations.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of windows. A window's steps are timed from where it goes on."""
+        return {"windows": self._windows}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self._windows = state_dict["windows"]
+        self._last = None
+        self._durations.clear()
+
+    def _measure(
+        self, device: torch.device, world_size: int
+    ) -> Exchange[tuple[Network, float] | None]:
+        """The network and the seconds of a step; None where some worker has timed none."""
+        network = yield from measure_network(device, world_size, clock=self._clock)
+        seconds = statistics.median(self._durations) if self._durations else math.nan
+        own = torch.tensor([seconds], dtype=torch.float64, device=device)
+        mean = (yield AllReduceMean(own, "seconds of a step")).item()
+        return None if math.isnan(mean) else (network, mean)
+
+    def _fitting(self, layers: Sequence[Layer]) -> Fitting:
+        assert self._compressor is not None  # `begin` comes first
+        free = [layer for layer in layers if layer.index not in self.background.fixed]
+        return Fitting(self._compressor, free, self.setting, self._values, self.background)
+
+
+def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:
+    if (bytes_per_step is None) == (share_of_step is None):
+        raise ValueError(
+            f"Invalid bytes_per_step and share_of_step: {bytes_per_step!r} and {share_of_step!r}. "
+            f"Must be one of them, not both and not none."
+        )
+    if bytes_per_step is not None and not (_is_number(bytes_per_step) and bytes_per_step > 0):
+        raise ValueError(
+            f"Invalid bytes_per_step: {bytes_per_step!r}. Must be a number of bytes above 0."
+        )
+    if share_of_step is not None and not (_is_number(share_of_step) and 0 < share_of_step < 1):
+        raise ValueError(
+            f"Invalid share_of_step: {share_of_step!r}. Must be a number above 0 and below 1; 0.3 "
+            f"spends three tenths of the time on communication."
+        )
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value)

@@ -1,0 +1,276 @@
+"""What workers must tell each other besides gradients, in words that ride with the vectors.
+
+Some things decide whether and where a step is applied, and every worker must decide alike: which
+parameters had a gradient anywhere, whether any worker's gradient was not finite, and whether any
+worker could not take part. They travel in the buffer of the first collective, one float for each
+parameter and one for each worker, so they cost no collective of their own and the schedule never
+depends on them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from efsgd.errors import CollectiveError
+from efsgd.layout import real_view
+from efsgd.wire.collectives import Collective, Exchange, intercept
+from efsgd.wire.replay import Schedule
+
+__all__ = [
+    "ControlWords",
+    "Verdict",
+    "all_finite",
+    "describe_change",
+    "describe_rejection",
+    "raise_unable",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the control words of all workers say together; equal on every worker.
+
+    Attributes:
+        absent: indices of parameters for which no worker had a gradient.
+        nonfinite: for each worker that met one, the index of its first parameter whose gradient is
+            not finite; None where all gradients are finite but a sum or product with them is not.
+        overflowed: the mean is not finite although each worker's part is.
+        unable: workers that met an error of their own and sent zeros.
+        changed: workers that train something else than before, and sent zeros.
+        sparse: indices of parameters for which some worker had a sparse gradient.
+        is_scaled: some worker's gradients are scaled, for which steps are skipped as a rule.
+    """
+
+    absent: frozenset[int]
+    nonfinite: dict[int, int | None]
+    overflowed: bool
+    unable: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+    sparse: frozenset[int] = frozenset()
+    is_scaled: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the step may be applied."""
+        return not (self.nonfinite or self.overflowed or self.unable or self.changed)
+
+    def with_mean(self, *, is_finite: bool) -> Self:
+        """The same, but for a mean that was found not to be finite."""
+        return self if is_finite else dataclasses.replace(self, overflowed=True)
+
+
+class ControlWords:
+    """The control words of one worker for the parameters of one section.
+
+    Attributes:
+        world_size: the number of workers.
+
+    Args:
+        indices: the parameters' indices, in the order of their words.
+        world_size: the number of workers.
+        worker: this worker.
+    """
+
+    def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
+        self.world_size = world_size
+        self._indices, self._worker = tuple(indices), worker
+
+    @staticmethod
+    def count(parameters: int, world_size: int) -> int:
+        """The number of words: one for each parameter, one for each worker."""
+        return parameters + world_size
+
+    def escort(
+        self,
+        exchange: Exchange[T],
+        words: Tensor,
+        gradients: Sequence[Tensor | None],
+        *,
+        has_overflowed: bool = False,
+        is_unable: bool = False,
+        is_scaled: bool = False,
+    ) -> Exchange[tuple[T, Verdict]]:
+        """Passes on what `exchange` asks for, with the control words aboard.
+
+        A worker whose first buffer is not finite, or which cannot take part, sends zeros for the
+        whole step and says so: NaN never enters another worker's arithmetic, nobody waits for
+        this worker, and the schedule stays as it is.
+
+        Args:
+            exchange: the collectives of one section; its first buffer begins with the words and
+                must be finite only if all gradients are.
+            words: holds the words' mean once the exchange has returned; may be the head of that
+                first buffer.
+            gradients: this worker's gradients, in the order of the words.
+            has_overflowed: it is known already that a gradient of this worker is not finite.
+            is_unable: this worker has met an error and cannot take part.
+            is_scaled: its gradients are those of a scaled loss.
+
+        Returns:
+            The result of `exchange`, and the verdict.
+        """
+        own = self._own_words(gradients)
+        own[len(self._indices) + self._worker] = self._scaled if is_scaled else 0
+        is_first, is_good, mean_is_finite = True, not is_unable, True
+
+        def outgoing(collective: Collective) -> None:
+            nonlocal is_first, is_good
+            head = collective.buffer[: len(words)]
+            if is_first:
+                head.zero_()  # what the last step has left there is not this worker's
+                is_good = is_good and not has_overflowed and all_finite(collective.buffer)
+                if not is_good:
+                    code = self._overflowed if is_scaled else self._first_nonfinite(gradients)
+                    code = self._unable if is_unable else code
+                    own[len(self._indices) + self._worker] = code
+            if not is_good:
+                collective.buffer.zero_()
+            if is_first:
+                head.copy_(own)
+            is_first = False
+
+        def incoming(answer: Tensor) -> None:
+            nonlocal mean_is_finite
+            mean_is_finite = mean_is_finite and all_finite(answer)
+
+        result = yield from intercept(exchange, outgoing, incoming)
+        return result, self._read(words, overflowed=not mean_is_finite)
+
+    def announce(self, schedule: Schedule, *, is_unable: bool = False) -> Exchange[Verdict]:
+        """Takes part in a step of the others with zeros, to say that this worker has changed.
+
+        Args:
+            schedule: of the section that these words are for.
+            is_unable: says instead that it has met an error and cannot take part.
+
+        Returns:
+            The verdict; `changed` has the workers that have changed.
+        """
+        count = len(self._indices) + self.world_size
+        words = torch.zeros(count, dtype=torch.float64, device="cpu")
+        code = self._unable if is_unable else self._changed
+        words[len(self._indices) + self._worker] = code
+        answer = yield from schedule.replay(words)
+        return self._read(answer[: len(words)], overflowed=False)
+
+    def _own_words(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        words = [0.0] * (len(self._indices) + self.world_size)
+        for position, gradient in enumerate(gradients):
+            if gradient is not None:  # any number of dense ones counts less than one sparse one
+                is_dense = gradient.layout == torch.strided
+                words[position] = 1.0 if is_dense else 1.0 + self.world_size
+        return torch.tensor(words, dtype=torch.float64, device="cpu")
+
+    @property
+    def _unable(self) -> int:
+        """What a worker that cannot take part writes in its word."""
+        return len(self._indices) + 2
+
+    @property
+    def _changed(self) -> int:
+        """What a worker writes in its word that trains something else than before."""
+        return len(self._indices) + 3
+
+    @property
+    def _overflowed(self) -> int:
+        """What a worker writes in its word whose scaled gradients are not all finite."""
+        return len(self._indices) + 4
+
+    @property
+    def _scaled(self) -> int:
+        """What a worker writes in its word whose scaled gradients are finite."""
+        return len(self._indices) + 5
+
+    def _first_nonfinite(self, gradients: Sequence[Tensor | None]) -> int:
+        """1 + the position of the first gradient that is not finite; past the last if none."""
+        for position, gradient in enumerate(gradients):
+            if gradient is not None and not all_finite(real_view(gradient)):
+                return 1 + position
+        return 1 + len(gradients)
+
+    def _read(self, words: Tensor, *, overflowed: bool) -> Verdict:
+        sums = [round(mean * self.world_size) for mean in words.tolist()]
+        # One worker alone wrote each of the last words, so their sums are what it wrote.
+        presence, positions = sums[: len(self._indices)], sums[len(self._indices) :]
+        nonfinite = {
+            worker: self._indices[position - 1] if position <= len(self._indices) else None
+            for worker, position in enumerate(positions)
+            if 0 < position < self._unable or position == self._overflowed
+        }
+        is_scaled = any(position in (self._overflowed, self._scaled) for position in positions)
+        unable = tuple(w for w, position in enumerate(positions) if position == self._unable)
+        changed = tuple(w for w, position in enumerate(positions) if position == self._changed)
+        counts = dict(zip(self._indices, presence, strict=True))
+        absent = frozenset(index for index, count in counts.items() if count == 0)
+        sparse = frozenset(i for i, count in counts.items() if count > self.world_size)
+        return Verdict(absent, nonfinite, overflowed, unable, changed, sparse, is_scaled)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite (True for integers).
+
+    Example:
+        >>> from efsgd.wire.control_words import all_finite
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([0.0, float("nan")]))
+        (True, False)
+    """
+    if not tensor.is_floating_point():
+        return True
+    # A sum reads memory once and is finite in all but strange cases; a finite sum has only
+    # finite terms, but finite terms may have an infinite sum.
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], step: int) -> str:
+    """Says which gradient of which worker was not finite.
+
+    Args:
+        verdicts: of all sections, at least one of them not good.
+        names: of the parameters, by index.
+        step: the number of the step.
+    """
+    found = []
+    for worker, index in (item for verdict in verdicts for item in verdict.nonfinite.items()):
+        if index is None:
+            found.append(f"on worker {worker} a sum or product with finite gradients overflows")
+        else:
+            found.append(f"on worker {worker} the gradient of {names[index]} is NaN or infinite")
+    if not found:
+        found.append(
+            "the workers' gradients are finite, but their mean overflows, or what the compressor "
+            "makes of it is NaN or infinite"
+        )
+    return (
+        f"Step {step} was abandoned: {'; '.join(found)}. Nothing has changed on any worker. "
+        f"Look for the cause (learning rate, loss, data), or pass nonfinite='skip' to leave such "
+        f"steps out."
+    )
+
+
+def raise_unable(verdicts: Iterable[Verdict]) -> None:
+    """Raises a CollectiveError if some workers could not take part."""
+    if unable := sorted({worker for verdict in verdicts for worker in verdict.unable}):
+        numbers = ", ".join(map(str, unable))
+        raise CollectiveError(f"could not take part, and say themselves why: worker {numbers}.")
+
+
+def describe_change(workers: Iterable[int], step: int) -> str:
+    """Says that these workers, and not all, have changed what they train.
+
+    Args:
+        workers: who has.
+        step: the number of the step, from 0.
+    """
+    who = ", ".join(map(str, workers))
+    return (
+        f"Step {step} was abandoned: worker {who} has changed what it trains since the last step, "
+        f"and the others have not. Nothing has changed on any worker. Ranks and other settings of "
+        f"the compressor, frozen parameters, parameter groups and loaded state_dicts must change "
+        f"on all workers before the same step."
+    )

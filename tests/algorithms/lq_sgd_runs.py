@@ -1,0 +1,52 @@
+"""Runs of LQ-SGD with made-up gradients, all workers in one thread."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from efsgd import ErrorFeedbackSGD
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.testing import Traced
+from tests.simulation import step_with
+from tests.strategies import Gradients, make_gradient
+
+SHAPES = [(12, 10), (10,), (12, 10), (9, 3, 3, 3)]
+AGGREGATIONS = ["gather", "scatter"]
+
+
+def workers_of(
+    compressor: Compressor,
+    world_size: int,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> list[ErrorFeedbackSGD]:
+    """Workers that subtract the mean of what was sent: one is the learning rate."""
+    options = {"lr": 1.0, "momentum_form": "sgd", **options}
+    return [
+        ErrorFeedbackSGD(
+            [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes],
+            compressor=compressor,
+            **options,
+        )
+        for _ in range(world_size)
+    ]
+
+
+def gradients(
+    world_size: int, step: int, shapes: Sequence[tuple[int, ...]] = SHAPES, kind: str = "gaussian"
+) -> Gradients:
+    """`gradients[w][i]` of one step."""
+    return [
+        [make_gradient(shape, kind, w, 5, step, i) for i, shape in enumerate(shapes)]
+        for w in range(world_size)
+    ]
+
+
+def train(workers: list[ErrorFeedbackSGD], steps: int, first: int = 0) -> list[Traced]:
+    """Some steps; the trace of the last one."""
+    trace = []
+    for step in range(first, first + steps):
+        trace = step_with(workers, gradients(len(workers), step))
+    return trace

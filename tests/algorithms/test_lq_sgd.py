@@ -1,0 +1,296 @@
+"""LQ-SGD: against a naive version of itself, against PowerSGD, and what all compressors promise."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from efsgd import CollectiveError, ErrorFeedbackSGD, PowerSGD, WorkerMismatchError
+from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd.compressors.lq_sgd import LQSGD
+from tests.algorithms.lq_sgd_runs import AGGREGATIONS, SHAPES, gradients, train, workers_of
+from tests.promises.reference import decompress, mean, orthogonalize
+from tests.simulation import (
+    bits,
+    difference,
+    errors_of,
+    parameters_of,
+    replicated,
+    snapshot,
+    step_with,
+)
+from tests.strategies import KINDS, gaussian, seeds
+
+# ---- against a naive version --------------------------------------------------------------------
+
+
+def quantize(matrix: Tensor, bits: int, alpha: float) -> Tensor:
+    """What arrives of a matrix that is sent as codes."""
+    scale, L = float(matrix.abs().max()), 2 ** (bits - 1) - 1
+    if scale == 0:
+        return matrix
+    found = []
+    for x in matrix.flatten().tolist():
+        q = math.log(1 + alpha * abs(x / scale)) / math.log(1 + alpha)
+        level = ((1 + alpha) ** (round(L * q) / L) - 1) / alpha
+        found.append(math.copysign(scale * level, x))
+    return torch.tensor(found, dtype=torch.float64).reshape(matrix.shape)
+
+
+def leveled(query: Tensor) -> Tensor:
+    """Each column by a power of two, so that its largest element is in [0.5, 1)."""
+    columns = [column * 2.0 ** -math.frexp(float(column.abs().max()))[1] for column in query.T]
+    return torch.stack(columns, dim=1)
+
+
+class Naive:
+    """LQ-SGD with error feedback for one matrix on all workers, float64, nothing in place."""
+
+    def __init__(self, n: int, m: int, rank: int, bits: int, alpha: float, world_size: int) -> None:
+        self.errors = [torch.zeros(n, m, dtype=torch.float64) for _ in range(world_size)]
+        self.query = initial_query(0, 0, m, rank)
+        self.bits, self.alpha = bits, alpha
+
+    def update(self, matrices: Sequence[Tensor]) -> Tensor:
+        deltas = [g + e for g, e in zip(matrices, self.errors, strict=True)]
+        sent = [quantize(d @ leveled(self.query), self.bits, self.alpha) for d in deltas]
+        p_hat = orthogonalize(mean(sent))
+        queries = [quantize(d.T @ p_hat, self.bits, self.alpha) for d in deltas]
+        self.errors = [d - decompress(p_hat, q) for d, q in zip(deltas, queries, strict=True)]
+        average = mean(queries)
+        alive = average.any(dim=0)
+        self.query = torch.where(alive, average, self.query)
+        return decompress(p_hat, average)
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(4, 12), m=st.integers(4, 12), rank=st.integers(1, 3), bits=st.integers(2, 20),
+    alpha=st.sampled_from([0.5, 10.0, 255.0]), world_size=st.sampled_from([1, 2, 3]),
+    aggregation=st.sampled_from(AGGREGATIONS), seed=seeds(),
+)  # fmt: skip
+def test_it_is_the_naive_version(
+    n: int, m: int, rank: int, bits: int, alpha: float, world_size: int, aggregation: str, seed: int
+) -> None:
+    if rank > 1:  # of very few bits, columns are often parallel, and completed by chance
+        bits += 4
+    naive = Naive(n, m, rank, bits, alpha, world_size)
+    compressor = LQSGD(rank, bits, alpha, min_compression_rate=0.0, aggregation=aggregation)
+    workers = workers_of(compressor, world_size, [(n, m)])
+    parameter = parameters_of(workers[0])[0]
+    for step in range(3):
+        matrices = [gaussian((n, m), seed, step, w) for w in range(world_size)]
+        before = parameter.detach().clone()
+        update = naive.update(matrices)
+        step_with(workers, [[matrix] for matrix in matrices])
+        # Rounding of 1e-16 decides for another code once in 1e10 numbers, and is otherwise
+        # multiplied by the condition of P, which is below 1e5 for these.
+        assert difference(before - parameter.detach(), update) < 1e-10
+        for worker, expected in zip(workers, naive.errors, strict=True):
+            assert difference(errors_of(worker)[0], expected) < 1e-9
+        assert difference(workers[0].state[parameter]["q"], naive.query) < 1e-9
+
+
+def test_with_many_bits_it_is_power_sgd() -> None:
+    distances = {}
+    for width in (8, 12, 16, 20, 24, 28, 32):
+        others = workers_of(PowerSGD(rank=2), 3)
+        workers = workers_of(LQSGD(rank=2, bits=width), 3)
+        for optimizers in (others, workers):
+            train(optimizers, 5)
+        pairs = zip(parameters_of(workers[0]), parameters_of(others[0]), strict=True)
+        distances[width] = max(difference(a, b) for a, b in pairs)
+    # A code moves a number by up to ln(1 + α)(1 + 1/α) / 2L = 2.64 · 2^-bits of the largest one;
+    # 100 is for what five steps of error feedback, on noise, make of it.
+    assert all(distance <= 2.64 * 100 * 2.0**-width for width, distance in distances.items())
+    assert 2**20 < distances[8] / distances[32] < 2**28
+
+
+# ---- promises -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(
+    kind=st.sampled_from(KINDS), rank=st.integers(1, 4), width=st.sampled_from([2, 4, 8, 17]),
+    world_size=st.sampled_from([1, 2, 3]), aggregation=st.sampled_from(AGGREGATIONS),
+    warm_start=st.booleans(),
+)  # fmt: skip
+def test_nothing_is_lost(
+    kind: str, rank: int, width: int, world_size: int, aggregation: str, warm_start: bool
+) -> None:
+    compressor = LQSGD(rank, width, warm_start=warm_start, aggregation=aggregation)
+    workers = workers_of(compressor, world_size)
+    total = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
+    for step in range(4):
+        if step == 2:  # in the middle, another rank
+            for worker in workers:
+                worker.param_groups[0]["rank"] = 5 - rank
+        given = gradients(world_size, step, kind=kind)
+        step_with(workers, given)
+        total = [
+            before + mean([own[i] for own in given if own[i] is not None])
+            for i, before in enumerate(total)
+        ]
+    for index, expected in enumerate(total):
+        kept = mean([errors_of(worker)[index] for worker in workers])
+        found = kept - parameters_of(workers[0])[index].detach()
+        assert difference(found, expected) < 1e-10
+    assert all(replicated(worker) == replicated(workers[0]) for worker in workers)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_changed_rank_keeps_the_columns_that_both_have(aggregation: str) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 2)
+    train(workers, 2)
+    first = parameters_of(workers[0])[0]
+    for worker in workers:
+        worker.param_groups[0]["rank"] = 3
+    before = workers[0].state[first]["q"].clone()
+    train(workers, 1, 2)
+    assert workers[0].state[first]["q"].shape == (10, 3)
+    assert not torch.equal(workers[0].state[first]["q"][:, :2], before)
+    by_hand = workers_of(LQSGD(rank=3, aggregation=aggregation), 2)
+    twins = workers_of(LQSGD(rank=2, aggregation=aggregation), 2)
+    train(twins, 2)
+    for worker, twin in zip(by_hand, twins, strict=True):
+        for parameter, other in zip(parameters_of(worker), parameters_of(twin), strict=True):
+            parameter.data.copy_(other.data)
+            if "q" in twin.state[other]:
+                worker.state[parameter]["q"][:, :2] = twin.state[other]["q"]
+                worker.state[parameter]["error"].copy_(twin.state[other]["error"])
+    train(by_hand, 1, 2)
+    assert bits(parameters_of(by_hand[0])) == bits(parameters_of(workers[0]))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_a_refused_step_changes_nothing(index: int, aggregation: str) -> None:
+    compressor = LQSGD(rank=2, aggregation=aggregation)
+    workers = workers_of(compressor, 3, nonfinite="skip")
+    twins = workers_of(compressor, 3)
+    for optimizers in (workers, twins):
+        train(optimizers, 2)
+    before = bits(snapshot(workers))
+    spoiled = gradients(3, 2)
+    bad = spoiled[1][index]
+    assert bad is not None
+    bad.view(-1)[3] = float("nan")
+    step_with(workers, spoiled)
+    assert bits(snapshot(workers)) == before
+    for optimizers in (workers, twins):
+        train(optimizers, 1, 3)
+    assert bits(list(map(parameters_of, workers))) == bits(list(map(parameters_of, twins)))
+
+
+@pytest.mark.parametrize(("aggregation", "collectives"), [("gather", 3), ("scatter", 5)])
+def test_a_failed_collective_changes_nothing(aggregation: str, collectives: int) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 2)
+    train(workers, 1)
+    before = bits(snapshot(workers))
+    for fail_at in range(collectives):
+        with pytest.raises(CollectiveError):
+            step_with(workers, gradients(2, 1), fail_at=fail_at)
+        assert bits(snapshot(workers)) == before
+    train(workers, 1, 1)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("name", "value"), [("rank", 3), ("bits", 5), ("alpha", 2.0), ("aggregation", None)]
+)
+def test_a_setting_that_one_worker_changes_alone_is_an_error_on_all(
+    name: str, value: Any, aggregation: str
+) -> None:
+    workers = workers_of(LQSGD(rank=2, aggregation=aggregation), 3)
+    train(workers, 1)
+    other = {"gather": "scatter", "scatter": "gather"}[aggregation]
+    workers[1].param_groups[0][name] = other if value is None else value
+    before = bits(snapshot(workers))
+    with pytest.raises(WorkerMismatchError, match=f"{name}=|level") as caught:
+        train(workers, 1, 1)
+    assert len(caught.value.__notes__) == 2
+    assert bits(snapshot(workers)) == before
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("width", [2, 8, 32])
+def test_after_zeros_it_goes_on_as_if_they_had_not_been(width: int, aggregation: str) -> None:
+    compressor = LQSGD(rank=2, bits=width, aggregation=aggregation)
+    workers, twins = (workers_of(compressor, 2, dtype=torch.float32) for _ in range(2))
+    for _ in range(2):
+        step_with(workers, gradients(2, 0, kind="zero"))
+    assert bits([parameters_of(own) for own in workers]) == bits(list(map(parameters_of, twins)))
+    assert not any(error.any() for own in workers for error in errors_of(own))
+    for optimizers in (workers, twins):
+        train(optimizers, 2)
+    assert all(parameter.any() for parameter in parameters_of(workers[0]))
+    assert bits([parameters_of(own) for own in workers]) == bits(list(map(parameters_of, twins)))
+
+
+def test_a_matrix_without_gradient_beside_others_learns_when_it_has_one() -> None:
+    workers = workers_of(LQSGD(rank=2), 2)
+    given = gradients(2, 0)
+    half = [[None if i == 0 else g for i, g in enumerate(own)] for own in given]
+    zero = [[torch.zeros_like(g) if i == 0 and g is not None else g for i, g in enumerate(own)]
+            for own in given]  # fmt: skip
+    for others in (half, zero):
+        step_with(workers, others)
+        assert not parameters_of(workers[0])[0].any()
+    step_with(workers, given)
+    twins = workers_of(LQSGD(rank=2), 2)
+    step_with(twins, given)
+    # Neighbors in a batch may be added in another order: rounding, and the condition of P.
+    assert difference(parameters_of(workers[0])[0], parameters_of(twins[0])[0]) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [2, 8, 24])
+def test_sixty_orders_of_magnitude_are_finite_and_powers_of_two_make_no_difference(
+    width: int, kind: str
+) -> None:
+    ends = {}
+    for scale in (1.0, 2.0**-60, 2.0**60, 1e-30, 1e30):
+        workers = workers_of(LQSGD(rank=2, bits=width), 2, dtype=torch.float32)
+        for step in range(3):
+            given = gradients(2, step, kind=kind)
+            step_with(workers, [[g.float() * scale for g in own] for own in given])
+        ends[scale] = [p.detach().double() / scale for p in parameters_of(workers[0])]
+        assert all(end.isfinite().all() for end in ends[scale])
+        assert any(end.any() for end in ends[scale]) == (kind != "zero")
+    assert bits(ends[1.0]) == bits(ends[2.0**-60]) == bits(ends[2.0**60])
+
+
+def test_what_is_too_large_to_be_sent_is_sent_later() -> None:
+    workers = workers_of(LQSGD(rank=2), 2, [(16, 40)], torch.float32, lr=1e-38)
+    huge = (3.3e38 * gaussian((16, 40), 1).sign()).float()
+    step_with(workers, [[huge], [huge]])
+    parameter = parameters_of(workers[0])[0]
+    assert parameter.isfinite().all()
+    kept = errors_of(workers[0])[0].double() * 1e-38 - parameter.detach().double()
+    # Each is rounded, at 6e-8.
+    assert difference(kept, 1e-38 * huge.double()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("rank", 0, "Must be an integer of at least 1"),
+        ("bits", 1, "from 2 to 32"),
+        ("alpha", -1.0, "at least 0"),
+        ("min_compression_rate", -1.0, "at least 0"),
+        ("warm_start", 1, "Must be a bool"),
+        ("seed", -1, "at least 0"),
+        ("aggregation", "reduce", "'gather', for few workers, or 'scatter'"),
+    ],
+)
+def test_settings_out_of_range_are_an_error(name: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"Invalid {name}: {value!r}.*{words}"):
+        LQSGD(**{name: value})
+    parameter = torch.zeros(4, 4, requires_grad=True)
+    with pytest.raises(ValueError, match=f"Invalid {name}"):
+        ErrorFeedbackSGD([{"params": [parameter], name: value}], lr=0.1, compressor=LQSGD())

@@ -1,0 +1,132 @@
+"""G1, G2, G5: foreach, fused and maximize. G3: test_differentiable.py; G4: test_sparse.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from efsgd import PowerSGDOptimizer
+from tests.optimizers.swap_in.pairs import (
+    FULL_RANK,
+    IMPLEMENTATIONS,
+    ROUNDING,
+    UNCOMPRESSED,
+    give,
+    gradients,
+    pair,
+    start,
+    train,
+)
+from tests.simulation import bits, difference, parameters_of
+
+FORMS: dict[str, dict[str, Any]] = {
+    "off": UNCOMPRESSED,
+    "full rank": FULL_RANK,
+    "rank 1": {**FULL_RANK, "rank": 1},
+    "paper": {"rank": 1, "min_compression_rate": 0.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_implementations_agree(form: str, dtype: torch.dtype) -> None:
+    """G1, G2: foreach and fused have the for-loop's numbers, to rounding, and its keys."""
+    ends = {}
+    for name, flags in IMPLEMENTATIONS.items():
+        if form == "paper" and name == "fused":
+            continue
+        options = {"momentum": 0.9, "weight_decay": 0.1, **flags}
+        optimizer, _ = pair(start(dtype), FORMS[form], lr=0.1, **options)
+        train([optimizer], range(5))
+        ends[name] = optimizer
+    expected = ends["for-loop"]
+    for optimizer in ends.values():
+        for p, q in zip(parameters_of(optimizer), parameters_of(expected), strict=True):
+            assert difference(p, q) < ROUNDING[dtype]
+            assert optimizer.state[p].keys() == expected.state[q].keys()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_default_implementation_on_a_cpu(form: str) -> None:
+    """G1: a for-loop, bit by bit."""
+    runs = []
+    for flags in ({}, {"foreach": None}, {"foreach": False}):
+        optimizer, _ = pair(start(), FORMS[form], lr=0.1, momentum=0.9, **flags)
+        train([optimizer], range(3))
+        runs.append(bits(parameters_of(optimizer)))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def peak(optimizer: torch.optim.Optimizer) -> int:
+    """The most memory, in bytes, that a step has at once beyond what there was before it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        optimizer.step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+@pytest.mark.parametrize("form", ["off", "full rank", "rank 1"])
+def test_memory_of_foreach(form: str) -> None:
+    """G1: at most one copy of the gradients more than the for-loop."""
+    peaks = {}
+    for foreach in (False, True):
+        optimizer, _ = pair(
+            start(shapes=[(64, 48)] * 6), FORMS[form], lr=0.1, momentum=0.9, foreach=foreach
+        )
+        train([optimizer], range(2))
+        peaks[foreach] = peak(optimizer)
+    copy_of_gradients = 6 * 64 * 48 * 4
+    assert peaks[False] > 0
+    assert peaks[True] <= peaks[False] + copy_of_gradients
+
+
+def test_fused_without_data() -> None:
+    """G2: on the meta device an error that begins as torch's, as soon as a step is taken."""
+    for optimizer in pair([torch.zeros(4, 3, device="meta")], UNCOMPRESSED, lr=0.1, fused=True):
+        p = parameters_of(optimizer)[0].requires_grad_()
+        p.grad = torch.zeros_like(p)
+        with pytest.raises(RuntimeError, match="`fused=True` requires all the params"):
+            optimizer.step()
+
+
+def test_fused_needs_sgd_s_momentum() -> None:
+    """G2: the kernel knows no other; said at once, and when it is set later."""
+    with pytest.raises(ValueError, match="Pass momentum_form='sgd'"):
+        PowerSGDOptimizer(start(), lr=0.1, fused=True)
+    optimizer = PowerSGDOptimizer(start(), lr=0.1)
+    optimizer.param_groups[0]["fused"] = True
+    give(optimizer, gradients(parameters_of(optimizer), 0))
+    with pytest.raises(ValueError, match="Pass momentum_form='sgd'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_maximizing_is_minimizing_the_negative(form: str) -> None:
+    """G5: bit by bit, compressed or not: compression commutes with the sign."""
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+    up, _ = pair(start(), FORMS[form], **options, maximize=True)
+    down, _ = pair(start(), FORMS[form], **options)
+    for step in range(5):
+        made = gradients(parameters_of(up), step)
+        give(up, made)
+        give(down, [-g for g in made])
+        up.step()
+        down.step()
+        assert bits(parameters_of(up)) == bits(parameters_of(down))
+
+
+def test_maximize_may_change() -> None:
+    """G5: in mid-run, as with SGD."""
+    ours, theirs = pair(start(), UNCOMPRESSED, lr=0.1, momentum=0.9)
+    assert isinstance(theirs, SGD)
+    for maximize in (True, False, True):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["maximize"] = maximize
+        train([ours, theirs], range(2))
+    assert bits(parameters_of(ours)) == bits(parameters_of(theirs))

@@ -1,0 +1,178 @@
+"""Workers with L-GreCo, all in one thread, and what it should choose, from the definition."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd import PowerSGDOptimizer, TensorCompressor
+from efsgd.layout import matrix_shape
+from efsgd.randomness import Draws
+from efsgd.rank import RankPolicy, RankScheduler, Value
+from efsgd.testing import Traced, lockstep
+from tests.simulation import errors_of, parameters_of, step_with
+from tests.strategies import gaussian
+
+Shape = tuple[int, ...]
+
+
+def decaying(shape: Shape, decay: float, *seed: int) -> Tensor:
+    """A gradient whose singular values fall by about this factor, down to a hundredth."""
+    n, m = matrix_shape(shape)
+    values = torch.logspace(0, min(n, m) - 1, min(n, m), decay, dtype=torch.float64, device="cpu")
+    left, right = (gaussian((size, min(n, m)), *seed, i) for i, size in enumerate((n, m)))
+    noise = 0.01 * gaussian((n, m), *seed, 3)
+    return (left @ torch.diag(values) @ right.mT + noise).reshape(shape)
+
+
+class Workers:
+    """Some workers, each with an optimizer and a scheduler; gradients are made from seeds.
+
+    Each parameter's gradients are the same matrix all the time, and a smaller one that is new in
+    each step and on each worker.
+
+    Attributes:
+        optimizers: of each worker.
+        schedulers: of each worker.
+        count: how many steps were taken.
+        seen: Δ_w = g_w + e_w of each step since `forget`, as `seen[step][w][i]`.
+
+    Args:
+        policies: makes a worker's policy.
+        world_size: the number of workers.
+        shapes: of the parameters.
+        make: makes a worker's optimizer.
+        seed: of the gradients.
+    """
+
+    def __init__(
+        self,
+        policies: Callable[[], RankPolicy],
+        world_size: int,
+        shapes: Sequence[Shape],
+        make: Callable[..., Any] = PowerSGDOptimizer,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        **options: Any,
+    ) -> None:
+        self.shapes, self._seed, self.count = shapes, seed, 0
+        self.optimizers: list[Any] = []
+        for _ in range(world_size):
+            own = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+            self.optimizers.append(make(own, **options))
+        self.schedulers = [RankScheduler(each, policies()) for each in self.optimizers]
+        self.seen: list[list[list[Tensor]]] = []
+
+    @property
+    def values(self) -> list[Value]:
+        """Of worker 0, for each parameter that is decided on."""
+        return list(self.schedulers[0].get_last_ranks().values())
+
+    @property
+    def sums(self) -> list[dict[int, Tensor]]:
+        """What L-GreCo has summed up on each worker."""
+        return [each.policy.accumulators[0].sums for each in self.schedulers]
+
+    def gradients(self, worker: int) -> list[Tensor]:
+        """Of the present step, float64."""
+        decays = [0.3 + 0.6 * ((7 * i + self._seed) % 5) / 4 for i in range(len(self.shapes))]
+        return [
+            (1 + i) * decaying(shape, decays[i], self._seed, i)
+            + 0.3 * decaying(shape, decays[i], self._seed, i, worker, self.count)
+            for i, shape in enumerate(self.shapes)
+        ]
+
+    def step(self, gradients: Sequence[Sequence[Tensor | None]] | None = None) -> list[Traced]:
+        """One step; what the workers bring to it is kept in `seen`."""
+        count = range(len(self.optimizers))
+        own = [self.gradients(w) for w in count] if gradients is None else gradients
+        self.count += 1
+        errors = [[e.clone() for e in errors_of(optimizer)] for optimizer in self.optimizers]
+        self.seen.append(
+            [
+                [e if g is None else e + g.to(e.dtype) for g, e in zip(*pair, strict=True)]
+                for pair in zip(own, errors, strict=True)
+            ]
+        )
+        return step_with(self.optimizers, own)
+
+    def steps(self, count: int) -> None:
+        """Some of them."""
+        for _ in range(count):
+            self.step()
+
+    def decide(self, fail_at: int | None = None) -> list[Traced]:
+        """Ends a window."""
+        count = len(self.schedulers)
+        exchanges = [each.exchange(count, w) for w, each in enumerate(self.schedulers)]
+        return lockstep(exchanges, fail_at=fail_at).trace
+
+    def sent(self) -> int:
+        """The bytes of an ordinary step, counted; the first one after a change is left out."""
+        self.step()
+        return sum(each.nbytes for each in self.step())
+
+    def summed(self, last: int) -> list[list[Tensor]]:
+        """The sum of the last steps in `seen`, as `summed[w][i]`."""
+        return [
+            [sum(parts, start=torch.zeros(())) for parts in zip(*steps, strict=True)]
+            for steps in zip(*self.seen[len(self.seen) - last :], strict=True)
+        ]
+
+
+def mean_of(summed: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Over the workers."""
+    return [torch.stack(list(own)).mean(0) for own in zip(*summed, strict=True)]
+
+
+def low_rank_error(matrix: Tensor, rank: Value) -> float:
+    """Of the best approximation, from the definition."""
+    values = torch.linalg.svdvals(matrix.double().reshape(matrix_shape(matrix.shape))).tolist()
+    return math.hypot(*values[int(rank) :])
+
+
+def missed(own: TensorCompressor, index: int, summed: Sequence[Sequence[Tensor]]) -> float:
+    """What a compressor misses of a parameter, in the mean over the workers."""
+    norms = []
+    for worker, tensors in enumerate(summed):
+        draws, tensor = Draws(own.seed_of_draws, index, 0, worker), tensors[index]
+        if own.compresses(tensor.shape):
+            found = own.decompress(own.compress(tensor, draws), tensor.shape, draws)
+            norms.append(float((tensor - found).norm()))
+    return math.fsum(norms) / len(summed)
+
+
+def payload_bytes(compressor: Any, shape: Shape, setting: str, value: Value) -> int:
+    """What one parameter sends with a value."""
+    own = dataclasses.replace(compressor, **{setting: value})
+    return int(own.payload_bytes([shape], torch.float64, 1))
+
+
+def least_total(
+    sizes: Sequence[Mapping[Any, float]],
+    errors: Sequence[Mapping[Any, float]],
+    reference: Sequence[Value],
+    tolerance: float = 1.0,
+) -> float:
+    """The least total size of all choices within the error of the reference: all are tried."""
+    budget = tolerance * math.fsum(own[v] for own, v in zip(errors, reference, strict=True))
+    return min(
+        math.fsum(own[v] for own, v in zip(sizes, chosen, strict=True))
+        for chosen in itertools.product(*sizes)
+        if math.fsum(own[v] for own, v in zip(errors, chosen, strict=True)) <= budget
+    )
+
+
+def purposes(trace: Sequence[Traced]) -> list[str]:
+    """Of a decision: what L-GreCo itself has sent."""
+    return [each.purpose for each in trace if "accumulated gradients" in each.purpose]
+
+
+def parameters_and_sums(workers: Workers) -> list[Any]:
+    """All that training has come to."""
+    return [[parameters_of(each) for each in workers.optimizers], workers.sums, workers.values]

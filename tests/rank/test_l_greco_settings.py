@@ -1,0 +1,240 @@
+"""What L-GreCo accepts, what it refuses, and that it fails on all workers or on none."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efsgd import LQSGD, ErrorFeedbackSGD, PowerSGD, SpectralAtomo, TopK, UniformQuantized
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.algorithms.operators import Payload
+from efsgd.compressors import PowerSGDPlus
+from efsgd.errors import CollectiveError
+from efsgd.optimizers.signum import Signum
+from efsgd.randomness import Draws
+from efsgd.rank import Accordion, Layer, LGreCo, RankScheduler, StepTime, Value
+from efsgd.testing import LockstepError
+from efsgd.wire.collectives import Exchange
+from tests.rank.l_greco_runs import Shape, Workers
+from tests.simulation import bits
+
+SHAPES: list[Shape] = [(16, 12), (9,), (12, 20), (10, 4, 3)]
+OPTIONS: dict[str, Any] = {"lr": 0.01, "min_compression_rate": 0.0, "rank": 2}
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"reference": "4"}, "Invalid value: '4'. Must be a finite number of at least 0."),
+    ({"reference": -1}, "Invalid value: -1. Must be a finite number of at least 0."),
+    ({"reference": True}, "Invalid value: True. Must be a finite number of at least 0."),
+    ({"shrink": 0.0}, "Invalid shrink: 0.0. Must be a finite number above 0.0."),
+    ({"grow": math.inf}, "Invalid grow: inf. Must be a finite number above 0.0."),
+    ({"grow": "2"}, "Invalid grow: '2'. Must be a finite number above 0.0."),
+    ({"tolerance": 0.0}, "Invalid tolerance: 0.0. Must be a finite number above 0.0."),
+    ({"tolerance": math.nan}, "Invalid tolerance: nan. Must be a finite number above 0.0."),
+    ({"observations": 0}, "Invalid observations: 0. Must be an integer of at least 1."),
+    ({"observations": 2.0}, "Invalid observations: 2.0. Must be an integer of at least 1."),
+    ({"interval": 0}, "Invalid interval: 0. Must be an integer of at least 1."),
+    ({"iterations": 0}, "Invalid iterations: 0. Must be an integer of at least 1."),
+    ({"sketch": 0}, "Invalid sketch: 0. Must be an integer of at least 1."),
+    ({"spectrum": "qr"}, "Invalid spectrum: 'qr'. Must be one of ['power', 'svd']."),
+    ({"gradients": "all"}, "Invalid gradients: 'all'. Must be one of ['mean', 'worker 0']."),
+    ({"values": [1, 2]}, "Invalid values: [1, 2]. They lack [4], which the reference may ask for"),
+    ({"values": []}, "Invalid values: []. They lack [4], which the reference may ask for"),
+    ({"values": [4, "8"]}, "Invalid values[1]: '8'. Must be a finite number of at least 0."),
+    ({"shrink": 2.0}, "Invalid values: [8]. They lack [4], which the reference may ask for"),
+    (
+        {"reference": 0.1, "setting": "density"},
+        "Invalid values: None. Must be given where those of the reference are no integers, as "
+        "here: [0.1].",
+    ),
+    (
+        {"reference": Accordion(1, 4), "setting": "density"},
+        "Invalid setting: 'density'. The reference decides on 'rank'; make it with another "
+        "setting, or leave this one out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), WRONG, ids=[message.split(". ")[0] for _, message in WRONG]
+)
+def test_a_wrong_argument_is_named_with_what_must_hold(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LGreCo(**arguments)
+
+
+def test_a_uniform_reference_of_another_setting_may_be_given_in_either_way() -> None:
+    assert LGreCo(4, setting="bits").setting == "bits"
+    assert LGreCo(Accordion(2, 4, setting="bits")).setting == "bits"
+    assert LGreCo(Accordion(2, 4, setting="bits"), setting="bits").setting == "bits"
+
+
+def scheduled(compressor: Compressor, policy: LGreCo, **group: Any) -> RankScheduler:
+    parameter = torch.zeros(16, 12, requires_grad=True)
+    groups = [{"params": [parameter], **group}]
+    optimizer = ErrorFeedbackSGD(groups, lr=0.1, compressor=compressor, error_feedback=False)
+    return RankScheduler(optimizer, policy)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "policy", "group"),
+    [
+        (TopK(density=0.1, scope="model"), LGreCo(0.1, [0.1], setting="density"), {}),
+        (TopK(density=0.1), LGreCo(0.1, [0.1], setting="density"), {"scope": "model"}),
+        (PowerSGD(rank=2), LGreCo(1.0, [1.0], setting="min_compression_rate"), {}),
+    ],
+)
+def test_compressors_are_refused_whose_errors_nobody_knows(
+    compressor: Compressor, policy: LGreCo, group: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="it is not known how errors depend on values"):
+        scheduled(compressor, policy, **group)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "policy"),
+    [
+        (PowerSGD(rank=2), LGreCo(2)),
+        (PowerSGD(rank=2, alternating=True), LGreCo(2)),
+        (PowerSGDPlus(rank=2), LGreCo(2)),
+        (LQSGD(rank=2), LGreCo(2)),
+        (TopK(rank=2), LGreCo(2)),
+        (SpectralAtomo(rank=2), LGreCo(2)),
+        (UniformQuantized(bits=4), LGreCo(4, setting="bits")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_compressors_are_taken_whose_errors_can_be_told(
+    compressor: Compressor, policy: LGreCo
+) -> None:
+    scheduler = scheduled(compressor, policy)
+    (parameter,) = scheduler.optimizer.param_groups[0]["params"]
+    for seed in range(3):
+        parameter.grad = torch.randn(16, 12, generator=torch.Generator().manual_seed(seed))
+        scheduler.optimizer.step()
+    before = scheduler.get_last_ranks()
+    scheduler.step()
+    # One layer alone has nobody to give to or to take from.
+    assert scheduler.get_last_ranks() == before
+
+
+def test_signum_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"Invalid setting: .rank.\. Must be a setting of Majority"
+    ):
+        RankScheduler(Signum([torch.zeros(4, 4, requires_grad=True)], lr=0.1), LGreCo(2))
+
+
+# ---- on all workers or on none ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sevens(TopK):
+    """Refuses one tensor."""
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        if bool((delta == 7.0).all()):
+            raise RuntimeError("seven")
+        return super().compress(delta, draws)
+
+
+def everything(workers: Workers) -> Any:
+    return bits(
+        [[each.state_dict() for each in own] for own in (workers.optimizers, workers.schedulers)]
+    )
+
+
+def assert_fails_and_changes_nothing(workers: Workers, words: str, worker: int) -> None:
+    """On the worker itself by its own error, and on the others since it could not decide."""
+    before = everything(workers)
+    with pytest.raises(Exception, match=words if worker == 0 else "could not decide") as found:
+        workers.decide()
+    assert not isinstance(found.value, LockstepError)
+    notes = " ".join(found.value.__notes__)
+    assert (words if worker else "could not decide") in notes
+    assert (type(found.value) is CollectiveError) == (worker != 0)
+    assert everything(workers) == before
+
+
+@pytest.mark.parametrize("gradients", ["mean", "worker 0"])
+@pytest.mark.parametrize("worker", [0, 1])
+def test_what_a_compressor_raises_on_one_worker_stops_the_decision_on_all(
+    worker: int, gradients: str
+) -> None:
+    made: dict[str, Any] = {"values": [0.05, 0.1, 0.2], "setting": "density"}
+    options: dict[str, Any] = {"compressor": Sevens(density=0.1), "lr": 0.01}
+    workers = Workers(
+        lambda: LGreCo(0.1, gradients=gradients, **made), 3, SHAPES, ErrorFeedbackSGD, **options
+    )
+    workers.steps(2)
+    if gradients == "mean" or worker == 0:
+        kept = workers.sums[worker][1].clone()
+        workers.sums[worker][1].fill_(7.0)
+        assert_fails_and_changes_nothing(workers, "seven", worker)
+        workers.sums[worker][1].copy_(kept)
+    workers.decide()
+    assert workers.values != [0.1] * 4
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_what_costs_raise_on_one_worker_stops_the_decision_on_all(worker: int) -> None:
+    broken = {worker}
+
+    def costs_of(own: int) -> Callable[..., Exchange[Sequence[Sequence[float]]]]:
+        def costs(
+            compressor: Compressor,
+            layers: Sequence[Layer],
+            setting: str,
+            values: Sequence[Value],
+            world_size: int,
+        ) -> Exchange[Sequence[Sequence[float]]]:
+            yield from ()
+            if own in broken:
+                raise RuntimeError("no clock")
+            return [list(values) for _ in layers]
+
+        return costs
+
+    numbers = iter(range(2))
+    workers = Workers(lambda: LGreCo(2, costs=costs_of(next(numbers))), 2, SHAPES, **OPTIONS)
+    workers.steps(2)
+    assert_fails_and_changes_nothing(workers, "no clock", worker)
+    broken.clear()
+    workers.decide()
+    assert workers.values != [2, 2, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"spectrum": "svd"}, {"gradients": "worker 0"}], ids=str)
+def test_a_collective_that_fails_leaves_all_as_it_was(options: dict[str, Any]) -> None:
+    workers = Workers(lambda: LGreCo(2, **options), 2, SHAPES, **OPTIONS)
+    workers.steps(2)
+    before, number = everything(workers), 0
+    while True:
+        try:
+            trace = workers.decide(fail_at=number)
+        except CollectiveError:
+            assert everything(workers) == before
+            number += 1
+        else:
+            break
+    assert number == len(trace) > 1
+    assert workers.values != [2, 2, 2]
+
+
+@pytest.mark.parametrize("costs", ["time", StepTime])
+def test_costs_that_cannot_be_called_are_refused(costs: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape("Must be None, for bytes, StepTime()")):
+        LGreCo(4, costs=costs)
+
+
+def test_costs_that_are_no_exchange_are_named() -> None:
+    workers = Workers(lambda: LGreCo(2, costs=lambda *_: [[1.0]]), 1, SHAPES, **OPTIONS)
+    workers.steps(2)
+    with pytest.raises(TypeError, match="Must come from a generator"):
+        workers.decide()

@@ -1,0 +1,142 @@
+"""What compressors of single tensors miss, beside compressing each by hand."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from efsgd import ErrorFeedbackSGD, RandomK, TensorCompressor, TopK, UniformQuantized
+from efsgd.algorithms.operators import Payload
+from efsgd.randomness import Draws
+from efsgd.rank import Layer, Value
+from efsgd.rank.approximation.measured import measured_errors
+from efsgd.rank.base import layers_of
+from efsgd.testing import Lockstep, lockstep
+from efsgd.wire.collectives import AllReduceMean
+from tests.simulation import bits
+from tests.strategies import gaussian, seeds
+
+SHAPES = [(12, 10), (7,), (4, 3, 2)]
+CASES: list[tuple[Any, str, Sequence[Value]]] = [
+    (TopK(density=0.1), "density", (0.02, 0.1, 0.5, 1.0)),
+    (TopK(rank=1), "rank", (1, 2, 8)),  # with 8 the matrices are sent whole
+    (UniformQuantized(bits=4), "bits", (1, 2, 4, 8)),
+    (UniformQuantized(bits=4, stochastic=True, seed=5), "bits", (2, 4)),
+    (RandomK(density=0.1, seed=3), "density", (0.05, 0.1, 0.5)),
+]
+# Sums of at most 120 squares in float64, by another order.
+ROUNDING = 1e-13
+
+
+def layers_for(compressor: Any, setting: str, values: Sequence[Value]) -> list[Layer]:
+    parameters = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
+    optimizer = ErrorFeedbackSGD(parameters, lr=0.1, compressor=compressor)
+    return layers_of(optimizer.param_groups, compressor, setting, values, optimizer)
+
+
+def measured(
+    case: tuple[Any, str, Sequence[Value]], tensors: Sequence[dict[int, Tensor]]
+) -> Lockstep[list[list[float]]]:
+    compressor, setting, values = case
+    layers = layers_for(*case)
+    return lockstep(
+        [
+            measured_errors(compressor, layers, setting, values, own, worker)
+            for worker, own in enumerate(tensors)
+        ]
+    )
+
+
+def missed(own: TensorCompressor, tensor: Tensor, draws: Draws) -> float:
+    """By the definition: the norm of what decompressing does not give back."""
+    if not own.compresses(tensor.shape):
+        return 0.0
+    found = own.decompress(own.compress(tensor, draws), tensor.shape, draws)
+    return float((tensor - found).norm())
+
+
+def tensors_of(world_size: int, *seed: int) -> list[dict[int, Tensor]]:
+    return [
+        {index: gaussian(shape, *seed, worker, index) for index, shape in enumerate(SHAPES)}
+        for worker in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]!r}")
+@settings(max_examples=10)
+@given(seed=seeds(), world_size=st.integers(1, 4))
+def test_the_table_is_that_of_a_loop_over_layers_values_and_workers(
+    case: tuple[Any, str, Sequence[Value]], seed: int, world_size: int
+) -> None:
+    compressor, setting, values = case
+    tensors = tensors_of(world_size, seed)
+    before = bits(tensors)
+    done = measured(case, tensors)
+    assert bits(tensors) == before
+    assert all(rows == done.results[0] for rows in done.results)
+    for row, layer in zip(done.results[0], layers_for(*case), strict=True):
+        for found, value in zip(row, values, strict=True):
+            own = dataclasses.replace(compressor, **{setting: value})
+            norms = [
+                missed(own, each[layer.index], Draws(own.seed_of_draws, layer.index, 0, worker))
+                for worker, each in enumerate(tensors)
+            ]
+            assert found == pytest.approx(math.fsum(norms) / world_size, rel=ROUNDING, abs=1e-13)
+
+
+def test_layers_that_are_sent_whole_lose_nothing() -> None:
+    case = (TopK(rank=1), "rank", (1, 8))
+    assert [layer.index for layer in layers_for(*case)] == [0, 2]
+    rows = measured(case, tensors_of(2, 0)).results[0]
+    assert [row[1] for row in rows] == [0.0, 0.0]
+    assert all(row[0] > 0 for row in rows)
+
+
+def test_the_table_is_all_that_is_sent() -> None:
+    trace = measured(CASES[0], tensors_of(3, 0)).trace
+    assert [(each.kind, each.nbytes) for each in trace] == [("AllReduceMean", 8 * 3 * 4)]
+
+
+def test_the_first_random_numbers_are_drawn_in_every_decision() -> None:
+    tensors = tensors_of(2, 0)
+    assert measured(CASES[-1], tensors).results == measured(CASES[-1], tensors).results
+
+
+@dataclasses.dataclass(frozen=True)
+class Strict(TopK):
+    """Refuses what compressors are never given, and what it does not like."""
+
+    def compress(self, delta: Tensor, draws: Draws) -> Payload:
+        if not delta.isfinite().all():
+            raise RuntimeError("not finite")
+        if bool((delta == 7.0).all()):
+            raise RuntimeError("seven")
+        return super().compress(delta, draws)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_compressors_are_not_given_what_has_overflowed(value: float) -> None:
+    tensors = tensors_of(2, 0)
+    tensors[1][0][3, 4] = value
+    rows = measured((Strict(density=0.1), "density", (0.1, 0.5)), tensors).results[0]
+    assert [all(map(math.isfinite, row)) for row in rows] == [False, True, True]
+
+
+def test_what_a_compressor_raises_comes_after_the_collective() -> None:
+    tensors = tensors_of(2, 0)
+    tensors[1][2].fill_(7.0)
+    case = (Strict(density=0.1), "density", (0.1, 0.5))
+    compressor, setting, values = case
+    asked = []
+    for worker, own in enumerate(tensors):
+        exchange = measured_errors(compressor, layers_for(*case), setting, values, own, worker)
+        asked.append((exchange, next(exchange)))
+    assert [type(request) for _, request in asked] == [AllReduceMean, AllReduceMean]
+    with pytest.raises(RuntimeError, match="seven"):
+        asked[1][0].send(torch.full((3, 2), math.nan))
