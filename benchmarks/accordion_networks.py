@@ -10,8 +10,6 @@ import torch
 
 from examples.models import CifarResNet18
 
-__all__ = ["NETWORKS", "shapes_of_network"]
-
 Shape = tuple[int, ...]
 
 

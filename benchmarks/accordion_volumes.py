@@ -11,8 +11,6 @@ from benchmarks.counting import bytes_of_steps
 from benchmarks.workloads import made_gradients
 from efsgd import PowerSGD
 
-__all__ = ["RUNS", "Run", "floats_per_step", "million_floats", "section"]
-
 #: Of one worker of 4, of 50,000 images in batches of 128.
 STEPS_PER_EPOCH = 98
 

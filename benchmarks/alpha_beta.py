@@ -19,8 +19,6 @@ core to run on.
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["Link"]
-
 
 @dataclass(frozen=True)
 class Link:

@@ -21,8 +21,6 @@ from benchmarks.workloads import FixedGradients, matrices_of
 from efsgd import PowerSGDOptimizer
 from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
 
-__all__ = ["Bench", "Candidate", "compared", "knows_compile", "left_out", "use_epfml"]
-
 SGD_SETTINGS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True}
 # With several buckets the hook deadlocks under gloo, so there is only one.
 ONE_BUCKET_MB = 100_000

@@ -17,7 +17,7 @@ from benchmarks.timing import Quartiles, Runner, clock_for, differences, measure
 from benchmarks.workloads import WORKLOADS, made_gradients, shapes_of
 from efsgd import PowerSGDOptimizer
 from efsgd.engine.consistency import replicated
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.wire.compare import checksum
 
 __all__: list[str] = []
@@ -32,7 +32,9 @@ def check(optimizer: PowerSGDOptimizer) -> int:
     return len(
         [
             checksum(value)
-            for value in replicated(members(optimizer.param_groups), optimizer.state).values()
+            for value in replicated(
+                list_parameters(optimizer.param_groups), optimizer.state
+            ).values()
         ]
     )
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, Signum
 
-__all__ = ["bytes_of_steps"]
-
 
 def bytes_of_steps(compressor: Any, gradients: Sequence[Tensor], steps: int = 1) -> list[int]:
     """The bytes that one worker sends in each of its first steps, without control words.

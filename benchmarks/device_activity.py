@@ -6,8 +6,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.timing import Runner
 
-__all__ = ["device_activity"]
-
 LABEL = "the step that is counted"
 # Each makes the host wait for the device, and so do copies to pageable memory, which wait within.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")

@@ -33,8 +33,6 @@ from efsgd import (
 )
 from efsgd.randomness import Draws
 
-__all__ = ["CANDIDATES", "report"]
-
 COPY, SGD = "copy", "SGD (torch, foreach)"
 TORCH_TOP_K, OUR_TOP_K = "torch.topk of |x|", "TopK.compress"
 CANDIDATES: dict[str, Any] = {

@@ -31,8 +31,6 @@ from benchmarks.results import describe_machine, in_milliseconds, show, write_re
 from benchmarks.timing import Quartiles, clock_for, differences, measure
 from benchmarks.workloads import WORKLOADS, made_gradients, message_floats, shapes_of
 
-__all__ = ["Prediction", "link_of", "predictions"]
-
 # Two each, one after the other, as in a step.
 SMALL, LARGE = (Candidate("all-reduce", nbytes=(n, n)) for n in (1024, 4_000_000))
 FLOOR = Candidate("floor")

@@ -23,8 +23,6 @@ from efsgd.algorithms.low_rank.fusion import Fusion
 from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
 from efsgd.algorithms.low_rank.products import FLOATS_AT_ONCE, subtract_
 
-__all__ = ["SHAPES", "gram_schmidt", "kernels", "taken"]
-
 #: [n, m] of layers of CIFAR ResNet18, the WikiText-2 LSTM and GPT-2 small.
 SHAPES = ((64, 576), (512, 4608), (28869, 650), (768, 3072))
 RANKS = (1, 2, 4, 8, 32)

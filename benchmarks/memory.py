@@ -29,8 +29,6 @@ from benchmarks.candidates import Bench, Candidate, compared, knows_compile, lef
 from benchmarks.results import commit_of, describe_machine, show, write_results
 from benchmarks.workloads import WORKLOADS, made_gradients, shapes_of
 
-__all__ = ["peak_of"]
-
 SGD = [Candidate(kind) for kind in ("sgd-foreach", "sgd-loop", "sgd-fused", "ddp-sgd")]
 STEPS = 5  # the hook compresses from the third on
 LIMIT = 900  # seconds for one process

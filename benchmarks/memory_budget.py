@@ -7,8 +7,6 @@ import torch
 
 from benchmarks.candidates import Candidate
 
-__all__ = ["available_memory", "sessions"]
-
 
 def available_memory(device: torch.device) -> float:
     """Bytes that are free on a device; infinity where that is not to be found out."""

@@ -21,8 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["MissingPrerequisite", "Network", "WorkerFailure", "check_prerequisites", "checked_rate"]
-
 PREFIX = "efsgd-bench-"  # namespaces of these names are ours, also those of a killed run
 SWITCH = f"{PREFIX}switch"
 INTERFACE = "eth0"

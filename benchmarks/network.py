@@ -38,8 +38,6 @@ from benchmarks.results import (
 from benchmarks.timing import Quartiles, compare
 from benchmarks.workloads import WORKLOADS, shapes_of
 
-__all__ = ["link_probes"]
-
 BASELINE, FLOOR = Candidate("ddp-sgd"), Candidate("floor")
 WARM_UP = 4  # DDP rebuilds its buckets, the hook begins to compress, efsgd compares its workers
 MEMORY_SHARE = 0.8  # of what is free

@@ -14,17 +14,6 @@ from benchmarks.results import in_milliseconds, in_times
 from benchmarks.timing import Quartiles, Row, compare, differences, ratios
 from benchmarks.workloads import WORKLOADS, shapes_of
 
-__all__ = [
-    "kernels_tables",
-    "local_table",
-    "memory_table",
-    "network_table",
-    "panel_title",
-    "ranks_table",
-    "rows_of",
-    "workers_table",
-]
-
 Result = Mapping[str, Any]
 
 

@@ -19,8 +19,6 @@ from benchmarks.candidates import Candidate
 from benchmarks.growth import predictions
 from benchmarks.timing import Quartiles, Row
 
-__all__ = ["label_of", "plot_memory", "plot_ranks", "plot_times", "plot_workers"]
-
 LABELS = {
     "copy": "a copy",
     "ddp-sgd": "SGD under DDP",

@@ -38,8 +38,6 @@ from benchmarks.worker import slowest
 from benchmarks.workloads import made_gradients, shapes_of
 from efsgd.rank.allocation import allocate_within
 
-__all__ = ["measure_allocation", "report", "runners_of"]
-
 PASS, DECISION = "a pass", "a decision of Accordion"
 GRADIENTS, BOTH = "gradients", "gradients and errors"
 #: Ranks before and after a step, by turns over the layers.

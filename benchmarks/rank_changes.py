@@ -15,8 +15,6 @@ from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.base import layers_of
 from efsgd.wire.collectives import Exchange
 
-__all__ = ["Changes", "Decisions", "Prescribed", "Watched", "optimizer_of"]
-
 LOW, HIGH = 2, 4
 
 

@@ -15,8 +15,6 @@ from benchmarks import page, plots
 from benchmarks.growth import link_of
 from benchmarks.workloads import WORKLOADS
 
-__all__ = ["load", "render"]
-
 DOCS = Path(__file__).parents[1] / "docs"
 Result = Mapping[str, Any]
 

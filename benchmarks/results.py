@@ -17,16 +17,6 @@ from rich.table import Table
 from benchmarks.timing import Quartiles
 from examples.reporting import save_json
 
-__all__ = [
-    "command_of",
-    "commit_of",
-    "describe_machine",
-    "in_milliseconds",
-    "in_times",
-    "show",
-    "write_results",
-]
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -6,8 +6,6 @@ from random import Random
 
 from efsgd.rank.allocation import Candidate
 
-__all__ = ["made_table"]
-
 # Singular values that are looked at; those after them are taken to be zero.
 MOST = 512
 

@@ -10,18 +10,6 @@ from typing import Self
 
 import torch
 
-__all__ = [
-    "Quartiles",
-    "Row",
-    "Runner",
-    "clock_for",
-    "compare",
-    "differences",
-    "measure",
-    "orders",
-    "ratios",
-]
-
 Samples = Sequence[float]
 
 

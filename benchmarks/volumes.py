@@ -29,8 +29,6 @@ from efsgd import (
     TopK,
 )
 
-__all__ = ["ROWS", "STEPS_PER_EPOCH", "Row", "counted", "markdown"]
-
 MIB = 2**20
 #: Of one worker of 16, as in the paper.
 STEPS_PER_EPOCH = {"resnet18": 24, "lstm": 70}

@@ -10,15 +10,6 @@ from torch import Tensor, nn
 from efsgd.layout import matrix_shape
 from examples.models import CifarResNet18, LSTMLanguageModel
 
-__all__ = [
-    "WORKLOADS",
-    "FixedGradients",
-    "made_gradients",
-    "matrices_of",
-    "message_floats",
-    "shapes_of",
-]
-
 Shape = tuple[int, ...]
 
 WORKLOADS = {

@@ -3,8 +3,6 @@
 import sys
 import warnings
 
-__all__ = ["CollectiveError", "NonFiniteGradientError", "WorkerMismatchError", "warn_user"]
-
 
 class CollectiveError(RuntimeError):
     """A collective failed or timed out, or another worker could not take part in a step.

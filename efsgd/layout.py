@@ -15,8 +15,6 @@ from typing import Self, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Blocks", "Elementwise", "Entry", "Layout", "matrix_shape", "real_view"]
-
 # A cache line in float32.
 _ALIGNED_FLOATS = 16
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 import torch
 from torch.profiler import record_function
 
-__all__ = ["Phases"]
-
 
 class Phases:
     """The phases of one optimizer's steps.

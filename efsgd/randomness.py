@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Draws", "generator_of"]
-
 
 def generator_of(*path: int) -> torch.Generator:
     """A generator on the CPU that belongs to a tuple of integers.

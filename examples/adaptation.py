@@ -13,8 +13,6 @@ from rich.table import Table
 from examples.history import History
 from examples.reporting import look, mean_and_deviation, save_figure
 
-__all__ = ["adaptation_table", "plot_ranks"]
-
 
 def adaptation_table(title: str, quality: str, runs: Mapping[str, Sequence[History]]) -> Table:
     """A table in the form of Tables 1 and 2 of the Accordion paper.

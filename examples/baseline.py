@@ -13,8 +13,6 @@ from examples.optimizers import Wrapped
 from examples.settings import Settings
 from examples.training import parameter_groups
 
-__all__ = ["CountedOptimizer", "data_parallel", "sgd"]
-
 
 class CountedOptimizer(Wrapped):
     """An optimizer that knows how many bytes were handed to all-reduces on its behalf."""

@@ -13,8 +13,6 @@ from examples.comparison import Method
 from examples.history import History
 from examples.reporting import look, mean_and_deviation, milliseconds, save_figure
 
-__all__ = ["Candidate", "budget_table", "plot_budgets"]
-
 
 @dataclass(frozen=True)
 class Candidate:

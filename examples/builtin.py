@@ -8,8 +8,6 @@ from examples.models import DigitsCNN, LSTMLanguageModel
 from examples.settings import Settings
 from examples.tasks import ImageClassification, LanguageModeling
 
-__all__ = ["DIGITS", "TOPICS", "digits_task", "topics_task"]
-
 # For four workers; all ranks use them unchanged. The learning rate is the best of a few for
 # torch.optim.SGD.
 DIGITS = Settings(

@@ -16,8 +16,6 @@ import torch
 from examples.distributed import Workers
 from examples.files import UNFINISHED, replacing
 
-__all__ = ["Checkpoints"]
-
 NAME = "step-{step:08}-worker-{worker}-of-{world_size}.pt"
 PATTERN = re.compile(r"step-(\d+)-worker-(\d+)-of-(\d+)\.pt")
 

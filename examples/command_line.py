@@ -10,8 +10,6 @@ from examples.history import History
 from examples.reporting import plot_runs, save_json
 from examples.settings import Settings
 
-__all__ = ["Arguments", "parse_arguments", "save_run"]
-
 
 @dataclass(frozen=True)
 class Arguments:

@@ -162,7 +162,7 @@ def main(arguments: argparse.Namespace, chosen: Sequence[Candidate]) -> None:
         name="compare_compressors",
         subjects=[subject],
         methods={name: each.train for name, each in by_name.items()},
-        own_settings={f"{FURTHER}: Signum": {"lr": signum_lr}} if arguments.all else {},
+        overrides_of={f"{FURTHER}: Signum": {"lr": signum_lr}} if arguments.all else {},
         table=partial(budget_table, candidates=by_name),
         plot=partial(plot_budgets, candidates=by_name),
     ).run(arguments)

@@ -21,8 +21,6 @@ from examples.reporting import comparison_table, markdown, plot_runs, progress_b
 from examples.settings import Settings
 from examples.training import Task, Training, prepare, seed_worker
 
-__all__ = ["Comparison", "Method", "Subject", "argument_parser"]
-
 #: Makes of a model, settings, the seed and the workers the model to call, and its optimizer.
 Method = Callable[[nn.Module, Settings, int, Workers], tuple[nn.Module, Optimizer]]
 
@@ -68,7 +66,7 @@ class Comparison:
         subjects: what is trained.
         methods: how; the first is what the others are compared with.
         schedulers: makes a rank scheduler of a method's optimizer, for methods that have one.
-        own_settings: hyper-parameters in which a method differs from the subjects' settings.
+        overrides_of: hyper-parameters in which a method differs from the subjects' settings.
         table: makes one of a subject's title, what its quality means, and histories by method.
         plot: draws, under a path, what quality means and histories by method, for each subject.
     """
@@ -77,7 +75,7 @@ class Comparison:
     subjects: Sequence[Subject]
     methods: Mapping[str, Method]
     schedulers: Mapping[str, Callable[[Any], Scheduler]] = field(default_factory=dict)
-    own_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    overrides_of: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     table: Callable[[str, str, Mapping[str, Sequence[History]]], Table] = comparison_table
     plot: Callable[[Path, Mapping[str, tuple[str, Mapping[str, Sequence[History]]]]], None] = (
         plot_runs
@@ -125,7 +123,7 @@ class Comparison:
         seconds = time.monotonic() - started
         settings = {subject.title: subject.settings for subject in subjects}
         content = {"about": about, "quality": qualities, "settings": settings}
-        content |= {"own_settings": self.own_settings, "runs": runs}
+        content |= {"overrides_of": self.overrides_of, "runs": runs}
         shown = {title: (qualities[title], of_subject) for title, of_subject in runs.items()}
         console = Console(width=None if Console().is_terminal else 110)
         for title, (quality, of_subject) in shown.items():
@@ -144,7 +142,7 @@ class Comparison:
         self, subject: Subject, method: str, seed: int, workers: Workers
     ) -> tuple[History, str]:
         """Trains one model with one method: what came of it, and what its quality means."""
-        settings = replace(subject.settings, **self.own_settings.get(method, {}))
+        settings = replace(subject.settings, **self.overrides_of.get(method, {}))
         prepare(workers, seed)
         task, model = subject.make(settings.batch_size, workers)
         model, optimizer = self.methods[method](model, settings, seed, workers)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["Workers", "join_workers"]
-
 
 @dataclass(frozen=True)
 class Workers:

@@ -9,8 +9,6 @@ from examples.distributed import Workers
 from examples.models import CifarResNet18, LSTMLanguageModel
 from examples.tasks import ImageClassification, LanguageModeling
 
-__all__ = ["cifar10_task", "wikitext2_task"]
-
 
 def cifar10_task(
     batch_size: int, workers: Workers, *, directory: Path

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["UNFINISHED", "replacing"]
-
 #: How the name of a file ends that is being written; one that is left over is of no use.
 UNFINISHED = ".unfinished"
 

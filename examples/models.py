@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-__all__ = ["CifarResNet18", "DigitsCNN", "LSTMLanguageModel", "LSTMState"]
-
 LSTMState = tuple[Tensor, Tensor]
 
 

@@ -6,8 +6,6 @@ import torch
 
 from efsgd import GradientAverager
 
-__all__ = ["AveragedOptimizer", "Optimizer", "Scheduler", "Wrapped"]
-
 
 class Optimizer(Protocol):
     """What the loop asks of an optimizer."""

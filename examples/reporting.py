@@ -22,18 +22,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = [
-    "comparison_table",
-    "look",
-    "markdown",
-    "mean_and_deviation",
-    "milliseconds",
-    "plot_runs",
-    "progress_bar",
-    "save_figure",
-    "save_json",
-]
-
 Report = Callable[[int, float, float], None]
 
 # Okabe and Ito's colors, which the color-blind can tell apart, with markers besides.

@@ -14,8 +14,6 @@ from examples.distributed import Workers
 from examples.models import LSTMState
 from examples.settings import Settings
 
-__all__ = ["CIFAR10", "WIKITEXT2", "ImageClassification", "LanguageModeling"]
-
 # Those of the PowerSGD paper, with its form of momentum.
 CIFAR10 = Settings(
     epochs=300, batch_size=128, lr=0.1, warmup_epochs=5, decay_at=(150 / 300, 250 / 300),

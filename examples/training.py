@@ -16,8 +16,6 @@ from examples.history import History, Progress
 from examples.optimizers import Optimizer, Scheduler
 from examples.settings import Settings
 
-__all__ = ["Task", "Training", "parameter_groups", "prepare", "seed_worker"]
-
 Batch = tuple[Tensor, Tensor]
 
 

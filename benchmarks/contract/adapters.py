@@ -17,8 +17,6 @@ from torch.optim import SGD, Optimizer
 from benchmarks.contract.questions import NotApplicable
 from efsgd import PowerSGDOptimizer
 
-__all__ = ["Adapter", "Efsgd", "Loop", "Sgd"]
-
 
 class Loop:
     """A training loop of one worker.

@@ -14,8 +14,6 @@ from benchmarks.contract.peers import CANDIDATES
 from benchmarks.contract.questions import answer_of
 from benchmarks.contract.rows import rows
 
-__all__ = ["run"]
-
 
 def run(key: str, candidate: str, worker: int, folder: str, clones: list[str]) -> None:
     """Asks one question of one candidate, and writes the answer to a file named for the worker.

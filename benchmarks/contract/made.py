@@ -10,19 +10,6 @@ from torch import Tensor, nn
 
 from benchmarks.contract.questions import require
 
-__all__ = [
-    "PATIENCE",
-    "Given",
-    "given",
-    "join",
-    "noise",
-    "require_equal_workers",
-    "require_finite",
-    "same",
-    "values",
-    "worker",
-]
-
 #: Seconds that a collective is waited for.
 PATIENCE = 10
 

@@ -15,8 +15,6 @@ from benchmarks.contract.peers import CANDIDATES
 from benchmarks.contract.questions import GROUPS, Row
 from benchmarks.contract.rows import rows
 
-__all__ = ["PAGE", "RESULTS", "render"]
-
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, RESULTS = DOCS / "contract.md", DOCS / "benchmarks" / "contract.json"
 Result = Mapping[str, Any]
@@ -58,7 +56,7 @@ USE = {
 * **Dion** is the class `dion.Dion` of microsoft/dion, commit {dion}: of the optimizers in that
   repository the one that compresses what workers exchange. Matrices go to Dion with
   `rank_fraction=0.25`, all else to its AdamW, under `DistributedDataParallel` with `no_sync()`. It
-  does not promise SGD's rule. Functions that it hands to `torch.compile` run uncompiled, except
+  does not promise SGD's rule. Functions that it hands to `torch.compile` run eager, except
   in F7.
 """,
     "efsgd": """\

@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 from benchmarks.contract.adapters import Adapter, Efsgd, Loop, Sgd
 from benchmarks.contract.questions import Missed, NotApplicable, NotProbed
 
-__all__ = ["CANDIDATES", "Dion", "Epfml", "Hook"]
-
 # From the third step on DDP does not rebuild its buckets any more, and the hook may compress.
 HOOK_STARTS_AT = 2
 NEVER = 10**9

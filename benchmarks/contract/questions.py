@@ -10,23 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "GROUPS",
-    "LIMIT",
-    "REGISTERED",
-    "Answer",
-    "Missed",
-    "NotApplicable",
-    "NotProbed",
-    "Row",
-    "answer_of",
-    "describe_abort",
-    "describe_error",
-    "require",
-    "row",
-    "stage",
-]
-
 #: Headings of the table, by the letter with which a row's key begins.
 GROUPS = {
     "A": "Construction",

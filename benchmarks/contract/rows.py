@@ -3,8 +3,6 @@
 import benchmarks.contract.probes  # noqa: F401 (its modules register the rows)
 from benchmarks.contract.questions import REGISTERED, Row
 
-__all__ = ["rows"]
-
 
 def rows() -> dict[str, Row]:
     """All rows, by key, in the order of the table."""

@@ -13,8 +13,6 @@ from benchmarks.contract import child
 from benchmarks.contract.questions import Answer, describe_abort
 from benchmarks.contract.rows import rows
 
-__all__ = ["ask", "ask_all"]
-
 #: What is imported once, and not by each probe.
 PRELOADED = ["benchmarks.contract.child", "benchmarks.contract.probes", "torch._dynamo"]
 

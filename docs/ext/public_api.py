@@ -1,9 +1,8 @@
 """A Sphinx extension: the API reference is complete, and describes each thing once.
 
-A module is public if no part of its name begins with an underscore. It lists its public names in
-`__all__`. The build warns about
+A package lists its public names in `__all__`. The build warns about
 
-* a public module without `__all__`, or that no page describes though it offers something itself;
+* a package with public names that no page describes;
 * a name in `__all__` that no page describes, which is also how autodoc treats a name without a
   docstring;
 * a public method or property of a described class without a docstring, its own or inherited.
@@ -59,13 +58,10 @@ def skip_reexported(
 def gaps(package_name: str, described: set[str]) -> Iterator[str]:
     """One sentence for each gap between the package and the names that the pages describe."""
     for module in public_modules(package_name):
-        if hasattr(module, "__path__") and not hasattr(module, "__all__"):
-            continue  # a folder that offers nothing itself
-        if module.__name__ not in described and not is_offered_above(module):
-            yield f"module {module.__name__} is on no page"
         if not hasattr(module, "__all__"):
-            yield f"module {module.__name__} has no __all__"
-            continue
+            continue  # it offers nothing itself
+        if module.__name__ not in described:
+            yield f"module {module.__name__} is on no page"
         for name in (name for name in module.__all__ if not name.startswith("_")):
             if not hasattr(module, name):
                 yield f"{module.__name__}.__all__ lists {name}, which does not exist"
@@ -75,11 +71,6 @@ def gaps(package_name: str, described: set[str]) -> Iterator[str]:
                 yield f"{full_name} is on no page (has it a docstring?)"
             elif inspect.isclass(getattr(module, name)):
                 yield from member_gaps(full_name, getattr(module, name), described)
-
-
-def is_offered_above(module: ModuleType) -> bool:
-    """Whether all that the module offers is described with a package above it."""
-    return all(home(module, name) != module.__name__ for name in getattr(module, "__all__", [""]))
 
 
 def member_gaps(class_name: str, cls: type, described: set[str]) -> Iterator[str]:

@@ -35,8 +35,6 @@ from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 
-__all__ = ["AlternatingPowerIteration", "initial_left"]
-
 # Keeps the numbers that are drawn for P apart from those for Q.
 _STREAM = 1
 

@@ -10,10 +10,8 @@ from efsgd.layout import Blocks, Layout
 from efsgd.profiling import Phases
 from efsgd.wire.control_words import ControlWords
 
-__all__ = ["Section"]
 
-
-class Section:
+class Bucket:
     """The tensors of one device and one dtype on one worker: what Algorithm 2 works on.
 
     Attributes:
@@ -21,7 +19,8 @@ class Section:
         device: where all of it is.
         errors: the error memory e_w of the compressed tensors; None without error feedback.
         deltas: scratch for Δ_w; after line 9 it holds the next errors.
-        leftovers: by index, errors of tensors not compressed any more: sent with the next gradient.
+        pending_errors: by index, errors of tensors not compressed any more, which the next gradient
+            takes along.
         shown: by index and name, the views that `optimizer.state` shows of errors and factors.
 
     Args:
@@ -57,8 +56,8 @@ class Section:
         kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
         self.deltas = Blocks(layout, *kind, flat=scratch)
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
-        self.leftovers: dict[int, Tensor] = {}
-        self.shown: dict[int, dict[str, Tensor]] = {}
+        self.pending_errors: dict[int, Tensor] = {}
+        self.state_views: dict[int, dict[str, Tensor]] = {}
 
     def gradients(self) -> list[Tensor | None]:
         """This worker's gradients g_w, in the order of the layout."""
@@ -68,7 +67,7 @@ class Section:
         """The error of one parameter, in its shape; None where it has none."""
         if self.errors is not None and index in self.compressed:
             return self.errors.views[index]
-        return self.leftovers.get(index)
+        return self.pending_errors.get(index)
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the new errors and the compressor's new state those of the next step.
@@ -78,8 +77,8 @@ class Section:
                 their errors stay what they are.
         """
         self.aggregator.commit_(absent)
-        for index in self.leftovers.keys() - absent:
-            self.leftovers.pop(index).zero_()
+        for index in self.pending_errors.keys() - absent:
+            self.pending_errors.pop(index).zero_()
         if self.errors is not None:
             for index in absent & self.compressed:
                 self.deltas.views[index].copy_(self.errors.views[index])

@@ -18,20 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressed
 from efsgd.layout import Blocks, Elementwise, real_view
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import Verdict, all_finite
-
-__all__ = [
-    "Outcome",
-    "add_multiple_",
-    "decompress_with_",
-    "descend_",
-    "exchange_gradients",
-    "regularize_",
-]
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Outcome:
 
 
 def exchange_gradients(
-    section: Section,
+    bucket: Bucket,
     step: int,
     scale: float = 1.0,
     *,
@@ -60,17 +51,17 @@ def exchange_gradients(
     """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
 
     Args:
-        section: whose `parameters` have the gradients g_w of line 6. Only scratch is modified.
+        bucket: whose `parameters` have the gradients g_w of line 6. Only scratch is modified.
         step: the number of the step, from 0.
         scale: the gradients are multiplied by this (loss scaling in mixed precision).
         has_overflowed: it is known already that a gradient of this worker is not finite.
         is_scaled: the gradients are those of a scaled loss.
     """
-    aggregator, deltas = section.aggregator, section.deltas
+    aggregator, deltas = bucket.aggregator, bucket.deltas
     obstacle: Exception | None = None
     try:
-        with section.phases("Alg. 2, line 7: add errors and gradients"):
-            add_errors_and_gradients_(deltas, section, scale)  # Alg. 2, line 7
+        with bucket.phases("Alg. 2, line 7: add errors and gradients"):
+            add_errors_and_gradients_(deltas, bucket, scale)  # Alg. 2, line 7
     except Exception as error:  # the other workers are waiting, so it is raised afterwards
         obstacle = error
     is_good = obstacle is None and (aggregator.shows_nonfinite or all_finite(deltas.flat))
@@ -79,15 +70,15 @@ def exchange_gradients(
 
     def lines_8_to_10() -> Exchange[Compressed]:
         local = yield from aggregator.compress(deltas, step)  # Alg. 2, line 8
-        if section.errors is not None:
-            with section.phases("Alg. 2, line 9: new errors"):
+        if bucket.errors is not None:
+            with bucket.phases("Alg. 2, line 9: new errors"):
                 local.subtract_from_(deltas)  # Alg. 2, line 9
         return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
 
-    mean, verdict = yield from section.control.escort(
+    mean, verdict = yield from bucket.control.attach_control_words(
         lines_8_to_10(),
-        aggregator.vectors[: section.layout.control_words],
-        section.gradients(),
+        aggregator.vectors[: bucket.layout.control_words],
+        bucket.gradients(),
         has_overflowed=has_overflowed or not is_good,
         is_unable=obstacle is not None,
         is_scaled=is_scaled,
@@ -96,7 +87,7 @@ def exchange_gradients(
 
 
 def decompress_with_(
-    section: Section,
+    bucket: Bucket,
     mean: Compressed,
     function: Elementwise,
     *operands: Mapping[int, Tensor],
@@ -105,7 +96,7 @@ def decompress_with_(
     """Algorithm 2, line 11: hands Δ' to `function`, a few tensors or pieces of them at a time.
 
     Args:
-        section: after `commit_`.
+        bucket: after `commit_`.
         mean: C(Δ).
         function: is given a list of pieces of Δ', which it may modify, and for each operand the
             list of its like pieces.
@@ -113,20 +104,20 @@ def decompress_with_(
         options: passed on to `function`.
     """
     mean.decompress_with_(function, *operands, **options)  # Alg. 2, line 11
-    vectors = [entry.index for entry in section.layout.vectors if entry.index in operands[0]]
+    vectors = [entry.index for entry in bucket.layout.vectors if entry.index in operands[0]]
     if vectors:
-        values = [section.deltas.views[index] for index in vectors]
+        values = [bucket.deltas.views[index] for index in vectors]
         function(values, *([each[index] for index in vectors] for each in operands), **options)
 
 
-def add_errors_and_gradients_(deltas: Blocks, section: Section, scale: float = 1.0) -> None:
-    """Δ_w = g_w + e_w for each tensor of `section`, written to `deltas` (modified in place).
+def add_errors_and_gradients_(deltas: Blocks, bucket: Bucket, scale: float = 1.0) -> None:
+    """Δ_w = g_w + e_w for each tensor of `bucket`, written to `deltas` (modified in place).
 
     A missing gradient is zero, a sparse one is made dense, a complex one is its real view. A tensor
     that is sent uncompressed has no error.
     """
-    for index, parameter in section.parameters.items():
-        delta, error = deltas.views[index], section.error_of(index)
+    for index, parameter in bucket.parameters.items():
+        delta, error = deltas.views[index], bucket.error_of(index)
         gradient = None if parameter.grad is None else real_view(parameter.grad)
         if gradient is None:
             delta.zero_() if error is None else delta.copy_(error)

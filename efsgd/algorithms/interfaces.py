@@ -11,8 +11,6 @@ from efsgd.layout import Blocks, Elementwise, Entry, Layout
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 
-__all__ = ["Aggregator", "Claims", "Compressed", "Compressor"]
-
 
 class Compressed(Protocol):
     """A compressed form of the matrices of a layout, not yet multiplied out.
@@ -50,8 +48,8 @@ class Aggregator(Protocol):
     """Algorithm 2, lines 8 and 10, for the tensors of one layout.
 
     Laws: all workers obtain the bitwise same mean; the collectives that are asked for depend on
-    the layout and the step's beat alone (see `Compressor.beat`); what is kept from step to step
-    changes in `commit_` and nowhere else.
+    the layout and the kind of the step alone (see `Compressor.step_kind`); what is kept from step
+    to step changes in `commit_` and nowhere else.
 
     Attributes:
         vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
@@ -59,7 +57,7 @@ class Aggregator(Protocol):
             begins with them, this memory itself or a copy, and is answered before any other.
         rounding: a word for how this worker rounds, where that may differ from another's with the
             same settings. Workers with different words refuse to train together.
-        phases: names the phases of a step; set by the section that the aggregator works for.
+        phases: names the phases of a step; set by the bucket that the aggregator works for.
         shows_nonfinite: whether its first buffer is not finite wherever a delta is not. Otherwise
             deltas are looked through first, which costs a pass, and those that are not finite are
             replaced by zeros; nothing of them is sent.
@@ -70,7 +68,7 @@ class Aggregator(Protocol):
     shows_nonfinite: bool
 
     @property
-    def rounding(self) -> str:
+    def numerics(self) -> str:
         """See above; may change in `prepare` alone."""
 
     def prepare(
@@ -102,7 +100,7 @@ class Claims:
         averages: what workers send is averaged by all-reduce, in all steps; otherwise it is
             gathered, and what a worker receives grows with their number.
         is_random: what is sent depends on random numbers of the step as well, or what is kept for
-            the next one does. Otherwise steps of equal beats (see `Compressor.beat`) differ in
+            the next one does. Otherwise steps of one kind (see `Compressor.step_kind`) differ in
             nothing but what they start from.
         is_unbiased: over these, the mean of what is decompressed is what was compressed.
         contraction: for a tensor's shape the largest δ that is known, such that what is not sent
@@ -142,8 +140,8 @@ class Compressor(Protocol):
             world_size: the number of workers, where it makes a difference.
         """
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
-        """Steps with equal beats ask for the same collectives. None where all do."""
+    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+        """Steps of one kind ask for the same collectives. None where all do."""
 
     def settings(self) -> dict[str, Any]:
         """Entries it adds to each parameter group, with their defaults: plain numbers."""

@@ -30,8 +30,6 @@ from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.layout import Blocks, Layout
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 
-__all__ = ["QuantizedPowerIteration", "factor_sizes"]
-
 # Of the largest number of a dtype: so much of Q is sent at most, and the rest of it later, so that
 # no product P̂Qᵀ overflows.
 _LARGEST_PART = 2.0**-16

@@ -25,8 +25,6 @@ from efsgd.wire.bits import majority, pack, unpack
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, InFlight, Start
 from efsgd.wire.payload import Field, Format
 
-__all__ = ["LOCAL_FORM", "GroupMomentum", "Votes", "Voting", "sign_format"]
-
 # What is worked on at once on a CPU: 1 MiB in float32, which stays in the cache. Signs are packed
 # by eight, so it is a multiple of that.
 FLOATS_AT_ONCE = 2**18
@@ -92,7 +90,7 @@ class Voting:
         device: of momenta.
     """
 
-    rounding = "uncompiled"
+    numerics = "eager"
     shows_nonfinite = False
 
     def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:

@@ -12,8 +12,6 @@ from efsgd.layout import Layout
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
 
-__all__ = ["Operator", "Payload", "Unit", "units"]
-
 #: What is sent for one tensor: its fields, in the order in which they were announced.
 Payload = Sequence[Tensor]
 

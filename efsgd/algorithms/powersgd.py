@@ -23,8 +23,6 @@ from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt
 from efsgd.layout import Blocks, Layout
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 
-__all__ = ["PowerIteration"]
-
 
 class PowerIteration(LowRankAggregator):
     """Algorithm 1 for the matrices of one layout: compress and aggregate.

@@ -29,8 +29,6 @@ from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 
-__all__ = ["RefreshedPowerIteration", "Whole", "leading_left_singular_vectors"]
-
 # Of a randomized SVD: columns beyond the rank, and steps of power iteration. Usual values, see
 # Halko, Martinsson, Tropp, arXiv 0909.4061, sections 4.2 and 4.5.
 _OVERSAMPLING = 8

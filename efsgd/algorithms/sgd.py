@@ -9,8 +9,6 @@ from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.algorithms.error_feedback import add_multiple_, regularize_
 
-__all__ = ["sgd_"]
-
 
 def sgd_(
     updates: Sequence[Tensor],

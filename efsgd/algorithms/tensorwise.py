@@ -24,8 +24,6 @@ from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, Start
 from efsgd.wire.control_words import all_finite
 from efsgd.wire.payload import Format, require_tensors
 
-__all__ = ["Dense", "Sent", "Tensorwise"]
-
 
 class Tensorwise:
     """Compresses each tensor of one layout by the operator that is its level.
@@ -43,7 +41,7 @@ class Tensorwise:
         averages: whether payloads may be averaged; all fields are then values.
     """
 
-    rounding = "uncompiled"
+    numerics = "eager"
     shows_nonfinite = False
 
     def __init__(

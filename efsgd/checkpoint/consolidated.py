@@ -20,15 +20,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.engine.state import LOCAL_STATE, State
 from efsgd.errors import warn_user
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.wire.collectives import AllReduceMean, Exchange, run
 from efsgd.wire.compare import compare
 from efsgd.wire.transports import current_transport
-
-__all__ = ["average_errors_", "averaging_", "consolidated_state_dict", "consolidation"]
 
 T = TypeVar("T")
 
@@ -67,16 +65,16 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
 @torch.no_grad()
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
-    parameters = [member.parameter for member in members(optimizer.param_groups)]
+    parameters = [info.parameter for info in list_parameters(optimizer.param_groups)]
     states = [optimizer.state[p] for p in parameters if p in optimizer.state]
     yield from _average_local_(states, parameters[0].device)
-    for section in optimizer._stepper.plan.sections:
-        for entry in section.layout.entries:
+    for bucket in optimizer._engine.plan.buckets:
+        for entry in bucket.layout.entries:
             # An error that waits to be sent uncompressed is looked for where it was not zero.
-            if section.errors is None or entry.level is None:
-                error = optimizer.state.get(section.parameters[entry.index], {}).get("error")
+            if bucket.errors is None or entry.level is None:
+                error = optimizer.state.get(bucket.parameters[entry.index], {}).get("error")
                 if error is not None and bool(error.any()):
-                    section.leftovers[entry.index] = error
+                    bucket.pending_errors[entry.index] = error
     _disown_(optimizer.param_groups)
 
 
@@ -110,7 +108,7 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     state_dict = copy.deepcopy(optimizer.state_dict())
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     states = state_dict["state"]
-    device = next(members(optimizer.param_groups)).parameter.device
+    device = next(list_parameters(optimizer.param_groups)).parameter.device
     listed = [states[key] for key in dict.fromkeys(keys) if key in states]
     yield from _average_local_(listed, device)
     _disown_(state_dict["param_groups"])

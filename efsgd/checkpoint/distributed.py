@@ -37,8 +37,6 @@ from efsgd.wire.collectives import AllReduceMean, Exchange, Transport, run
 from efsgd.wire.compare import compare
 from efsgd.wire.transports import current_transport
 
-__all__ = ["ElasticLoadPlanner", "OptimizerState"]
-
 _SUMS = "sums"  # in place of an owner: of the saved errors that this worker has read
 
 

@@ -19,20 +19,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-__all__ = [
-    "ERRORS",
-    "FACTORS",
-    "GROUPS",
-    "STATE",
-    "WORLD_SIZE",
-    "adopt_factors_",
-    "check_fit",
-    "local_key",
-    "optimizers_in",
-    "owner_key",
-    "owner_numbers",
-]
-
 #: Key of the number of workers that saved.
 WORLD_SIZE = "efsgd_world_size"
 

@@ -15,15 +15,6 @@ from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
 
-__all__ = [
-    "BudgetCompressor",
-    "DrawnCompressor",
-    "elements_of_density",
-    "floats_of_rank",
-    "is_share",
-    "validate_seed",
-]
-
 
 def elements_of_density(shape: Sequence[int], density: float) -> int:
     """This share of a tensor's elements, rounded down, but at least one.

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from efsgd.algorithms.interfaces import Claims
 from efsgd.compressors.tensor_compressor import TensorCompressor
 
-__all__ = ["Identity"]
-
 
 @dataclass(frozen=True)
 class Identity(TensorCompressor):

@@ -14,8 +14,6 @@ from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.compressors.powersgd import PowerSGD
 from efsgd.layout import Entry, Layout
 
-__all__ = ["LQSGD"]
-
 _AGGREGATIONS = ("gather", "scatter")
 
 
@@ -140,7 +138,7 @@ class LQSGD:
                 total += GatheredMean.nbytes(sizes, self.bits, dtype.itemsize)
         return total
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> None:
+    def step_kind(self, step: int, settings: Mapping[str, Any]) -> None:
         """All steps are alike."""
 
     def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int | None:

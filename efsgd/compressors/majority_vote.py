@@ -12,8 +12,6 @@ from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.majority_vote import LOCAL_FORM, GroupMomentum, Voting, sign_format
 from efsgd.layout import Entry, Layout
 
-__all__ = ["MajorityVote"]
-
 
 @dataclass(frozen=True)
 class MajorityVote:
@@ -72,7 +70,7 @@ class MajorityVote:
         """
         return sign_format(sum(map(math.prod, shapes))).nbytes
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> None:
+    def step_kind(self, step: int, settings: Mapping[str, Any]) -> None:
         """All steps are alike."""
 
     def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> GroupMomentum | None:

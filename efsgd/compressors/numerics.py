@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["pieces", "power_of_two"]
-
 # 1 MiB in float32: it stays in the cache from one operation to the next.
 _ELEMENTS_AT_ONCE = 2**18
 

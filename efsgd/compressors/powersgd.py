@@ -15,8 +15,6 @@ from efsgd.algorithms.low_rank.fusion import has_compiler, shared_fusion
 from efsgd.algorithms.powersgd import PowerIteration
 from efsgd.layout import Entry, Layout, matrix_shape
 
-__all__ = ["PowerSGD"]
-
 
 @dataclass(frozen=True)
 class PowerSGD:
@@ -134,7 +132,7 @@ class PowerSGD:
             return rank * (n if step % 2 == 0 else m)
         return rank * (n + m)
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
         """With `alternating`, which side it is that a step multiplies from. Else all are alike."""
         since = step - start_of(settings)
         if not settings["alternating"] or since < 0:

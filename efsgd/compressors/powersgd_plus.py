@@ -11,8 +11,6 @@ from efsgd.algorithms.powersgd_plus import RefreshedPowerIteration
 from efsgd.compressors.powersgd import PowerSGD, options_of, start_of
 from efsgd.layout import Layout
 
-__all__ = ["PowerSGDPlus"]
-
 _CHOICES = {"svd": ("exact", "randomized"), "refresh_update": ("low_rank", "exact")}
 
 
@@ -88,7 +86,7 @@ class PowerSGDPlus(PowerSGD):
         is_random = not self.warm_start or self.svd == "randomized"
         return replace(super().claims(), is_random=is_random)
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
         """Either "refresh" or "ordinary"."""
         since = step - start_of(settings)
         is_refresh = since >= 0 and since % settings["refresh_every"] == 0

@@ -9,8 +9,6 @@ from efsgd.algorithms.operators import Payload
 from efsgd.compressors.budget import DrawnCompressor
 from efsgd.randomness import Draws
 
-__all__ = ["RandomBlock"]
-
 
 @dataclass(frozen=True)
 class RandomBlock(DrawnCompressor):

@@ -10,8 +10,6 @@ from efsgd.algorithms.operators import Payload
 from efsgd.compressors.budget import DrawnCompressor
 from efsgd.randomness import Draws
 
-__all__ = ["RandomK", "draw_subset"]
-
 # Above this share of the elements, marking all that are drawn is faster than sorting them.
 SMALL_SHARE = 1 / 32
 

@@ -13,8 +13,6 @@ from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
 
-__all__ = ["SignNorm"]
-
 
 @dataclass(frozen=True)
 class SignNorm(TensorCompressor):

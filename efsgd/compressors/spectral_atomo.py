@@ -15,14 +15,6 @@ from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
 
-__all__ = [
-    "SpectralAtomo",
-    "atomo_shape",
-    "draw_until",
-    "inclusion_probabilities",
-    "systematic_sample",
-]
-
 
 def inclusion_probabilities(values: Tensor, count: int) -> Tensor:
     """The probabilities min(1, c·σ) that sum to `count`: those of least variance (water-filling).

@@ -15,8 +15,6 @@ from efsgd.layout import Entry, Layout
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field, Format
 
-__all__ = ["TensorCompressor"]
-
 
 class TensorCompressor:
     """A compressor that works on one tensor at a time, inside error-feedback SGD.
@@ -143,7 +141,7 @@ class TensorCompressor:
         """Nothing but the errors is kept."""
         return {}
 
-    def beat(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
         """All steps are alike."""
         return None
 

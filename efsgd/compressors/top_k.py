@@ -14,8 +14,6 @@ from efsgd.compressors.budget import BudgetCompressor, floats_of_rank, is_share
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field, position_dtype
 
-__all__ = ["TopK", "largest"]
-
 # Up to so many elements torch.topk is as fast.
 FEW = 2**17
 

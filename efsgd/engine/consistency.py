@@ -8,16 +8,14 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.buckets import _entry
-from efsgd.engine.parameters import PER_PARAMETER, Member, members, own_settings
+from efsgd.engine.parameters import PER_PARAMETER, ParameterInfo, list_parameters, overrides_of
 from efsgd.engine.plan import Groups
 from efsgd.engine.state import LOCAL_STATE, State
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.compare import checksums, compare
 
-__all__ = ["compare_all", "describe", "replicated"]
 
-
-def replicated(listed: Iterable[Member], state: Mapping[Tensor, State]) -> dict[str, Tensor]:
+def replicated(listed: Iterable[ParameterInfo], state: Mapping[Tensor, State]) -> dict[str, Tensor]:
     """What must be equal on all workers, by name: parameters and state, but for what is local.
 
     Args:
@@ -25,40 +23,40 @@ def replicated(listed: Iterable[Member], state: Mapping[Tensor, State]) -> dict[
         state: of the optimizer.
     """
     chosen = list(listed)
-    named = {member.name: member.parameter.detach() for member in chosen}
-    for member in chosen:
-        for key, value in sorted(state.get(member.parameter, {}).items()):
+    named = {info.name: info.parameter.detach() for info in chosen}
+    for info in chosen:
+        for key, value in sorted(state.get(info.parameter, {}).items()):
             if key not in LOCAL_STATE and isinstance(value, Tensor):
-                named[f"{key} of {member.name}"] = value
+                named[f"{key} of {info.name}"] = value
     return named
 
 
 def describe(
-    members: Iterable[Member],
+    infos: Iterable[ParameterInfo],
     compressor: Compressor,
     settings: Iterable[str],
 ) -> list[str]:
     """What workers must agree on, a line for each parameter and each group.
 
     Args:
-        members: the parameters, in order.
+        infos: the parameters, in order.
         compressor: decides what is compressed and how far.
         settings: names of the group entries that must be equal.
     """
     lines, names = [], sorted(set(settings) - {PER_PARAMETER})
     group: dict[str, Any] | None = None
-    for member in members:
-        if member.group is not group:
-            group = member.group
-            lines += [f"{k}={_plain(group[k])} in the group of {member.name}" for k in names]
-        entry, parameter = _entry(member, compressor), member.parameter
+    for info in infos:
+        if info.group is not group:
+            group = info.group
+            lines += [f"{k}={_plain(group[k])} in the group of {info.name}" for k in names]
+        entry, parameter = _entry(info, compressor), info.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
         if not parameter.requires_grad:
             how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
-        own = own_settings(member.group, member.position).items()
+        own = overrides_of(info.group, info.position).items()
         how += "".join(f", with {name}={value} of its own" for name, value in own)
-        lines.append(f"{member.name}, shape {list(entry.shape)}, {kind}, {how}")
+        lines.append(f"{info.name}, shape {list(entry.shape)}, {kind}, {how}")
     return lines
 
 
@@ -80,7 +78,7 @@ def compare_all(
     Raises:
         WorkerMismatchError: names the first difference.
     """
-    listed = list(members(groups))
+    listed = list(list_parameters(groups))
     lines = describe(listed, compressor, settings)
     values = checksums(replicated(listed, state))
     yield from compare(lines, listed[0].parameter.device, values)

@@ -18,7 +18,7 @@ from torch import Tensor
 from efsgd.algorithms.error_feedback import Outcome
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.consistency import describe, replicated
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.engine.plan import Groups, Plan, Signature
 from efsgd.engine.state import State, validate_states
 from efsgd.engine.update import Rules
@@ -28,8 +28,6 @@ from efsgd.wire.compare import GradientSummary, checksums, compare, compare_grad
 from efsgd.wire.control_words import ControlWords, describe_change, raise_unable
 from efsgd.wire.replay import Schedule
 
-__all__ = ["Agreement", "Terms"]
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -37,20 +35,20 @@ class Agreement:
 
     Attributes:
         signature: of the plans; its `settings` are this worker's own identities.
-        roundings: of the plans' sections.
+        numerics: of the plans' buckets.
         start: the step at which compression starts.
         every: the number of steps between two checks; 0 where there are none.
-        beat: of a step; see `efsgd.compressors.Compressor`.
+        step_kind: of a step; see `efsgd.compressors.Compressor`.
     """
 
     signature: Signature
-    roundings: tuple[str, ...]
+    numerics: tuple[str, ...]
     start: int
     every: int
-    beat: Callable[[int], Hashable]
+    step_kind: Callable[[int], Hashable]
 
 
-class Terms:
+class Handshake:
     """What the workers have agreed on, kept between steps.
 
     Attributes:
@@ -76,11 +74,11 @@ class Terms:
         self._compared: Hashable = None
         self.expected: int | None = None
         self._is_planned = False
-        # Of each beat that was seen: the collectives of a step, by section.
+        # Of each kind of step that was seen: the collectives of a step, by bucket.
         self._schedules: dict[Hashable, list[tuple[ControlWords, Schedule]]] = {}
         self._scheduled: Signature | None = None
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """The workers are others: nothing is agreed on with them."""
         self._agreed = self._compared = self._scheduled = self.expected = None
         self._schedules, self._is_planned = {}, False
@@ -89,7 +87,7 @@ class Terms:
         """All workers change their settings before the next step, and know it of each other."""
         self._is_planned = True
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Groups and state may have become others, on this worker at least."""
         if self._agreed is not None:
             signature = dataclasses.replace(self._agreed.signature, settings=None)
@@ -110,17 +108,17 @@ class Terms:
         Args:
             plan: of the step.
             step: its number.
-            schedules: of its sections, with the control words that go with each.
+            schedules: of its buckets, with the control words that go with each.
         """
         if self._agreed is not None:
-            self._schedules[self._agreed.beat(step)] = schedules
+            self._schedules[self._agreed.step_kind(step)] = schedules
             self._scheduled = plan.signature
 
     def _scheduled_for(self, step: int) -> list[tuple[ControlWords, Schedule]] | None:
         """What all workers ask for in this step, unless some have changed."""
-        return None if self._agreed is None else self._schedules.get(self._agreed.beat(step))
+        return None if self._agreed is None else self._schedules.get(self._agreed.step_kind(step))
 
-    def reach(
+    def agree(
         self,
         plan: Plan,
         groups: Groups,
@@ -143,7 +141,7 @@ class Terms:
             CollectiveError: some worker could not take part.
         """
         if context != plan.context:
-            self.forget()
+            self.reset()
         if context[0] == 1:
             self._validate(groups)
             rules = self._rules(groups)
@@ -160,14 +158,14 @@ class Terms:
             rules = self._rules(groups)
             is_new = self._is_new(plan.sign(groups, state))
             if is_new or compares:
-                validate_states(members(groups), state)
+                validate_states(list_parameters(groups), state)
             if is_new and not compares:
                 yield from self._announce_change(plan, groups, step)
                 compares = True
         except (CollectiveError, WorkerMismatchError):
             raise  # all workers know
         except Exception as obstacle:
-            yield from self._bow_out(plan, obstacle, device, step, compares=compares)
+            yield from self._report_failure(plan, obstacle, device, step, compares=compares)
             raise
         if compares:
             is_new = yield from self._compare(plan, groups, state, context, is_new)
@@ -175,16 +173,16 @@ class Terms:
         try:
             plan.update(groups, state, context, rules)
         except Exception as obstacle:
-            yield from self._bow_out(plan, obstacle, device, step, compares=is_new)
+            yield from self._report_failure(plan, obstacle, device, step, compares=is_new)
             raise
-        if self._agreed is not None and plan.roundings != self._agreed.roundings and not is_new:
+        if self._agreed is not None and plan.numerics != self._agreed.numerics and not is_new:
             yield from self._announce_change(plan, groups, step)
             is_new = True
         if is_new:
-            yield from compare(list(plan.describe_roundings()), device)
+            yield from compare(list(plan.describe_numerics()), device)
             numbers = groups[0]["start_compressing_at"], groups[0]["check_every"]
-            beat = functools.partial(self._compressor.beat, settings=dict(groups[0]))
-            self._agreed = Agreement(plan.sign(groups, state), plan.roundings, *numbers, beat)
+            step_kind = functools.partial(self._compressor.step_kind, settings=dict(groups[0]))
+            self._agreed = Agreement(plan.sign(groups, state), plan.numerics, *numbers, step_kind)
             self._schedules = {}  # they were those of another plan
             self.expected = groups[0]["step"]
         return rules
@@ -200,7 +198,7 @@ class Terms:
         is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
         return is_due or plan.phase(step, agreed.start) != agreed.signature.phase
 
-    def cover(
+    def send_zeros_on_failure(
         self, number: int, exchange: Exchange[Outcome], plan: Plan, step: int
     ) -> Exchange[Outcome]:
         """Passes on an exchange; if it raises before it has sent anything, zeros are sent instead.
@@ -208,7 +206,7 @@ class Terms:
         After that, the next step is an error on all workers.
 
         Args:
-            number: of the section whose exchange it is.
+            number: of the bucket whose exchange it is.
             exchange: lines 7 to 10 of Algorithm 2.
             plan: of the step.
             step: its number.
@@ -225,14 +223,14 @@ class Terms:
             schedules = self._scheduled_for(step)
             if sent:  # the others cannot know, and apply the step
                 self.expected = step + 1
-                self.doubt()
+                self.invalidate()
             if sent or schedules is None or not self.is_scheduled(plan, step):
                 raise
             control, schedule = schedules[number]
             verdict = yield from control.announce(schedule, is_unable=True)
             return Outcome(None, verdict, obstacle)
 
-    def name_change(
+    def raise_mismatch(
         self, plan: Plan, groups: Groups, workers: Sequence[int], step: int
     ) -> Exchange[Never]:
         """Raises on all workers, as they all know that some have changed and some have not.
@@ -246,7 +244,7 @@ class Terms:
         Raises:
             WorkerMismatchError: says who has changed, and the first difference.
         """
-        text, listed = describe_change(workers, step), list(members(groups, plan.sparse))
+        text, listed = describe_change(workers, step), list(list_parameters(groups, plan.sparse))
         lines = describe(listed, self._compressor, self._settings)
         try:
             yield from compare(lines, listed[0].parameter.device)
@@ -267,9 +265,9 @@ class Terms:
         plan.note_sparse(verdicts)
         raise_unable(verdicts)
         if not everyone:
-            yield from self.name_change(plan, groups, verdicts[0].changed, step)
+            yield from self.raise_mismatch(plan, groups, verdicts[0].changed, step)
 
-    def _bow_out(
+    def _report_failure(
         self, plan: Plan, obstacle: Exception, device: torch.device, step: int, *, compares: bool
     ) -> Exchange[None]:
         """Tells the others, who are about to take a step, that this worker cannot."""
@@ -290,16 +288,16 @@ class Terms:
         is_new: bool,
     ) -> Exchange[bool]:
         """Compares settings and values. Has anyone news?"""
-        listed = list(members(groups, plan.sparse))
-        parameters: Hashable = context, tuple(id(member.parameter) for member in listed)
+        listed = list(list_parameters(groups, plan.sparse))
+        parameters: Hashable = context, tuple(id(info.parameter) for info in listed)
         is_first, device = parameters != self._compared, listed[0].parameter.device
         try:
             lines = describe(listed, self._compressor, self._settings)
             values = checksums(replicated(listed, state))
-            gradients = [member.parameter.grad if is_first else None for member in listed]
+            gradients = [info.parameter.grad if is_first else None for info in listed]
             summary = GradientSummary.of(gradients)
         except Exception as obstacle:
-            yield from self._bow_out(plan, obstacle, device, 0, compares=True)
+            yield from self._report_failure(plan, obstacle, device, 0, compares=True)
             raise
         any_new, any_first = yield from compare(lines, device, values, [is_new, is_first])
         if any_first:

@@ -7,10 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.layout import real_view
-
-__all__ = ["Observation", "Watcher", "observe"]
 
 
 @dataclass(frozen=True)
@@ -35,21 +33,21 @@ class Observation:
 Watcher: TypeAlias = Callable[[Observation], None]
 
 
-def observe(section: Section, absent: frozenset[int], scale: float) -> Observation:
-    """Shows the tensors of a section, before its step is committed.
+def observe(bucket: Bucket, absent: frozenset[int], scale: float) -> Observation:
+    """Shows the tensors of a bucket, before its step is committed.
 
     Args:
-        section: after `exchange_gradients`.
+        bucket: after `exchange_gradients`.
         absent: parameters that no worker had a gradient for.
         scale: the gradients were multiplied by it.
     """
     gradients = {
         index: real_view(gradient)
-        for index, parameter in section.parameters.items()
+        for index, parameter in bucket.parameters.items()
         if index not in absent
         and (gradient := parameter.grad) is not None
         and gradient.layout == torch.strided
     }
-    present = section.compressed - absent
-    errors = {} if section.errors is None else {i: section.errors.views[i] for i in present}
+    present = bucket.compressed - absent
+    errors = {} if bucket.errors is None else {i: bucket.errors.views[i] for i in present}
     return Observation(gradients, errors, scale)

@@ -10,18 +10,6 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.layout import Entry, real_view
 
-__all__ = [
-    "PER_PARAMETER",
-    "Member",
-    "compute_dtype",
-    "frozen",
-    "members",
-    "own_settings",
-    "set_own_",
-    "settings_of",
-    "validate_per_parameter",
-]
-
 #: The entry of a parameter group.
 PER_PARAMETER = "per_parameter"
 
@@ -39,11 +27,11 @@ def settings_of(group: dict[str, Any], position: int) -> dict[str, Any]:
         >>> settings_of(group, 0)["rank"], settings_of(group, 1)["rank"]
         (2, 4)
     """
-    own = own_settings(group, position)
+    own = overrides_of(group, position)
     return {**group, **own} if own else group
 
 
-def own_settings(group: Mapping[str, Any], position: int) -> dict[str, Any]:
+def overrides_of(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     """What one parameter has in the place of its group's settings.
 
     Args:
@@ -55,7 +43,7 @@ def own_settings(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     return {name: value for name, value in chosen if value is not None}
 
 
-def set_own_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
+def set_overrides_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
     """Gives single parameters values of a setting.
 
     Args:
@@ -126,7 +114,7 @@ def _validate_values(group: Mapping[str, Any], compressor: Compressor, count: in
     """Checks the settings of each parameter; those that occur several times, once."""
     seen: set[str] = set()
     for position in range(count):
-        chosen = own_settings(group, position)
+        chosen = overrides_of(group, position)
         text = repr(chosen)  # 1, 1.0 and True are equal, and not all of them are ranks
         if text in seen:
             continue
@@ -147,7 +135,7 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Member:
+class ParameterInfo:
     """One parameter of an optimizer.
 
     Attributes:
@@ -200,7 +188,9 @@ class Member:
         return Entry(self.index, tuple(self.shape), level)
 
 
-def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) -> Iterator[Member]:
+def list_parameters(
+    groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()
+) -> Iterator[ParameterInfo]:
     """All parameters of all groups, in order; one that is listed twice appears once.
 
     Args:
@@ -215,6 +205,6 @@ def members(groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()) ->
             if names is not None:
                 name += f" ({names[position]})"
             if parameter not in seen:
-                yield Member(index, parameter, group, position, name, parameter in sparse)
+                yield ParameterInfo(index, parameter, group, position, name, parameter in sparse)
             seen.add(parameter)
             index += 1

@@ -1,4 +1,4 @@
-"""The sections of an optimizer's parameter groups, kept while the groups stay what they are."""
+"""The buckets of an optimizer's parameter groups, kept while the groups stay what they are."""
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -6,16 +6,20 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.buckets import make_sections, memory_of, signature
-from efsgd.engine.parameters import Member, members
-from efsgd.engine.state import State, adopt_replaced_, complete_, complete_momentum_, withdraw_
+from efsgd.engine.buckets import make_buckets, memory_of, signature
+from efsgd.engine.parameters import ParameterInfo, list_parameters
+from efsgd.engine.state import (
+    State,
+    adopt_replaced_,
+    complete_,
+    complete_momentum_,
+    detach_from_buffer_,
+)
 from efsgd.engine.update import Rules, prepare_updates
 from efsgd.profiling import Phases
 from efsgd.wire.control_words import Verdict
-
-__all__ = ["Groups", "Plan", "Signature"]
 
 #: Parameter groups of an optimizer.
 Groups: TypeAlias = list[dict[str, Any]]
@@ -38,12 +42,12 @@ class Plan:
     """What is derived from parameter groups, and made anew when they change.
 
     Attributes:
-        members: the parameters, in order.
+        infos: the parameters, in order.
         states: of those that require a gradient, by index.
-        sections: of the same; empty before the first step.
+        buckets: of the same; empty before the first step.
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
-        signature: of the groups and the state that the sections were made for.
+        signature: of the groups and the state that the buckets were made for.
 
     Args:
         compressor: decides what is compressed and how far.
@@ -51,9 +55,9 @@ class Plan:
     """
 
     def __init__(self, compressor: Compressor, phases: Phases) -> None:
-        self.members: list[Member] = []
+        self.infos: list[ParameterInfo] = []
         self.states: dict[int, State] = {}
-        self.sections: list[Section] = []
+        self.buckets: list[Bucket] = []
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self._compressor, self._phases = compressor, phases
@@ -63,13 +67,13 @@ class Plan:
         self._replaced: list[tuple[State, dict[str, Tensor | None]]] = []
 
     @property
-    def roundings(self) -> tuple[str, ...]:
-        """How this worker rounds, in each section; see `efsgd.compressors.Aggregator`."""
-        return tuple(section.aggregator.rounding for section in self.sections)
+    def numerics(self) -> tuple[str, ...]:
+        """How this worker rounds, in each bucket; see `efsgd.compressors.Aggregator`."""
+        return tuple(bucket.aggregator.numerics for bucket in self.buckets)
 
-    def forget(self) -> None:
-        """Frees the sections; they are made anew by the next `update`."""
-        self.sections, self.signature = [], None
+    def reset(self) -> None:
+        """Frees the buckets; they are made anew by the next `update`."""
+        self.buckets, self.signature = [], None
 
     def keep_changes(self) -> None:
         """The step is applied: what `update` has made of the state stays."""
@@ -87,7 +91,7 @@ class Plan:
                 else:
                     own[name] = value
         if self._replaced:
-            self.forget()  # its views are those that were left out
+            self.reset()  # its views are those that were left out
         self._replaced = []
 
     def sign(self, groups: Groups, state: Mapping[Tensor, State]) -> Signature:
@@ -107,14 +111,14 @@ class Plan:
     def note_sparse(self, verdicts: Iterable[Verdict]) -> None:
         """From the next step on, what was sparse on any worker is sent uncompressed."""
         indices = {index for verdict in verdicts for index in verdict.sparse}
-        self.sparse |= {member.parameter for member in self.members if member.index in indices}
+        self.sparse |= {info.parameter for info in self.infos if info.index in indices}
 
-    def describe_roundings(self) -> Iterator[str]:
+    def describe_numerics(self) -> Iterator[str]:
         """How compressed parameters are rounded, a line for each."""
-        names = {member.index: member.name for member in self.members}
-        for section in self.sections:
-            for index in sorted(section.compressed):
-                yield f"{names[index]}, {section.aggregator.rounding}"
+        names = {info.index: info.name for info in self.infos}
+        for bucket in self.buckets:
+            for index in sorted(bucket.compressed):
+                yield f"{names[index]}, {bucket.aggregator.numerics}"
 
     def update(
         self,
@@ -127,7 +131,7 @@ class Plan:
 
         Args:
             groups: parameter groups.
-            state: of the parameters (modified in place: completed, and made views of sections).
+            state: of the parameters (modified in place: completed, and made views of buckets).
             context: the number of workers, and this worker.
             rules: by which the groups will be updated.
 
@@ -138,34 +142,34 @@ class Plan:
         """
         kinds = [rule.kind for rule in rules.values()]
         if context == self.context and self.signature == self.sign(groups, state):
-            for member in self.members:
-                if member.index in self.states:
-                    complete_momentum_(self.states[member.index], member)
-            for section in self.sections:
-                adopt_replaced_(section, self.states)
+            for info in self.infos:
+                if info.index in self.states:
+                    complete_momentum_(self.states[info.index], info)
+            for bucket in self.buckets:
+                adopt_replaced_(bucket, self.states)
                 if kinds != self._prepared:
-                    own = [m for m in self.members if m.index in section.parameters]
-                    prepare_updates(section.aggregator, own, self.states, rules)
+                    own = [m for m in self.infos if m.index in bucket.parameters]
+                    prepare_updates(bucket.aggregator, own, self.states, rules)
             self._prepared = kinds
             return
-        self.members, self.states = list(members(groups, self.sparse)), {}
-        memory = memory_of(self.sections, self.members, self._compressor)
-        self.forget()  # all other memory is free for what follows
-        for member in self.members:
-            if member.parameter.is_meta:
+        self.infos, self.states = list(list_parameters(groups, self.sparse)), {}
+        memory = memory_of(self.buckets, self.infos, self._compressor)
+        self.reset()  # all other memory is free for what follows
+        for info in self.infos:
+            if info.parameter.is_meta:
                 fused = "`fused=True` requires all the params to have values, but "
                 raise RuntimeError(
-                    f"{fused if member.group.get('fused') else ''}{member.name} is on the meta "
+                    f"{fused if info.group.get('fused') else ''}{info.name} is on the meta "
                     f"device: there is nothing that a step could change. Give it values first, for "
                     f"example by module.to_empty(device='cpu')."
                 )
-            if member.parameter.requires_grad:
-                self._complete_(state[member.parameter], member)
-                self.states[member.index] = state[member.parameter]
-            elif member.parameter in state:
-                withdraw_(state[member.parameter])
-        self.sections = make_sections(
-            self.members,
+            if info.parameter.requires_grad:
+                self._complete_(state[info.parameter], info)
+                self.states[info.index] = state[info.parameter]
+            elif info.parameter in state:
+                detach_from_buffer_(state[info.parameter])
+        self.buckets = make_buckets(
+            self.infos,
             self.states,
             self._compressor,
             *context,
@@ -174,13 +178,13 @@ class Plan:
             memory,
         )
         self.context, self._prepared = context, kinds
-        self.sparse &= {member.parameter for member in self.members}
+        self.sparse &= {info.parameter for info in self.infos}
         self.signature = self.sign(groups, state)
 
-    def _complete_(self, own: State, member: Member) -> None:
+    def _complete_(self, own: State, info: ParameterInfo) -> None:
         before = dict(own)
         try:
-            complete_(own, member, self._compressor)
+            complete_(own, info, self._compressor)
         finally:
             replaced = {
                 name: before.get(name)

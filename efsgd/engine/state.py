@@ -25,27 +25,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.low_rank.factors import resized
 from efsgd.algorithms.majority_vote import LOCAL_FORM
-from efsgd.engine.parameters import Member, compute_dtype
-
-__all__ = [
-    "LOCAL_STATE",
-    "State",
-    "adopt_replaced_",
-    "attach_",
-    "complete_",
-    "complete_momentum_",
-    "drop_foreign_errors_",
-    "release_zero_errors_",
-    "require_shape",
-    "require_tensor",
-    "show_errors_",
-    "validate_states",
-    "withdraw_",
-]
+from efsgd.engine.parameters import ParameterInfo, compute_dtype
 
 #: What is kept for one parameter, by name.
 State: TypeAlias = MutableMapping[str, Tensor]
@@ -55,29 +39,29 @@ State: TypeAlias = MutableMapping[str, Tensor]
 LOCAL_STATE = ("error", "local_momentum")
 
 
-def complete_(state: State, member: Member, compressor: Compressor) -> None:
+def complete_(state: State, info: ParameterInfo, compressor: Compressor) -> None:
     """Adds to one parameter's state what is missing in it, and fits the rest (modified in place).
 
     Raises:
         ValueError: a tensor in it has not the shape that the parameter asks for.
     """
-    parameter, settings, entry = member.parameter, member.settings, member.entry(compressor)
-    complete_momentum_(state, member)
+    parameter, settings, entry = info.parameter, info.settings, info.entry(compressor)
+    complete_momentum_(state, info)
     dtype, device = compute_dtype(parameter), parameter.device
     if "error" in state:
-        require_tensor(state["error"], "error", member.name)
-        require_shape(state["error"], member.shape, "error", member.name)
+        require_tensor(state["error"], "error", info.name)
+        require_shape(state["error"], info.shape, "error", info.name)
         state["error"] = state["error"].to(device=device, dtype=dtype)
     elif settings["error_feedback"] and entry.level is not None:
-        state["error"] = torch.zeros(member.shape, dtype=dtype, device=device)
+        state["error"] = torch.zeros(info.shape, dtype=dtype, device=device)
     if entry.level is None:
         return
     for name, initial in compressor.initial_state(entry, settings).items():
         kept = state.get(name)
         if kept is not None:
-            require_tensor(kept, name, member.name)
+            require_tensor(kept, name, info.name)
         if kept is None or kept.shape != initial.shape:
-            state[name] = initial if kept is None else _fitted(kept, initial, name, member.name)
+            state[name] = initial if kept is None else _fitted(kept, initial, name, info.name)
         kind = (device, dtype) if initial.is_floating_point() else (initial.device, initial.dtype)
         state[name] = state[name].to(*kind).contiguous()
 
@@ -90,7 +74,9 @@ def _fitted(kept: Tensor, initial: Tensor, name: str, owner: str) -> Tensor:
     return resized(kept, initial)
 
 
-def validate_states(listed: Iterable[Member], states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+def validate_states(
+    listed: Iterable[ParameterInfo], states: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
     """Checks what users may have put into the state, before anything is changed.
 
     Args:
@@ -101,37 +87,37 @@ def validate_states(listed: Iterable[Member], states: Mapping[Tensor, Mapping[st
         TypeError: an entry is no tensor.
         ValueError: it has not the shape that its parameter asks for.
     """
-    for member in listed:
-        shapes = {"momentum_buffer": member.parameter.shape}
-        shapes |= dict.fromkeys(LOCAL_STATE, member.shape)
-        for name, value in states.get(member.parameter, {}).items():
+    for info in listed:
+        shapes = {"momentum_buffer": info.parameter.shape}
+        shapes |= dict.fromkeys(LOCAL_STATE, info.shape)
+        for name, value in states.get(info.parameter, {}).items():
             if name in shapes:
-                require_tensor(value, name, member.name)
-                require_shape(value, shapes[name], name, member.name)
+                require_tensor(value, name, info.name)
+                require_shape(value, shapes[name], name, info.name)
 
 
-def complete_momentum_(state: State, member: Member) -> None:
+def complete_momentum_(state: State, info: ParameterInfo) -> None:
     """The part of `complete_` for m, which users may replace between steps (modified in place).
 
     Raises:
         TypeError: it is no tensor.
         ValueError: its shape is not the parameter's.
     """
-    if "momentum" not in member.group or member.group["momentum_form"] == LOCAL_FORM:
+    if "momentum" not in info.group or info.group["momentum_form"] == LOCAL_FORM:
         return
-    parameter, present = member.parameter, state.get("momentum_buffer")
+    parameter, present = info.parameter, state.get("momentum_buffer")
     has_started = state.get("momentum_started")
     if has_started is not None:
-        require_tensor(has_started, "momentum_started", member.name)
-        require_shape(has_started, torch.Size(), "momentum_started", member.name)
+        require_tensor(has_started, "momentum_started", info.name)
+        require_shape(has_started, torch.Size(), "momentum_started", info.name)
     if present is None:
         if has_started is None or has_started:  # it goes with the buffer
             state["momentum_started"] = torch.tensor(False, device="cpu")
-        if member.group["momentum"] != 0:
+        if info.group["momentum"] != 0:
             state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         return
-    require_tensor(present, "momentum_buffer", member.name)
-    require_shape(present, parameter.shape, "momentum_buffer", member.name)
+    require_tensor(present, "momentum_buffer", info.name)
+    require_shape(present, parameter.shape, "momentum_buffer", info.name)
     # One that is there, without a word or in place of our zeros, was given by the user.
     if has_started is None or (not has_started and not present.is_meta and bool(present.any())):
         state["momentum_started"] = torch.tensor(True, device="cpu")
@@ -157,7 +143,7 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
 def release_zero_errors_(states: Iterable[State], kept: Sequence[Tensor] = ()) -> None:
     """Frees the memory of local state that is zero until `attach_` (modified in place).
 
-    A fresh optimizer then never has it twice, in its state and in the buffers of its sections.
+    A fresh optimizer then never has it twice, in its state and in the buffers of its buckets.
 
     Args:
         states: of the parameters.
@@ -173,39 +159,39 @@ def release_zero_errors_(states: Iterable[State], kept: Sequence[Tensor] = ()) -
                 state[name] = value.new_zeros(()).expand(value.shape)
 
 
-def attach_(section: Section, states: Mapping[int, State]) -> None:
-    """Moves errors and the compressor's state into the buffers of a new section.
+def attach_(bucket: Bucket, states: Mapping[int, State]) -> None:
+    """Moves errors and the compressor's state into the buffers of a new bucket.
 
     Args:
-        section: freshly made (modified in place).
+        bucket: freshly made (modified in place).
         states: complete, by index; their tensors are replaced by views (modified in place).
     """
-    section.shown = section.aggregator.state()
-    for entry in section.layout.entries:
+    bucket.state_views = bucket.aggregator.state()
+    for entry in bucket.layout.entries:
         state = states[entry.index]
-        for name, view in section.shown.get(entry.index, {}).items():
+        for name, view in bucket.state_views.get(entry.index, {}).items():
             view.copy_(state[name])
             state[name] = view
-        if section.errors is not None and entry.level is not None:
-            section.errors.views[entry.index].copy_(state["error"])
+        if bucket.errors is not None and entry.level is not None:
+            bucket.errors.views[entry.index].copy_(state["error"])
         elif "error" in state:
             state["error"] = _apart(state["error"]).contiguous()
             if bool(state["error"].any()):
-                section.leftovers[entry.index] = state["error"]
-    show_errors_(section, states)
+                bucket.pending_errors[entry.index] = state["error"]
+    show_errors_(bucket, states)
 
 
-def show_errors_(section: Section, states: Mapping[int, State]) -> None:
+def show_errors_(bucket: Bucket, states: Mapping[int, State]) -> None:
     """Makes each state's `error` a view of the buffer that is now the error memory."""
-    if section.errors is not None:
-        for index in section.compressed:
-            view = section.errors.views[index]
-            section.shown[index]["error"] = states[index]["error"] = view
+    if bucket.errors is not None:
+        for index in bucket.compressed:
+            view = bucket.errors.views[index]
+            bucket.state_views[index]["error"] = states[index]["error"] = view
 
 
-def adopt_replaced_(section: Section, states: Mapping[int, State]) -> None:
+def adopt_replaced_(bucket: Bucket, states: Mapping[int, State]) -> None:
     """Takes over tensors that the user has put into a state in place of our views."""
-    for index, shown in section.shown.items():
+    for index, shown in bucket.state_views.items():
         state = states[index]
         for name, view in shown.items():
             value = state.get(name)
@@ -217,7 +203,7 @@ def adopt_replaced_(section: Section, states: Mapping[int, State]) -> None:
                 state[name] = view
 
 
-def withdraw_(state: State) -> None:
+def detach_from_buffer_(state: State) -> None:
     """Moves the state of a frozen parameter out of the buffers it shared with others."""
     for name, value in state.items():
         state[name] = _apart(value)

@@ -1,7 +1,7 @@
 """One step over all tensors of an optimizer, as one exchange.
 
-The workers come to terms about what they train, run Algorithm 2 on each section of it, and apply
-the step only once every section of every worker is known to be good.
+The workers come to terms about what they train, run Algorithm 2 on each bucket of it, and apply
+the step only once every bucket of every worker is known to be good.
 """
 
 import math
@@ -15,9 +15,9 @@ from torch import Tensor
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.consistency import compare_all, describe
-from efsgd.engine.handshake import Terms
+from efsgd.engine.handshake import Handshake
 from efsgd.engine.observation import Watcher, observe
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.engine.plan import Groups, Plan
 from efsgd.engine.state import State, drop_foreign_errors_, show_errors_
 from efsgd.engine.update import Rules, apply_updates_, squared_norm
@@ -27,9 +27,7 @@ from efsgd.wire.collectives import Exchange, intercept
 from efsgd.wire.compare import broadcast_values, compare
 from efsgd.wire.control_words import Verdict, describe_rejection, raise_unable
 from efsgd.wire.replay import Schedule
-from efsgd.wire.traffic import Ledger
-
-__all__ = ["LossScaling", "Stepper"]
+from efsgd.wire.traffic import TrafficCounter
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,14 @@ class LossScaling:
         return cls(1.0 if scale is None else 1.0 / float(scale), bool(found_inf))
 
 
-class Stepper:
+class Step:
     """Steps an optimizer, and keeps what is derived from its groups between steps.
 
     Attributes:
-        ledger: what was handed to collectives.
+        traffic: what was handed to collectives.
         phases: of a step, and how long they take.
-        plan: the sections of the present parameter groups.
-        watchers: are shown each step that is applied, of each section.
+        plan: the buckets of the present parameter groups.
+        watchers: are shown each step that is applied, of each bucket.
 
     Args:
         compressor: decides what is compressed and how far.
@@ -78,27 +76,27 @@ class Stepper:
         validate: Callable[[Groups], None],
         rules: Callable[[Groups], Rules],
     ) -> None:
-        self.ledger, self.phases = Ledger(), Phases()
+        self.traffic, self.phases = TrafficCounter(), Phases()
         self._compressor, self._settings = compressor, tuple(settings)
         self.plan = Plan(compressor, self.phases)
-        self._terms = Terms(compressor, self._settings, validate, rules)
+        self._handshake = Handshake(compressor, self._settings, validate, rules)
         self.watchers: list[Watcher] = []
         self._has_loaded = False
 
-    def regroup(self) -> None:
+    def on_new_group(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
-        self.plan.forget()
+        self.plan.reset()
         self.plan.sparse.clear()
-        self._terms.forget()
+        self._handshake.reset()
 
     def plan_change(self) -> None:
         """All workers change the same settings before the next step, and know it."""
-        self._terms.plan_change()
+        self._handshake.plan_change()
 
     def reload(self) -> None:
         """Groups and state have been loaded: plans are made, and values compared, anew."""
-        self.plan.forget()
-        self._terms.doubt()
+        self.plan.reset()
+        self._handshake.invalidate()
         self._has_loaded = True
 
     def settle_errors(
@@ -151,7 +149,7 @@ class Stepper:
         note = self.settle_errors(groups, state, world_size, worker)
         try:
             exchange = self._exchange(groups, state, (world_size, worker), scaling, weight)
-            return (yield from intercept(exchange, outgoing=self.ledger.record))
+            return (yield from intercept(exchange, outgoing=self.traffic.record))
         finally:
             self.plan.undo_changes_()
             if note is not None:  # as an error, a warning must not keep the others waiting
@@ -165,31 +163,31 @@ class Stepper:
         scaling: LossScaling | None,
         weight: float,
     ) -> Exchange[bool]:
-        self.ledger.begin_check()
-        rules = yield from self._terms.reach(self.plan, groups, state, context)
+        self.traffic.begin_check()
+        rules = yield from self._handshake.agree(self.plan, groups, state, context)
         step = groups[0]["step"]
-        parameters = [m.parameter for m in self.plan.members if m.parameter.requires_grad]
-        self.ledger.begin_step(sum(p.numel() * p.element_size() for p in parameters))
+        parameters = [m.parameter for m in self.plan.infos if m.parameter.requires_grad]
+        self.traffic.begin_step(sum(p.numel() * p.element_size() for p in parameters))
         self.phases.begin_step()
         outcomes = yield from self._exchange_gradients(step, scaling, weight)
         self.plan.note_sparse(outcome.verdict for outcome in outcomes)
         verdicts = _verdicts(outcomes)
         if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
-            self.ledger.begin_check()
-            yield from self._terms.name_change(self.plan, groups, changed, step)
+            self.traffic.begin_check()
+            yield from self._handshake.raise_mismatch(self.plan, groups, changed, step)
         if not all(verdict.is_good for verdict in verdicts):
             is_scaled = any(verdict.is_scaled for verdict in verdicts)
             if groups[0]["nonfinite"] == "raise" and not is_scaled:
-                names = {member.index: member.name for member in self.plan.members}
+                names = {info.index: info.name for info in self.plan.infos}
                 raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
-            self.ledger.skip_step()
+            self.traffic.skip_step()
             return False
         trouble = self._show(outcomes, (scaling.factor if scaling else 1.0) * weight)
         self._apply(outcomes, rules, groups[0]["max_grad_norm"])
         for group in groups:
             group.update(step=step + 1, world_size=context[0], worker=context[1])
-        self._terms.expected = step + 1
-        self.ledger.end_step()
+        self._handshake.expected = step + 1
+        self.traffic.end_step()
         if trouble is not None:
             raise trouble
         return True
@@ -205,10 +203,10 @@ class Stepper:
         Raises:
             WorkerMismatchError: the workers do not have the same parameters.
         """
-        listed = list(members(groups))
+        listed = list(list_parameters(groups))
         lines = describe(listed, self._compressor, self._settings)
         yield from compare(lines, listed[0].parameter.device)
-        yield from broadcast_values([member.parameter for member in listed], source)
+        yield from broadcast_values([info.parameter for info in listed], source)
 
     @torch.no_grad()
     def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
@@ -218,27 +216,33 @@ class Stepper:
     def _exchange_gradients(
         self, step: int, scaling: LossScaling | None, weight: float
     ) -> Exchange[list[Outcome]]:
-        """Algorithm 2, lines 7 to 10, for each section."""
+        """Algorithm 2, lines 7 to 10, for each bucket."""
         own = LossScaling(1.0) if scaling is None else scaling
         outcomes: list[Outcome] = []
         schedules = []
-        for section in self.plan.sections:
-            schedule = Schedule(section.device)
+        for bucket in self.plan.buckets:
+            schedule = Schedule(bucket.device)
             exchange = exchange_gradients(
-                section,
+                bucket,
                 step,
                 own.factor * weight,
                 has_overflowed=own.has_overflowed,
                 is_scaled=scaling is not None,
             )
-            if not self._terms.is_scheduled(self.plan, step):
+            if not self._handshake.is_scheduled(self.plan, step):
                 exchange = intercept(exchange, lambda _: None, asking=schedule.note)
             number = len(outcomes)
-            outcomes.append((yield from self._terms.cover(number, exchange, self.plan, step)))
+            outcomes.append(
+                (
+                    yield from self._handshake.send_zeros_on_failure(
+                        number, exchange, self.plan, step
+                    )
+                )
+            )
             schedule.end()
-            schedules.append((section.control, schedule))
-        if not self._terms.is_scheduled(self.plan, step):
-            self._terms.schedule(self.plan, step, schedules)
+            schedules.append((bucket.control, schedule))
+        if not self._handshake.is_scheduled(self.plan, step):
+            self._handshake.schedule(self.plan, step, schedules)
         return outcomes
 
     def _show(self, outcomes: Sequence[Outcome], scale: float) -> Exception | None:
@@ -248,9 +252,9 @@ class Stepper:
             What one of them has raised. The other workers apply the step, so this one does, too.
         """
         try:
-            for section, outcome in zip(self.plan.sections, outcomes, strict=True):
+            for bucket, outcome in zip(self.plan.buckets, outcomes, strict=True):
                 for watcher in self.watchers:
-                    watcher(observe(section, outcome.verdict.absent, scale))
+                    watcher(observe(bucket, outcome.verdict.absent, scale))
         except Exception as trouble:
             return trouble
         return None
@@ -261,19 +265,19 @@ class Stepper:
         plan, changes = self.plan, {}
         plan.keep_changes()
         found = []
-        for section, outcome in zip(plan.sections, outcomes, strict=True):
+        for bucket, outcome in zip(plan.buckets, outcomes, strict=True):
             assert outcome.mean is not None  # there was no obstacle
-            found.append((section, outcome.mean, outcome.verdict.absent))
-            section.commit_(outcome.verdict.absent)
-            show_errors_(section, plan.states)
+            found.append((bucket, outcome.mean, outcome.verdict.absent))
+            bucket.commit_(outcome.verdict.absent)
+            show_errors_(bucket, plan.states)
         if max_grad_norm is not None:
-            self.ledger.grad_norm = norm = math.sqrt(sum(squared_norm(*each) for each in found))
+            self.traffic.grad_norm = norm = math.sqrt(sum(squared_norm(*each) for each in found))
             changes["clip"] = min(1.0, max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
-        for section, mean, absent in found:
-            present = section.parameters.keys() - absent
-            own = [member for member in plan.members if member.index in present]
+        for bucket, mean, absent in found:
+            present = bucket.parameters.keys() - absent
+            own = [info for info in plan.infos if info.index in present]
             with self.phases("Alg. 2, lines 11 to 13: update"):
-                apply_updates_(section, mean, own, plan.states, rules, **changes)
+                apply_updates_(bucket, mean, own, plan.states, rules, **changes)
 
 
 def _verdicts(outcomes: Iterable[Outcome]) -> list[Verdict]:

@@ -7,15 +7,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.error_feedback import decompress_with_
 from efsgd.algorithms.interfaces import Aggregator, Compressed
 from efsgd.algorithms.sgd import sgd_
-from efsgd.engine.parameters import Member
+from efsgd.engine.parameters import ParameterInfo
 from efsgd.engine.state import State
 from efsgd.layout import Elementwise, real_view
-
-__all__ = ["Rule", "Rules", "apply_updates_", "prepare_updates", "squared_norm"]
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,20 @@ class _Job:
 
 
 def _jobs(
-    members: Iterable[Member],
+    infos: Iterable[ParameterInfo],
     states: Mapping[int, State],
     rules: Rules,
-    target: Callable[[Member, Rule], Tensor],
+    target: Callable[[ParameterInfo, Rule], Tensor],
 ) -> Iterator[_Job]:
-    grouped: dict[tuple[int, bool, bool], list[Member]] = {}
-    for member in members:
-        state = states[member.index]
-        has_momentum = "momentum_buffer" in state and rules[id(member.group)].keeps_momentum
+    grouped: dict[tuple[int, bool, bool], list[ParameterInfo]] = {}
+    for info in infos:
+        state = states[info.index]
+        has_momentum = "momentum_buffer" in state and rules[id(info.group)].keeps_momentum
         is_first = has_momentum and not state["momentum_started"]
-        grouped.setdefault((id(member.group), has_momentum, is_first), []).append(member)
+        grouped.setdefault((id(info.group), has_momentum, is_first), []).append(info)
     for (identity, has_momentum, is_first), alike in grouped.items():
-        rule, own = rules[identity], {member.index: states[member.index] for member in alike}
-        operands = [{member.index: target(member, rule) for member in alike}]
+        rule, own = rules[identity], {info.index: states[info.index] for info in alike}
+        operands = [{info.index: target(info, rule) for info in alike}]
         options = dict(rule.options)
         if rule.function is sgd_:
             options["is_first"] = is_first
@@ -84,9 +82,9 @@ def _jobs(
 
 
 def apply_updates_(
-    section: Section,
+    bucket: Bucket,
     mean: Compressed,
-    members: Iterable[Member],
+    infos: Iterable[ParameterInfo],
     states: Mapping[int, State],
     rules: Rules,
     **changes: float,
@@ -94,22 +92,22 @@ def apply_updates_(
     """Updates momenta and parameters.
 
     Args:
-        section: after `commit_`.
+        bucket: after `commit_`.
         mean: C(Δ), from which Δ' is decompressed.
-        members: those parameters of the section that are updated (modified in place).
+        infos: those parameters of the bucket that are updated (modified in place).
         states: of each; holds the momenta (modified in place).
         rules: of `rules_of`.
         changes: replace options of the rules.
     """
-    for job in _jobs(members, states, rules, _target):
-        decompress_with_(section, mean, job.function, *job.operands, **job.options | changes)
+    for job in _jobs(infos, states, rules, _target):
+        decompress_with_(bucket, mean, job.function, *job.operands, **job.options | changes)
         for flag in job.started:
             flag.fill_(True)
 
 
 def prepare_updates(
     aggregator: Aggregator,
-    members: Iterable[Member],
+    infos: Iterable[ParameterInfo],
     states: Mapping[int, State],
     rules: Rules,
 ) -> None:
@@ -117,39 +115,39 @@ def prepare_updates(
 
     Args:
         aggregator: fresh.
-        members: the parameters it works for.
+        infos: the parameters it works for.
         states: of each.
         rules: of `rules_of`.
     """
     # Gradients, which may be missing yet, are like the parameters.
-    for job in _jobs(members, states, rules, lambda member, _: member.values):
+    for job in _jobs(infos, states, rules, lambda info, _: info.values):
         aggregator.prepare(job.function, job.operands, job.options)
         if job.options.get("is_first"):
             later = job.options | {"is_first": False}
             aggregator.prepare(job.function, job.operands, later)
 
 
-def squared_norm(section: Section, mean: Compressed, absent: frozenset[int]) -> float:
+def squared_norm(bucket: Bucket, mean: Compressed, absent: frozenset[int]) -> float:
     """The sum of squares of Δ', over all parameters but `absent` ones.
 
     Args:
-        section: after `commit_`.
+        bucket: after `commit_`.
         mean: C(Δ).
         absent: indices of parameters that are not updated.
     """
-    squares = mean.squared_norms(section.compressed.difference(absent))
-    for entry in section.layout.vectors:
+    squares = mean.squared_norms(bucket.compressed.difference(absent))
+    for entry in bucket.layout.vectors:
         if entry.index not in absent:
-            values = section.deltas.views[entry.index]
+            values = bucket.deltas.views[entry.index]
             squares.append(torch.linalg.vector_norm(values, dtype=torch.float64).square())
     return float(torch.stack(squares).sum()) if squares else 0.0
 
 
-def _target(member: Member, rule: Rule) -> Tensor:
+def _target(info: ParameterInfo, rule: Rule) -> Tensor:
     """What `rule` writes to, besides momenta."""
-    parameter, gradient = member.parameter, member.parameter.grad
+    parameter, gradient = info.parameter, info.parameter.grad
     if not rule.writes_gradients:
-        return member.values
+        return info.values
     # What Δ' cannot be written into: memory that is shared, or views that are computed when read.
     is_lazy = gradient is not None and (gradient.is_conj() or gradient.is_neg())
     if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_lazy:

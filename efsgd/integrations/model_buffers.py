@@ -8,8 +8,6 @@ from efsgd.wire.collectives import AllReduceMean, Exchange, run
 from efsgd.wire.compare import broadcast_values, compare
 from efsgd.wire.transports import current_transport
 
-__all__ = ["average_buffers", "buffer_exchange"]
-
 
 def average_buffers(
     module: torch.nn.Module, process_group: dist.ProcessGroup | None = None

@@ -10,15 +10,13 @@ from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.compressors import PowerSGD
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.engine.step import LossScaling
 from efsgd.engine.update import Rule, Rules
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.optimizers.settings import validate_exchange
 from efsgd.optimizers.stateful import Handling
 from efsgd.wire.collectives import Exchange
-
-__all__ = ["GradientAverager", "replace_"]
 
 
 def _rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
@@ -150,11 +148,11 @@ class GradientAverager(ErrorFeedbackOptimizer):
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
         """`average_` as an exchange, for any driver; see `ErrorFeedbackOptimizer.exchange`."""
         scaling = None if self._scale is None else LossScaling(1.0 / self._scale)
-        applied = yield from self._stepper.exchange(
+        applied = yield from self._engine.exchange(
             self.param_groups, self.state, world_size, worker, scaling, self._weight
         )
         if self._scale is not None:
-            parameters = (member.parameter for member in members(self.param_groups))
+            parameters = (info.parameter for info in list_parameters(self.param_groups))
             for parameter in (p for p in parameters if p.requires_grad and p.grad is not None):
                 if applied and parameter.grad is not None:
                     parameter.grad.mul_(self._scale)

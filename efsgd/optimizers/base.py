@@ -14,13 +14,11 @@ from efsgd.engine.observation import Watcher
 from efsgd.engine.step import LossScaling
 from efsgd.errors import CollectiveError
 from efsgd.optimizers.joining import Joining
-from efsgd.optimizers.refusals import refuse_backward_optimizer, refuse_sharding_optimizer
 from efsgd.optimizers.settings import number_of, validate_process_group
 from efsgd.optimizers.stateful import SavableOptimizer
+from efsgd.optimizers.unsupported import refuse_backward_optimizer, refuse_sharding_optimizer
 from efsgd.wire.collectives import Exchange, intercept, run
 from efsgd.wire.transports import Alone, ProcessGroup, current_transport
-
-__all__ = ["ErrorFeedbackOptimizer"]
 
 T = TypeVar("T")
 
@@ -71,7 +69,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
                 f"Invalid worker: {worker}. Must be a place among {world_size} workers, from 0."
             )
         scaling = LossScaling.of(self)
-        return self._stepper.exchange(
+        return self._engine.exchange(
             self.param_groups, self.state, world_size, worker, scaling, self._weight
         )
 
@@ -85,7 +83,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         Returns:
             What to warn of, if it was so.
         """
-        return self._stepper.settle_errors(self.param_groups, self.state, world_size, worker)
+        return self._engine.settle_errors(self.param_groups, self.state, world_size, worker)
 
     @staticmethod
     def _evaluate(closure: Callable[[], Any] | None) -> Any:
@@ -120,7 +118,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         if transport.world_size > 1:
             refuse_backward_optimizer(self)
         if transport.group is not self._last_group():
-            self._stepper.regroup()
+            self._engine.on_new_group()
             self._last_group = _no_group if transport.group is None else ref(transport.group)
         return transport
 
@@ -134,7 +132,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         """
         transport = self._meet()
         if transport.world_size > 1:
-            run(self._stepper.compare_all(self.param_groups, self.state), transport)
+            run(self._engine.compare_all(self.param_groups, self.state), transport)
 
     @property
     def compressor(self) -> Compressor:
@@ -144,12 +142,12 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
     @property
     def sparse_parameters(self) -> frozenset[Tensor]:
         """Those that are known to have sparse gradients: they are sent uncompressed."""
-        return frozenset(self._stepper.plan.sparse)
+        return frozenset(self._engine.plan.sparse)
 
     @property
     def watchers(self) -> tuple[Watcher, ...]:
         """Those that `watch` was given and that have not ended."""
-        return tuple(self._stepper.watchers)
+        return tuple(self._engine.watchers)
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Shows each step, before it is applied, to a function that decides on later ones.
@@ -161,7 +159,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         Returns:
             A function that ends it.
         """
-        watchers = self._stepper.watchers
+        watchers = self._engine.watchers
         watchers.append(watcher)
         return lambda: watchers.remove(watcher)
 
@@ -171,7 +169,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         The change then need not be announced, which would cost the collectives of a step: the next
         step begins with a comparison on all workers. What differs is an error on all of them.
         """
-        self._stepper.plan_change()
+        self._engine.plan_change()
 
     def decide(self, decision: Callable[[int, int], Exchange[T]]) -> T:
         """Runs an exchange that belongs to no step, with the workers of the process group.
@@ -184,7 +182,7 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         """
         transport = self._meet()
         exchange = decision(transport.world_size, transport.worker)
-        return run(intercept(exchange, self._stepper.ledger.record_decision), transport)
+        return run(intercept(exchange, self._engine.traffic.record_decision), transport)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -230,19 +228,19 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
             `time_phases` is set, also `phase_seconds` of the last step, a dict whose names are
             those of the ranges in torch.profiler.
         """
-        phases = self._stepper.phases
+        phases = self._engine.phases
         seconds = {"phase_seconds": dict(phases.seconds)} if phases.is_timing else {}
-        return self._stepper.ledger.report() | seconds
+        return self._engine.traffic.report() | seconds
 
     @property
     def time_phases(self) -> bool:
         """Whether steps are timed; on an accelerator timing waits for it between phases."""
-        return self._stepper.phases.is_timing
+        return self._engine.phases.is_timing
 
     @time_phases.setter
     def time_phases(self, is_timing: bool) -> None:
-        self._stepper.phases.is_timing = is_timing
-        self._stepper.phases.begin_step()
+        self._engine.phases.is_timing = is_timing
+        self._engine.phases.begin_step()
 
     def broadcast_parameters(self, source: Any = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.
@@ -259,4 +257,4 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
                 f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
                 f"{transport.world_size - 1}."
             )
-        run(self._stepper.broadcast(self.param_groups, source), transport)
+        run(self._engine.broadcast(self.param_groups, source), transport)

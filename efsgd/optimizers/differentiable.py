@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.engine.state import State
-
-__all__ = ["require_differentiable", "step_differentiably_"]
 
 
 def require_differentiable(groups: Sequence[dict[str, Any]], compressor: Compressor) -> None:
@@ -20,10 +18,10 @@ def require_differentiable(groups: Sequence[dict[str, Any]], compressor: Compres
     Raises:
         NotImplementedError: something is compressed.
     """
-    for member in members(groups):
-        if member.entry(compressor).level is not None:
+    for info in list_parameters(groups):
+        if info.entry(compressor).level is not None:
             raise NotImplementedError(
-                f"differentiable=True, but {member.name}, shape {list(member.parameter.shape)}, is "
+                f"differentiable=True, but {info.name}, shape {list(info.parameter.shape)}, is "
                 f"compressed: a step cannot be differentiated through compression. Use "
                 f"min_compression_rate=math.inf, or torch.optim.SGD."
             )

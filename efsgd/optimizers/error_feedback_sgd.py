@@ -26,8 +26,6 @@ from efsgd.optimizers.settings import (
 from efsgd.optimizers.stateful import Handling
 from efsgd.wire.transports import current_transport
 
-__all__ = ["ErrorFeedbackSGD", "rules_of"]
-
 
 def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
     """SGD's rules, in each group's momentum form.

@@ -7,8 +7,6 @@ import torch.distributed as dist
 
 from efsgd.errors import WorkerMismatchError
 
-__all__ = ["Joining"]
-
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed.algorithms.join import Join, Joinable, JoinHook, _JoinConfig
 

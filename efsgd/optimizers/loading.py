@@ -6,20 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.parameters import PER_PARAMETER, Member, compute_dtype, members
+from efsgd.engine.parameters import PER_PARAMETER, ParameterInfo, compute_dtype, list_parameters
 from efsgd.engine.state import LOCAL_STATE, require_shape, require_tensor
 from efsgd.optimizers.settings import kind_of
-
-__all__ = [
-    "exact_copies",
-    "fill_missing_settings",
-    "keep_other_settings",
-    "refuse_overwritten",
-    "validate_structure",
-    "validate_type",
-]
 
 
 def keep_other_settings(groups: Sequence[dict[str, Any]], compressor: Compressor) -> str | None:
@@ -87,9 +78,9 @@ def exact_copies(
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     saved = state_dict["state"]
     return {
-        member.parameter: _exact_copy(saved[keys[member.index]], member)
-        for member in members(groups)
-        if keys[member.index] in saved
+        info.parameter: _exact_copy(saved[keys[info.index]], info)
+        for info in list_parameters(groups)
+        if keys[info.index] in saved
     }
 
 
@@ -137,7 +128,7 @@ def validate_structure(state_dict: Mapping[str, Any], settings: Iterable[str]) -
             )
 
 
-def refuse_overwritten(saved: Mapping[Any, Any], sections: Sequence[Section]) -> None:
+def refuse_overwritten(saved: Mapping[Any, Any], buckets: Sequence[Bucket]) -> None:
     """Refuses a state_dict that was kept without copying it while training went on.
 
     Raises:
@@ -145,9 +136,9 @@ def refuse_overwritten(saved: Mapping[Any, Any], sections: Sequence[Section]) ->
     """
     scratch = {
         batch.untyped_storage().data_ptr()
-        for section in sections
-        if section.errors is not None
-        for batch in section.deltas.batches
+        for bucket in buckets
+        if bucket.errors is not None
+        for batch in bucket.deltas.batches
     }
     for state in saved.values():
         error = state.get("error") if isinstance(state, Mapping) else None
@@ -159,18 +150,18 @@ def refuse_overwritten(saved: Mapping[Any, Any], sections: Sequence[Section]) ->
             )
 
 
-def _exact_copy(saved: Mapping[str, Any], member: Member) -> dict[str, Any]:
+def _exact_copy(saved: Mapping[str, Any], info: ParameterInfo) -> dict[str, Any]:
     copies: dict[str, Any] = {}
-    parameter = member.parameter
+    parameter = info.parameter
     for name, value in saved.items():
         if name == "momentum_buffer" and value is None:  # as earlier versions of torch save it
             continue
         if name in ("momentum_buffer", "momentum_started", *LOCAL_STATE):
-            require_tensor(value, name, member.name)
+            require_tensor(value, name, info.name)
         if isinstance(value, Tensor):
             if name in ("momentum_buffer", *LOCAL_STATE):
-                shape = member.shape if name in LOCAL_STATE else parameter.shape
-                require_shape(value, shape, name, member.name)
+                shape = info.shape if name in LOCAL_STATE else parameter.shape
+                require_shape(value, shape, name, info.name)
             dtype = value.dtype
             if name == "momentum_buffer":
                 dtype = parameter.dtype

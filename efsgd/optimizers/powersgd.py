@@ -7,8 +7,6 @@ from torch.optim.optimizer import ParamsT
 from efsgd.compressors import PowerSGD
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
 
-__all__ = ["PowerSGDOptimizer"]
-
 
 class PowerSGDOptimizer(ErrorFeedbackSGD):
     r"""torch.optim.SGD that sends rank-r gradients: PowerSGD, Algorithms 1 and 2.

@@ -12,23 +12,6 @@ from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.majority_vote import LOCAL_FORM
 from efsgd.engine.parameters import PER_PARAMETER, validate_per_parameter
 
-__all__ = [
-    "LOCAL",
-    "SGD_SETTINGS",
-    "SHARED",
-    "kind_of",
-    "number_of",
-    "validate_changes",
-    "validate_compressor",
-    "validate_exchange",
-    "validate_parameter",
-    "validate_process_group",
-    "validate_setting_names",
-    "validate_sgd_group",
-    "validate_shared",
-    "validate_signum_group",
-]
-
 #: Names of torch.optim.SGD's settings.
 SGD_SETTINGS = (
     "lr",

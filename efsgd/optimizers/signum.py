@@ -16,8 +16,6 @@ from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.optimizers.settings import number_of, validate_signum_group
 from efsgd.optimizers.stateful import Handling
 
-__all__ = ["Signum", "signum_"]
-
 
 def _rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
     rules = {}

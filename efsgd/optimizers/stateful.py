@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.parameters import PER_PARAMETER, members
+from efsgd.engine.parameters import PER_PARAMETER, list_parameters
 from efsgd.engine.plan import Groups
 from efsgd.engine.state import State, complete_
-from efsgd.engine.step import Stepper
+from efsgd.engine.step import Step
 from efsgd.engine.update import Rules
 from efsgd.errors import warn_user
 from efsgd.optimizers.loading import (
@@ -37,8 +37,6 @@ from efsgd.optimizers.settings import (
     validate_setting_names,
     validate_shared,
 )
-
-__all__ = ["Handling", "SavableOptimizer", "complete_states_"]
 
 Validation: TypeAlias = Callable[[Mapping[str, Any], Compressor], None]
 
@@ -102,7 +100,7 @@ class SavableOptimizer(Optimizer):
         settings = [name for name in defaults if name not in LOCAL]
         handling = self._handling
         again = functools.partial(_validate_groups, handling.validate_again, compressor)
-        self._stepper = Stepper(compressor, settings, again, handling.rules)
+        self._engine = Step(compressor, settings, again, handling.rules)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
@@ -117,8 +115,8 @@ class SavableOptimizer(Optimizer):
         super().add_param_group(param_group)
         try:
             _validate_groups(self._handling.validate, self._compressor, self.param_groups)
-            for member in members(self.param_groups):
-                validate_parameter(member.parameter, member.name)
+            for info in list_parameters(self.param_groups):
+                validate_parameter(info.parameter, info.name)
         except Exception:
             self.param_groups.pop()
             raise
@@ -142,7 +140,7 @@ class SavableOptimizer(Optimizer):
 
         def keep(_: Optimizer, final: dict[str, Any]) -> None:
             validate_structure(final, self._handling.telling_settings)
-            refuse_overwritten(final["state"], self._stepper.plan.sections)
+            refuse_overwritten(final["state"], self._engine.plan.buckets)
             self._loading = final
 
         handle = self.register_load_state_dict_pre_hook(keep)  # the last, so it sees what is loaded
@@ -173,11 +171,11 @@ class SavableOptimizer(Optimizer):
         _validate_groups(self._handling.validate, compressor, groups)
         if (loading := present.get("_loading")) is not None:
             state["state"].update(exact_copies(groups, loading))
-        if "_stepper" not in present:
+        if "_engine" not in present:
             self._begin(compressor, defaults)
         complete_states_(groups, state["state"], compressor)  # it raises before anything changes
         super().__setstate__(state)
-        self._stepper.reload()
+        self._engine.reload()
         if note is not None:
             warn_user(note)
 
@@ -196,9 +194,9 @@ def complete_states_(
         TypeError: an entry is no tensor.
         ValueError: a tensor has not the shape that its parameter asks for.
     """
-    for member in members(groups):
-        if member.parameter.requires_grad:
-            complete_(states[member.parameter], member, compressor)
+    for info in list_parameters(groups):
+        if info.parameter.requires_grad:
+            complete_(states[info.parameter], info, compressor)
     if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
         states[groups[0]["params"][0]] = {}
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from efsgd.engine.observation import Observation
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
-__all__ = ["Accumulated", "Accumulator", "mean_table"]
-
 
 class Accumulated(Protocol):
     """What is known of a layer here."""

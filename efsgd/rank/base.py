@@ -12,12 +12,10 @@ from torch.optim import Optimizer
 
 from efsgd.compressors import Compressor
 from efsgd.engine.observation import Observation
-from efsgd.engine.parameters import PER_PARAMETER, Member, compute_dtype, members
+from efsgd.engine.parameters import PER_PARAMETER, ParameterInfo, compute_dtype, list_parameters
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.fixed_traffic import Background
 from efsgd.wire.collectives import Exchange
-
-__all__ = ["Layer", "RankPolicy", "Value", "layers_of"]
 
 #: What is decided on for one parameter: a rank, a density, a number of bits.
 Value: TypeAlias = int | float
@@ -181,25 +179,25 @@ def layers_of(
     lrs = {id(p): group.get("lr") for group in lr_of.param_groups for p in group["params"]}
     positions = {id(group): position for position, group in enumerate(groups)}
     found = []
-    for member in members(groups):
-        settings = member.settings
-        own = [_with_setting(member, {**settings, setting: value}) for value in choices]
+    for info in list_parameters(groups):
+        settings = info.settings
+        own = [_with_setting(info, {**settings, setting: value}) for value in choices]
         for each in own:
             _validate(compressor, each, setting, choices)
         if all(each.entry(compressor).level is None for each in own):
             continue
-        lr = lrs.get(id(member.parameter))
+        lr = lrs.get(id(info.parameter))
         found.append(
             Layer(
-                member.index,
-                member.name,
-                tuple(member.compressed_shape),
+                info.index,
+                info.name,
+                tuple(info.compressed_shape),
                 settings[setting],
-                positions[id(member.group)],
+                positions[id(info.group)],
                 None if lr is None else float(lr),
                 settings,
-                compute_dtype(member.parameter),
-                member.parameter.device,
+                compute_dtype(info.parameter),
+                info.parameter.device,
             )
         )
     if not found:
@@ -211,20 +209,20 @@ def layers_of(
 
 
 def _validate(
-    compressor: Compressor, member: Member, setting: str, choices: Sequence[Value]
+    compressor: Compressor, info: ParameterInfo, setting: str, choices: Sequence[Value]
 ) -> None:
     try:
-        compressor.validate(member.group)
+        compressor.validate(info.group)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
-            f"{error} That is for {setting}={member.group[setting]!r} of {member.name}, one of the "
+            f"{error} That is for {setting}={info.group[setting]!r} of {info.name}, one of the "
             f"values {list(choices)} of the policy. Another setting is decided on by a policy that "
             f"is made with setting='density', for example."
         ) from error
 
 
-def _with_setting(member: Member, settings: dict[str, Any]) -> Member:
+def _with_setting(info: ParameterInfo, settings: dict[str, Any]) -> ParameterInfo:
     """The parameter as if it were in a group with these settings."""
     group = {**settings, PER_PARAMETER: None}
-    return Member(member.index, member.parameter, group, 0, member.name)
+    return ParameterInfo(info.index, info.parameter, group, 0, info.name)

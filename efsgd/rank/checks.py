@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-__all__ = ["require_choice", "require_counts", "require_numbers"]
-
 
 def require_numbers(*, above: float | None = None, **numbers: object) -> None:
     """Checks that these are finite numbers of at least 0, or above a number.

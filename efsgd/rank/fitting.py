@@ -10,8 +10,6 @@ from efsgd.rank.costs.network import Network
 from efsgd.rank.costs.volumes import byte_table, total_bytes
 from efsgd.rank.fixed_traffic import Background
 
-__all__ = ["Fit", "Fitting", "largest_within"]
-
 
 def largest_within(
     values: Sequence[Value],

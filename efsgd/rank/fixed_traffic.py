@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efsgd.engine.parameters import Member, compute_dtype
+from efsgd.engine.parameters import ParameterInfo, compute_dtype
 from efsgd.wire.control_words import ControlWords
-
-__all__ = ["Background", "background_of"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Background:
 
 
 def background_of(
-    members: Iterable[Member],
+    infos: Iterable[ParameterInfo],
     layers: Container[int],
     world_size: int,
     collectives: int,
@@ -40,24 +38,24 @@ def background_of(
     """Counts it.
 
     Args:
-        members: all parameters of the optimizer.
+        infos: all parameters of the optimizer.
         layers: indices of those that are decided on.
         world_size: the number of workers.
         collectives: of a step.
     """
     nbytes, fixed = 0, set()
-    counts: dict[tuple[torch.device, torch.dtype], int] = {}  # words go with each kind of section
-    for member in members:
-        parameter: Tensor = member.parameter
-        is_fixed = not parameter.requires_grad or member.has_sparse_gradients
-        if is_fixed and member.index in layers:
-            fixed.add(member.index)
+    counts: dict[tuple[torch.device, torch.dtype], int] = {}  # words go with each kind of bucket
+    for info in infos:
+        parameter: Tensor = info.parameter
+        is_fixed = not parameter.requires_grad or info.has_sparse_gradients
+        if is_fixed and info.index in layers:
+            fixed.add(info.index)
         if not parameter.requires_grad:
             continue
         kind = parameter.device, compute_dtype(parameter)
         counts[kind] = counts.get(kind, 0) + 1
-        if is_fixed or member.index not in layers:
-            nbytes += member.shape.numel() * kind[1].itemsize
+        if is_fixed or info.index not in layers:
+            nbytes += info.shape.numel() * kind[1].itemsize
     for (_, dtype), count in counts.items():
         nbytes += ControlWords.count(count, world_size) * dtype.itemsize
     return Background(nbytes, frozenset(fixed), world_size, collectives)

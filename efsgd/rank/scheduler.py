@@ -10,16 +10,15 @@ import torch
 from torch.optim import Optimizer
 
 from efsgd.engine.observation import Observation
-from efsgd.engine.parameters import members, set_own_
+from efsgd.engine.parameters import list_parameters, set_overrides_
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.layout import matrix_shape
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
 from efsgd.rank.fixed_traffic import Background, background_of
-from efsgd.rank.refusals import (
-    disown_,
+from efsgd.rank.unsupported import (
+    clear_owner_,
     load_policy,
-    own_,
     require_exchange,
     require_known,
     require_mapping,
@@ -27,13 +26,12 @@ from efsgd.rank.refusals import (
     require_sole,
     require_types,
     saved,
+    set_owner_,
     validate_saved,
 )
 from efsgd.wire.collectives import AllGather, Exchange
 from efsgd.wire.compare import compare
 from efsgd.wire.transports import current_transport
-
-__all__ = ["RankScheduler"]
 
 
 class RankScheduler:
@@ -106,7 +104,7 @@ class RankScheduler:
         self._set(require_mapping(values, policy, "begin"))
         policy.commit(self._layers())
         self._stop = optimizer.watch(self._observe)
-        own_(self, policy)
+        set_owner_(self, policy)
 
     @property
     def _step_number(self) -> int:
@@ -121,7 +119,7 @@ class RankScheduler:
 
     def _background(self, layers: Sequence[Layer], world_size: int) -> Background:
         optimizer = self.optimizer
-        listed = members(optimizer.param_groups, optimizer.sparse_parameters)
+        listed = list_parameters(optimizer.param_groups, optimizer.sparse_parameters)
         collectives = optimizer.communication_stats()["collectives"]
         return background_of(listed, {layer.index for layer in layers}, world_size, collectives)
 
@@ -136,7 +134,7 @@ class RankScheduler:
         if not self._is_closed:
             self._is_closed = True
             self._stop()
-            disown_(self.policy)
+            clear_owner_(self.policy)
 
     def step(self) -> None:
         """Ends a window: decides what the optimizer's next steps send.
@@ -221,7 +219,7 @@ class RankScheduler:
         return layers
 
     def _set(self, values: Mapping[int, Value]) -> None:
-        set_own_(self.optimizer.param_groups, self.policy.setting, values)
+        set_overrides_(self.optimizer.param_groups, self.policy.setting, values)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.

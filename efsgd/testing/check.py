@@ -29,8 +29,6 @@ from efsgd.testing.laws import (
 from efsgd.testing.processes import agrees_in_processes
 from efsgd.testing.trial import SHAPES, Law, Trial
 
-__all__ = ["LAWS", "check_compressor"]
-
 #: What `check_compressor` tests, in this order. Each raises a `CompressorLawError` where it does
 #: not hold; its docstring says what it asks for.
 LAWS: tuple[Law, ...] = (
@@ -78,7 +76,7 @@ def check_compressor(
         world_sizes: numbers of workers.
         shapes: of the parameters.
         steps: of most runs. Take as many as it has different kinds of steps (see
-            `Compressor.beat`), or more.
+            `Compressor.step_kind`), or more.
         seed: of all gradients.
         processes: worker processes to start, over gloo; 0 starts none. The compressor is pickled.
             A script that is run as a whole calls this under ``if __name__ == "__main__":``.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from efsgd.randomness import generator_of
 
-__all__ = ["KINDS", "Gradients", "gaussian", "gradients", "made_up"]
-
 #: By worker, and by parameter.
 Gradients: TypeAlias = list[list[Tensor | None]]
 

@@ -20,8 +20,6 @@ from efsgd.wire.collectives import (
     Start,
 )
 
-__all__ = ["Lockstep", "LockstepError", "Traced", "lockstep", "step_together"]
-
 T = TypeVar("T")
 
 

@@ -16,8 +16,6 @@ from efsgd.testing.gradients import Gradients
 from efsgd.testing.simulation import give_, snapshot
 from efsgd.testing.trial import Trial
 
-__all__ = ["Course", "dtype_of", "error_file", "gradients_of", "result_file", "work"]
-
 #: All that a step may change on one worker, after each step.
 Course: TypeAlias = list[dict[str, Tensor]]
 

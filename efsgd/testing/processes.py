@@ -25,8 +25,6 @@ from efsgd.testing.simulation import first_difference
 from efsgd.testing.trial import SHAPES, Trial, law
 from efsgd.testing.violations import CompressorLawError, Violation
 
-__all__ = ["agrees_in_processes", "check_in_processes", "failures"]
-
 #: Seconds for a launch, of which loading torch takes most, and for each compressor in it.
 LIMIT, LIMIT_EACH = 90.0, 10.0
 

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from efsgd.compressors import Compressor
 from efsgd.engine.consistency import replicated
-from efsgd.engine.parameters import members
+from efsgd.engine.parameters import list_parameters
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
 from efsgd.testing.gradients import Gradients
 from efsgd.testing.lockstep import Traced, step_together
 from efsgd.testing.violations import Violation
-
-__all__ = ["Simulation", "first_difference", "give_", "make_optimizer", "parameters_of", "snapshot"]
 
 
 def make_optimizer(
@@ -131,7 +129,7 @@ class Simulation:
     def replicated(self, worker: int) -> dict[str, Tensor]:
         """What one worker must have in common with all others, by name: live views."""
         optimizer = self.optimizers[worker]
-        return replicated(members(optimizer.param_groups), optimizer.state)
+        return replicated(list_parameters(optimizer.param_groups), optimizer.state)
 
     def snapshots(self) -> list[dict[str, Tensor]]:
         """All that a step may change, by worker."""

@@ -14,8 +14,6 @@ from efsgd.testing.gradients import Gradients, gradients
 from efsgd.testing.simulation import Simulation
 from efsgd.testing.violations import CompressorLawError, Violation
 
-__all__ = ["SHAPES", "Law", "Trial", "law"]
-
 #: Matrices, tall and wide; tensors of more dimensions; vectors; one number; nothing. Equal shapes
 #: stand apart.
 SHAPES: tuple[tuple[int, ...], ...] = (
@@ -110,10 +108,10 @@ class Trial:
         return gradients(self.shapes, world_size, step, self.seed, **options)
 
     def first_steps(self) -> list[int]:
-        """The first step of each beat, of those that are among the steps of a run and four more."""
+        """The first step of each kind, of those that are among the steps of a run and four more."""
         group, first = dict(self.simulate(1).group), dict[Hashable, int]()
         for step in range(self.steps + 4):
-            first.setdefault(self.compressor.beat(step, group), step)
+            first.setdefault(self.compressor.step_kind(step, group), step)
         return list(first.values())
 
     def compressed_shapes(self) -> list[torch.Size]:

@@ -1,7 +1,5 @@
 """How it is said that a compressor breaks a law."""
 
-__all__ = ["CompressorLawError", "Violation"]
-
 
 class Violation(Exception):
     """What a law has found, before it is said of which compressor.

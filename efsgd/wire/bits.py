@@ -9,8 +9,6 @@ import functools
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_BITS", "majority", "pack", "packed_size", "unpack"]
-
 #: The most that a code may have.
 MAX_BITS = 32
 

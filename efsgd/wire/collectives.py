@@ -22,21 +22,6 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
-__all__ = [
-    "AllGather",
-    "AllReduceMean",
-    "AllToAll",
-    "Broadcast",
-    "Collective",
-    "Exchange",
-    "InFlight",
-    "Request",
-    "Start",
-    "Transport",
-    "intercept",
-    "run",
-]
-
 T = TypeVar("T")
 
 

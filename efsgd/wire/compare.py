@@ -17,15 +17,6 @@ from efsgd.errors import WorkerMismatchError, warn_user
 from efsgd.layout import real_view
 from efsgd.wire.collectives import AllGather, Broadcast, Exchange
 
-__all__ = [
-    "GradientSummary",
-    "broadcast_values",
-    "checksum",
-    "checksums",
-    "compare",
-    "compare_gradients",
-]
-
 _CHUNK = 1 << 17  # of eight bytes: it and the weights stay in cache
 
 

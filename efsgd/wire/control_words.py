@@ -20,15 +20,6 @@ from efsgd.layout import real_view
 from efsgd.wire.collectives import Collective, Exchange, intercept
 from efsgd.wire.replay import Schedule
 
-__all__ = [
-    "ControlWords",
-    "Verdict",
-    "all_finite",
-    "describe_change",
-    "describe_rejection",
-    "raise_unable",
-]
-
 T = TypeVar("T")
 
 
@@ -66,7 +57,7 @@ class Verdict:
 
 
 class ControlWords:
-    """The control words of one worker for the parameters of one section.
+    """The control words of one worker for the parameters of one bucket.
 
     Attributes:
         world_size: the number of workers.
@@ -86,7 +77,7 @@ class ControlWords:
         """The number of words: one for each parameter, one for each worker."""
         return parameters + world_size
 
-    def escort(
+    def attach_control_words(
         self,
         exchange: Exchange[T],
         words: Tensor,
@@ -103,7 +94,7 @@ class ControlWords:
         this worker, and the schedule stays as it is.
 
         Args:
-            exchange: the collectives of one section; its first buffer begins with the words and
+            exchange: the collectives of one bucket; its first buffer begins with the words and
                 must be finite only if all gradients are.
             words: holds the words' mean once the exchange has returned; may be the head of that
                 first buffer.
@@ -146,7 +137,7 @@ class ControlWords:
         """Takes part in a step of the others with zeros, to say that this worker has changed.
 
         Args:
-            schedule: of the section that these words are for.
+            schedule: of the bucket that these words are for.
             is_unable: says instead that it has met an error and cannot take part.
 
         Returns:
@@ -231,7 +222,7 @@ def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], st
     """Says which gradient of which worker was not finite.
 
     Args:
-        verdicts: of all sections, at least one of them not good.
+        verdicts: of all buckets, at least one of them not good.
         names: of the parameters, by index.
         step: the number of the step.
     """

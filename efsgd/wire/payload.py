@@ -9,8 +9,6 @@ from torch import Tensor
 
 from efsgd.wire.bits import MAX_BITS, pack, packed_size, unpack
 
-__all__ = ["Field", "Format", "position_dtype", "require_tensors"]
-
 
 def position_dtype(numel: int) -> torch.dtype:
     """The smallest dtype of positions in a tensor: int32, from 2**31 elements on int64.

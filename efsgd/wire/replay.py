@@ -10,8 +10,6 @@ from torch import Tensor
 
 from efsgd.wire.collectives import Collective, Exchange, InFlight, Request, Start
 
-__all__ = ["Schedule"]
-
 
 class Schedule:
     """What an exchange has asked for, in order, without the buffers' memory.

@@ -4,10 +4,8 @@ from typing import Any
 
 from efsgd.wire.collectives import Collective
 
-__all__ = ["Ledger"]
 
-
-class Ledger:
+class TrafficCounter:
     """Counts the buffers one worker hands to collectives.
 
     A step's own collectives are kept apart from those of the checks before it.

@@ -9,8 +9,6 @@ from torch import Tensor
 from efsgd.errors import CollectiveError
 from efsgd.wire.collectives import AllGather, AllReduceMean, AllToAll, Broadcast, Collective
 
-__all__ = ["Alone", "ProcessGroup", "current_transport"]
-
 if dist.is_available():
     # torch imports this by itself when the first optimizer is made. If that is after
     # init_process_group, its functions keep the group as a default argument: it then outlives
@@ -51,7 +49,7 @@ class ProcessGroup:
         group: the process group; None is the default group.
 
     Raises:
-        ValueError: this process is not a member of `group`.
+        ValueError: this process is not a info of `group`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -61,7 +59,7 @@ class ProcessGroup:
         if self.worker < 0:
             raise ValueError(
                 "process_group does not contain this process. Construct the optimizer only on "
-                "the members of its group, or pass the group that this process belongs to."
+                "the infos of its group, or pass the group that this process belongs to."
             )
 
     def start(self, collective: Collective) -> Callable[[], Tensor]:

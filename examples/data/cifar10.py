@@ -9,8 +9,6 @@ from torch import Tensor
 from examples.data.files import require_files
 from examples.data.images import ImageData
 
-__all__ = ["load"]
-
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_FILE = "test_batch.bin"
 RECORD_BYTES = 1 + 3 * 32 * 32

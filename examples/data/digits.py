@@ -7,8 +7,6 @@ from sklearn.datasets import load_digits
 
 from examples.data.images import ImageData
 
-__all__ = ["TEST_IMAGES", "load"]
-
 TEST_IMAGES = 597
 
 

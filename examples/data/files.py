@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["require_files"]
-
 
 def require_files(directory: Path, names: Sequence[str], what: str) -> None:
     """Raises FileNotFoundError, naming all files expected, unless every one of them exists.

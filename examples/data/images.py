@@ -7,8 +7,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["ImageData", "crop_and_flip", "steps_per_epoch", "training_batches"]
-
 
 @dataclass(frozen=True)
 class ImageData:

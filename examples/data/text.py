@@ -13,8 +13,6 @@ from torch import Tensor
 
 from examples.data.files import require_files
 
-__all__ = ["Corpus", "load_topics", "load_wikitext2", "streams", "windows"]
-
 UNKNOWN = "<unk>"
 END = "<eos>"
 TRAIN_FILE, TEST_FILE = "wiki.train.tokens", "wiki.test.tokens"

@@ -180,12 +180,12 @@ def test_settings_that_toggle_compile_and_send_nothing_but_the_step() -> None:
     workers = make_workers(start(), 2, lr=0.1, momentum=0.9, compile=True)
     step_with(workers, [gradients(0, worker) for worker in range(2)])
     for step, weight_decay in enumerate((0.1, 0.0, 0.2)):
-        sections = [id(section) for section in workers[0]._stepper.plan.sections]
+        buckets = [id(bucket) for bucket in workers[0]._engine.plan.buckets]
         for worker in workers:
             worker.param_groups[0]["weight_decay"] = weight_decay
         trace = step_with(workers, [gradients(step, worker) for worker in range(2)])
         assert len(trace) == 2
-        assert [id(section) for section in workers[0]._stepper.plan.sections] == sections
+        assert [id(bucket) for bucket in workers[0]._engine.plan.buckets] == buckets
 
 
 def test_missing_gradients_compile_nothing_and_leave_their_parameters_alone() -> None:
@@ -252,7 +252,7 @@ def test_workers_of_which_one_cannot_compile_refuse_to_train(
             p.grad = g
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(WorkerMismatchError, match=r"0: .*, compiled; worker 1: .*, uncompiled"):
+        with pytest.raises(WorkerMismatchError, match=r"0: .*, compiled; worker 1: .*, eager"):
             step_together(workers)
     for worker, old in zip(workers, before, strict=True):
         assert all(map(torch.equal, parameters_of(worker), old))

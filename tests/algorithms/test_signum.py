@@ -18,7 +18,7 @@ from examples.models import CifarResNet18, LSTMLanguageModel
 from tests.simulation import bits, parameters_of, replicated, step_with
 from tests.strategies import Gradients, Scenario, gaussian, scenarios
 
-# A multiply-add that rounds once differs from two roundings by a unit in the last place of float64,
+# A multiply-add that rounds once differs from two numerics by a unit in the last place of float64,
 # 1e-16 of numbers of about ten; there are a few of them in a row.
 ROUNDING = 1e-13
 

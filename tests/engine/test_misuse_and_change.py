@@ -105,7 +105,7 @@ def scenario_of_three() -> Scenario:
 def test_a_broadcast_compares_parameter_lists_first(parameters: int) -> None:
     first = PowerSGDOptimizer([torch.zeros(4, 4).requires_grad_() for _ in range(2)])
     other = PowerSGDOptimizer([torch.ones(4, 5).requires_grad_() for _ in range(parameters)])
-    exchanges = [o._stepper.broadcast(o.param_groups, 0) for o in (first, other)]
+    exchanges = [o._engine.broadcast(o.param_groups, 0) for o in (first, other)]
     with pytest.raises(WorkerMismatchError, match=r"parameter 0, shape \[4, 5\]"):
         lockstep(exchanges)
     assert bool((parameters_of(other)[0] == 1).all())

@@ -112,7 +112,7 @@ def test_ddp_starts_every_forward_pass_from_the_buffers_of_worker_0(workers: Rep
     for worker in workers:
         own = torch.tensor(worker["buffers"]["noop_hook, of that batch"])
         after = torch.tensor(worker["buffers"]["noop_hook, one batch later"]["running_mean"])
-        # A mean of 8 numbers below 10 and one more sum in float32: some roundings of 6e-8.
+        # A mean of 8 numbers below 10 and one more sum in float32: some numerics of 6e-8.
         assert (after - (0.9 * start + 0.1 * own)).abs().max() < 1e-5
 
 

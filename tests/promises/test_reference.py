@@ -67,7 +67,7 @@ def test_orthogonalize_at_any_scale_and_of_nearly_dependent_columns(scale: float
 def test_orthogonalize_completes_by_the_first_independent_basis_vector() -> None:
     # Column 1 is a multiple of column 0 and column 2 is zero; e_0 is column 0, so e_1 and e_2 come.
     p = matrix([2, 6, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 5])
-    assert torch.equal(orthogonalize(p), torch.eye(4, dtype=torch.float64))  # no roundings
+    assert torch.equal(orthogonalize(p), torch.eye(4, dtype=torch.float64))  # no numerics
 
 
 def test_by_hand() -> None:

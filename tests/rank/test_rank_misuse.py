@@ -160,4 +160,4 @@ def test_an_optimizer_is_as_it_was_where_a_scheduler_is_refused() -> None:
         RankScheduler(optimizer, Accordion(1, 4), lr_of=powersgd())
     assert individual(optimizer) == [None]
     assert optimizer.param_groups[0]["per_parameter"] is None
-    assert optimizer._stepper.watchers == []
+    assert optimizer._engine.watchers == []

@@ -129,7 +129,7 @@ def test_a_scheduler_that_is_closed_neither_watches_nor_decides() -> None:
     team.step_alike(*[4.0] * len(SHAPES))
     assert purposes(team.decide()) == [COMPARISON]
     assert bits([scheduler.state_dict() for scheduler in team.schedulers]) == bits(before)
-    assert team.optimizers[0]._stepper.watchers == []
+    assert team.optimizers[0]._engine.watchers == []
 
 
 def test_two_schedulers_decide_on_two_settings() -> None:

@@ -13,8 +13,6 @@ from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, same
 from benchmarks.contract.questions import require, row
 
-__all__ = ["require_same_continuation", "trained"]
-
 
 def trained(adapter: Adapter, steps: int = 4, **options: Any) -> Loop:
     """A loop after some steps, always the same."""

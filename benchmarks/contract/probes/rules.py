@@ -10,8 +10,6 @@ from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, same
 from benchmarks.contract.questions import require, row
 
-__all__ = ["RULES", "sgd_twin"]
-
 #: Combinations of SGD's settings.
 RULES: list[dict[str, Any]] = [
     {},

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from efsgd.randomness import generator_of
 
-__all__ = ["initial_query", "resized"]
-
 # Columns that nothing is known of count less than any that was learned, should the rank shrink
 # again before a step has been taken.
 _UNKNOWN = 2.0**-10

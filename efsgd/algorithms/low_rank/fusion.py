@@ -16,8 +16,6 @@ from torch import Tensor
 
 from efsgd.layout import Elementwise
 
-__all__ = ["Fusion", "has_compiler", "shared_fusion"]
-
 # Otherwise the compiler writes an expression with many inputs to memory before using it twice.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 1000,
@@ -196,7 +194,7 @@ def _is_of_compiler(error: Exception) -> bool:
 def _warn(what: str, error: Exception) -> None:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     warnings.warn(
-        f"compile=True cannot do what it should: {what} ({reason}). Steps run uncompiled there, "
+        f"compile=True cannot do what it should: {what} ({reason}). Steps run without it there, "
         f"with the same results to rounding. On a CPU it needs a C++ compiler such as g++, on "
         f"CUDA Triton. Install it, or leave compile out.",
         stacklevel=2,

@@ -5,8 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["normalize_columns", "orthogonalize"]
-
 
 def normalize_columns(matrices: Tensor) -> Tensor:
     """Scales each column by a power of two so that its largest entry lies in [0.5, 1).

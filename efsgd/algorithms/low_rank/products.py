@@ -28,8 +28,6 @@ from efsgd.layout import Batch, Blocks, Elementwise, Layout
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import InFlight
 
-__all__ = ["LowRank", "LowRankAggregator", "adopt_", "is_aligned", "rank_of", "subtract_", "views"]
-
 # What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
 # costs little beside it, small enough to be in the cache still when the next operation reads it.
 FLOATS_AT_ONCE = 2**19
@@ -65,9 +63,9 @@ class LowRankAggregator:
         self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
 
     @property
-    def rounding(self) -> str:
-        """Either "compiled", where products may be fused, or "uncompiled"."""
-        return "uncompiled" if self._fusion is None else "compiled"
+    def numerics(self) -> str:
+        """Either "compiled", where products may be fused, or "eager"."""
+        return "eager" if self._fusion is None else "compiled"
 
     def prepare(
         self,

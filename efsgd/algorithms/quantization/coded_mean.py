@@ -23,8 +23,6 @@ from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.wire.bits import pack, packed_size, unpack
 from efsgd.wire.collectives import AllGather, AllToAll, Exchange
 
-__all__ = ["Coded", "CodedMean", "Coding", "GatheredMean", "Parts", "ScatteredMean"]
-
 
 @dataclass(frozen=True)
 class Coded:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from efsgd.wire.bits import MAX_BITS
 
-__all__ = ["LogQuantizer"]
-
 # Below this alpha the logarithm is a straight line to all digits of float64.
 _LINEAR = 2.0**-54
 

@@ -18,8 +18,6 @@ from fractions import Fraction
 
 from efsgd.rank.allocation.knapsack import solve
 
-__all__ = ["Candidate", "Table", "allocate", "allocate_within", "as_integers", "limit_of"]
-
 
 def as_integers(rows: Sequence[Sequence[float]]) -> tuple[list[list[int]], Fraction]:
     """The numbers as multiples of the largest unit there is for all of them.

@@ -14,18 +14,16 @@ from efsgd.rank.allocation.relaxation import (
     Layer,
     State,
     greedy,
-    hopeful,
     reachable,
     steps_of,
     total,
     undominated,
+    viable,
     without_hopeless,
 )
 
-__all__ = ["Solution", "solve"]
-
 #: How many partial choices are kept: few at first, since the choice they lead to shows how many
-#: others are hopeless, and more where that was not enough.
+#: others are pruned, and more where that was not enough.
 FRONTIERS = (32, 256, 512)
 
 
@@ -101,7 +99,7 @@ def _sweep(layers: Sequence[Layer], limit: int, best: State, most: int) -> tuple
     for index, layer in enumerate(free):
         sums = sorted((e + a, s + b, c + d) for e, s, c in layer for a, b, d in states)
         corners = reachable(free[index + 1 :], (step for step in steps if step.layer > index))
-        ranked = list(hopeful(undominated(sums), corners, limit, best.size))
+        ranked = list(viable(undominated(sums), corners, limit, best.size))
         if len(ranked) > most:
             is_complete = False
             ranked = sorted(ranked)[:most]

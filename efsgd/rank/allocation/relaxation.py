@@ -10,19 +10,6 @@ from functools import cmp_to_key
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
-__all__ = [
-    "Layer",
-    "State",
-    "Step",
-    "greedy",
-    "hopeful",
-    "reachable",
-    "steps_of",
-    "total",
-    "undominated",
-    "without_hopeless",
-]
-
 # Binary places of the bounds by which states are ordered.
 PLACES = 16
 
@@ -177,7 +164,7 @@ def reachable(layers: Sequence[Layer], steps: Iterable[Step]) -> list[tuple[int,
     return [*corners, (error + 1, size)]  # more error saves nothing
 
 
-def hopeful(
+def viable(
     ascending: Iterable[_T], corners: Sequence[tuple[int, int]], limit: int, size: int
 ) -> Iterator[tuple[int, _T]]:
     """The states that may lead to no more than this size.

@@ -15,8 +15,6 @@ from efsgd.rank.accumulation import mean_table
 from efsgd.rank.base import Layer, Value
 from efsgd.wire.collectives import Exchange
 
-__all__ = ["measured_errors"]
-
 
 def measured_errors(
     compressor: TensorCompressor,

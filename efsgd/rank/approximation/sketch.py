@@ -18,8 +18,6 @@ from torch import Tensor
 from efsgd.randomness import generator_of
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
-__all__ = ["mean_norms", "sketch"]
-
 _AT_ONCE = 1 << 18  # elements for which random numbers are drawn together
 
 

@@ -27,8 +27,6 @@ from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, ortho
 from efsgd.rank.approximation.sketch import mean_norms
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
-__all__ = ["exact_tails", "power_tails"]
-
 
 def power_tails(
     matrices: Mapping[int, Tensor],

@@ -17,8 +17,6 @@ from efsgd.rank.costs.volumes import with_value
 from efsgd.wire.collectives import Broadcast, Exchange, run
 from efsgd.wire.transports import Alone
 
-__all__ = ["ErrorTables"]
-
 
 @dataclass(frozen=True)
 class ErrorTables:

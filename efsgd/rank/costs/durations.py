@@ -20,8 +20,6 @@ from efsgd.rank.costs.volumes import with_value
 from efsgd.wire.collectives import Exchange, run
 from efsgd.wire.transports import Alone
 
-__all__ = ["measured_seconds", "modelled_seconds"]
-
 
 def modelled_seconds(
     table: Sequence[Sequence[float]], network: Network, collectives: int = 2

@@ -10,8 +10,6 @@ import torch
 
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
-__all__ = ["LARGE_BYTES", "Clock", "Network", "measure_network", "seconds_now"]
-
 #: Tells seconds, from any beginning.
 Clock = Callable[[], float]
 

@@ -13,8 +13,6 @@ from efsgd.rank.costs.network import Clock, Network, measure_network
 from efsgd.rank.costs.volumes import byte_table
 from efsgd.wire.collectives import Exchange
 
-__all__ = ["Costs", "StepTime", "checked"]
-
 #: What each layer costs at each value, by compressor, layers, setting, values and the number of
 #: workers: an exchange whose result is the same on every worker, a row for each layer.
 Costs: TypeAlias = Callable[

@@ -13,8 +13,6 @@ import torch
 from efsgd.compressors import Compressor
 from efsgd.rank.base import Layer, Value
 
-__all__ = ["byte_table", "bytes_of", "total_bytes", "with_value"]
-
 
 def with_value(
     compressor: Compressor, settings: Mapping[str, Any], setting: str, value: Value
@@ -177,7 +175,7 @@ def _bytes(
 ) -> int:
     """Of an ordinary step: see above."""
     settings = own.settings()
-    first, second, third = (own.beat(step, settings) for step in (1, 2, 3))
+    first, second, third = (own.step_kind(step, settings) for step in (1, 2, 3))
     steps = (1, 2) if first == third != second else (1,)
     total = sum(own.payload_bytes(shapes, dtype, step, world_size) for step in steps)
     return -(-total // len(steps))

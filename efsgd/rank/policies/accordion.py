@@ -20,8 +20,6 @@ from efsgd.rank.base import Layer, RankPolicy, Value
 from efsgd.rank.checks import require_choice, require_counts, require_numbers
 from efsgd.wire.collectives import Broadcast, Exchange
 
-__all__ = ["Accordion", "is_critical"]
-
 
 def is_critical(previous: float | None, present: float, threshold: float = 0.5) -> bool:
     """Whether the norm of the accumulated gradient has changed by much: a critical regime.

@@ -19,8 +19,6 @@ from efsgd.rank.costs.volumes import total_bytes
 from efsgd.rank.fitting import Fitting
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
-__all__ = ["CommunicationBudget"]
-
 _STEPS_KEPT = 1000  # the last ones of a window, whose median counts
 
 

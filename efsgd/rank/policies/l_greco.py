@@ -21,8 +21,6 @@ from efsgd.rank.costs.volumes import byte_table
 from efsgd.rank.policies.uniform import Uniform
 from efsgd.wire.collectives import Exchange
 
-__all__ = ["LGreCo"]
-
 
 class LGreCo(RankPolicy):
     """Gives each layer the rank it needs: least traffic at no more error than a uniform rank's.

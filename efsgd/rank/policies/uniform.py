@@ -9,8 +9,6 @@ from efsgd.rank.base import Layer, RankPolicy, Value
 from efsgd.rank.checks import require_numbers
 from efsgd.wire.collectives import Exchange
 
-__all__ = ["Uniform"]
-
 
 class Uniform(RankPolicy):
     """Never changes anything. It communicates nothing beside the decision itself.

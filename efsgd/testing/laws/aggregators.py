@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Section
+from efsgd.algorithms.bucket import Bucket
 from efsgd.layout import Blocks
 from efsgd.testing.gradients import made_up
 from efsgd.testing.lockstep import lockstep
@@ -15,8 +15,6 @@ from efsgd.testing.simulation import Simulation
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 from efsgd.wire.collectives import Exchange
-
-__all__ = ["averages_what_is_sent", "draws_as_claimed", "travels_as_claimed"]
 
 # What is lost to rounding in float64: 2e-16 for each of some dozen sums.
 TOLERANCE = 1e-10
@@ -26,7 +24,7 @@ TOLERANCE = 1e-10
 ROUNDING = 1e-6
 
 
-#: Steps among which others of the same beat are looked for, and how many of them are tried.
+#: Steps among which others of the same kind are looked for, and how many of them are tried.
 HORIZON = 256
 
 
@@ -41,13 +39,13 @@ def averages_what_is_sent(trial: Trial) -> None:
     """What all workers get is the mean of what each of them has sent.
 
     That is, of what each worker itself subtracts for it, where it keeps an error. To 1e-10 in
-    float64, in a step of every beat, with error feedback and without.
+    float64, in a step of every kind, with error feedback and without.
     """
     for world_size in trial.fewest_and_most:
         workers = _started(trial, world_size)
         for step in trial.first_steps():
-            for sections in _sections(workers):
-                found = _exchange(sections, step, trial.seed)
+            for buckets in _sections(workers):
+                found = _exchange(buckets, step, trial.seed)
                 sent = torch.stack([each.sent for each in found]).mean(0)
                 largest = max(_largest(each.sent) for each in found)
                 wrong = max(_largest(each.received - sent) for each in found)
@@ -89,7 +87,7 @@ def travels_as_claimed(trial: Trial) -> None:
 
 @law
 def draws_as_claimed(trial: Trial) -> None:
-    """Where not `claims().is_random`, the number of a step makes no difference within a beat.
+    """Where not `claims().is_random`, the number of a step makes no difference within a kind of step.
 
     What is sent and what is kept are bitwise the same for the same tensors, from the same state.
     Where it is random, they differ in some of 32 steps, unless all is sent as it is.
@@ -99,13 +97,13 @@ def draws_as_claimed(trial: Trial) -> None:
         return
     workers = _started(trial, 1)
     for step in range(HORIZON):
-        by_beat[trial.compressor.beat(step, dict(workers.group))].append(step)
+        by_beat[trial.compressor.step_kind(step, dict(workers.group))].append(step)
     all_tried, is_lossy = True, False
     for steps in by_beat.values():
-        for sections in _sections(workers):
+        for buckets in _sections(workers):
             first = None
             for step in steps[: TRIED_AT_RANDOM if is_random else TRIED]:
-                (found,) = _exchange(sections, step, trial.seed, keeps=True)
+                (found,) = _exchange(buckets, step, trial.seed, keeps=True)
                 first = first or found
                 if not all(map(torch.equal, first.bits, found.bits)):
                     if is_random:
@@ -114,7 +112,7 @@ def draws_as_claimed(trial: Trial) -> None:
                         f"what is sent or kept for the same tensors is another in step {step} than "
                         f"in step {steps[0]}, and it claims not to be random",
                         "Claim is_random=True where anything is drawn. What else depends on the "
-                        "step's number belongs into `beat`.",
+                        "step's number belongs into `step_kind`.",
                     )
                 missing = _largest(found.deltas - found.sent)
                 is_lossy = is_lossy or missing > ROUNDING * _largest(found.deltas)
@@ -148,38 +146,38 @@ def _started(trial: Trial, world_size: int) -> Simulation:
     return workers
 
 
-def _sections(workers: Simulation) -> list[tuple[Section, ...]]:
+def _sections(workers: Simulation) -> list[tuple[Bucket, ...]]:
     """Those that compress something: of all workers each."""
-    own = [optimizer._stepper.plan.sections for optimizer in workers.optimizers]
+    own = [optimizer._engine.plan.buckets for optimizer in workers.optimizers]
     return [each for each in zip(*own, strict=True) if each[0].layout.batches]
 
 
 def _exchange(
-    sections: Sequence[Section], step: int, seed: int, *, keeps: bool = False
+    buckets: Sequence[Bucket], step: int, seed: int, *, keeps: bool = False
 ) -> list[_Outcome]:
     """One exchange of all workers, of tensors that depend on the worker alone.
 
     Nothing is kept afterwards; with `keeps`, it is looked at what would be.
     """
-    for worker, section in enumerate(sections):
-        for index, view in section.deltas.views.items():
+    for worker, bucket in enumerate(buckets):
+        for index, view in bucket.deltas.views.items():
             view.copy_(made_up("scaled", view.shape, worker, seed, 2, index))
 
-    def exchange(section: Section) -> Exchange[_Outcome]:
-        aggregator, deltas = section.aggregator, section.deltas.flat.clone()
-        local = yield from aggregator.compress(section.deltas, step)
-        left = section.deltas.flat.new_zeros(len(deltas))
-        local.subtract_from_(_blocks(section, left))
+    def exchange(bucket: Bucket) -> Exchange[_Outcome]:
+        aggregator, deltas = bucket.aggregator, bucket.deltas.flat.clone()
+        local = yield from aggregator.compress(bucket.deltas, step)
+        left = bucket.deltas.flat.new_zeros(len(deltas))
+        local.subtract_from_(_blocks(bucket, left))
         mean = yield from aggregator.aggregate(local)
         received = torch.zeros_like(left)
-        mean.decompress_with_(_copy_, _blocks(section, received).views)
-        return _Outcome(deltas, -left, received, _kept(section) if keeps else [])
+        mean.decompress_with_(_copy_, _blocks(bucket, received).views)
+        return _Outcome(deltas, -left, received, _kept(bucket) if keeps else [])
 
-    return lockstep([exchange(section) for section in sections]).results
+    return lockstep([exchange(bucket) for bucket in buckets]).results
 
 
-def _blocks(section: Section, flat: Tensor) -> Blocks:
-    return Blocks(section.layout, flat.dtype, flat.device, flat=flat)
+def _blocks(bucket: Bucket, flat: Tensor) -> Blocks:
+    return Blocks(bucket.layout, flat.dtype, flat.device, flat=flat)
 
 
 def _copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
@@ -187,11 +185,11 @@ def _copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         target.copy_(value)
 
 
-def _kept(section: Section) -> list[Tensor]:
+def _kept(bucket: Bucket) -> list[Tensor]:
     """What the next step would start from; the state is put back."""
-    live = [own[name] for own in section.aggregator.state().values() for name in sorted(own)]
+    live = [own[name] for own in bucket.aggregator.state().values() for name in sorted(own)]
     before = [tensor.clone() for tensor in live]
-    section.aggregator.commit_(frozenset())
+    bucket.aggregator.commit_(frozenset())
     kept = [tensor.clone() for tensor in live]
     _copy_(before, live)
     return kept

@@ -14,8 +14,6 @@ from efsgd.testing.gradients import gaussian, made_up
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 
-__all__ = ["contracts_as_claimed", "is_unbiased_as_claimed"]
-
 #: Payloads may have numbers in float32 while tensors are float64.
 ROUNDING = 1e-6
 

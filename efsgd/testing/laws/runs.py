@@ -23,13 +23,6 @@ from efsgd.testing.violations import Violation
 from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
 
-__all__ = [
-    "agrees_when_alone",
-    "refuses_without_a_trace",
-    "repeats_to_the_bit",
-    "resumes_to_the_bit",
-]
-
 
 @law
 def repeats_to_the_bit(trial: Trial) -> None:
@@ -87,7 +80,7 @@ def _require_equal(
 def refuses_without_a_trace(trial: Trial) -> None:
     """A step that is refused, as one worker has a NaN or infinity, asks for the same and is undone.
 
-    In whichever parameter it is, and in steps of every beat: parameters and state are bitwise what
+    In whichever parameter it is, and in steps of every kind: parameters and state are bitwise what
     they were, on all workers, and the steps after it are those of a run in which it never was.
     """
     remedy = (

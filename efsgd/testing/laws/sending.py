@@ -13,8 +13,6 @@ from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 from efsgd.wire.control_words import ControlWords
 
-__all__ = ["has_one_schedule", "requests", "sends_what_it_announces"]
-
 
 @law
 def sends_what_it_announces(trial: Trial) -> None:
@@ -69,10 +67,10 @@ def _announced(
 
 @law
 def has_one_schedule(trial: Trial) -> None:
-    """What a step asks for (kinds, sizes and dtypes of collectives, in order) depends on its beat.
+    """What a step asks for (kinds, sizes and dtypes of collectives, in order) depends on its kind.
 
     Not on the data: it is the same for gaussian, zero, one-hot and huge gradients, and in all steps
-    whose `beat` is equal.
+    whose `step_kind` is equal.
     """
     cases = [("gaussian", 1.0), ("zero", 1.0), ("one_hot", 1.0), ("gaussian", 1e30)]
     for world_size in trial.fewest_and_most:
@@ -80,17 +78,17 @@ def has_one_schedule(trial: Trial) -> None:
         for kind, scale in cases:
             workers = trial.simulate(world_size, torch.float32, nonfinite="skip")
             for step in range(trial.steps):
-                beat = trial.compressor.beat(workers.group["step"], dict(workers.group))
+                step_kind = trial.compressor.step_kind(workers.group["step"], dict(workers.group))
                 what = f"{workers.scene}, of {kind} gradients times {scale:g},"
                 own = trial.gradients(world_size, step, kinds=[kind], scale=scale)
                 asked = requests(workers.step(own))
-                other, expected = known.setdefault(beat, (what, asked))
+                other, expected = known.setdefault(step_kind, (what, asked))
                 if asked != expected:
                     raise Violation(
                         f"{what} asked for {asked}, and {other} for {expected}",
-                        f"The beat is {beat!r} in both. The size of a payload may depend on "
+                        f"Both steps are of kind {step_kind!r}. The size of a payload may depend on "
                         f"shapes and settings, not on data. Where steps are not all alike, "
-                        f"`beat` must tell them apart.",
+                        f"`step_kind` must tell them apart.",
                     )
 
 

@@ -14,8 +14,6 @@ from efsgd.testing.violations import Violation
 from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
 
-__all__ = ["decompresses_alike", "leaves_deltas_alone"]
-
 
 def _payloads(
     trial: Trial, compressor: TensorCompressor, dtype: torch.dtype
@@ -58,7 +56,7 @@ def decompresses_alike(trial: Trial) -> None:
             )
         out = torch.ones_like(delta)
         compressor.add_decompressed_(out, payload, draws, -0.5)
-        # Two roundings of float64, relative to the largest summand.
+        # Two numerics of float64, relative to the largest summand.
         if (out - (1 - 0.5 * once)).abs().max() > 1e-14 * max(1.0, float(once.abs().max())):
             raise Violation(
                 f"{what} add_decompressed_ adds something else than alpha times what decompress "
@@ -93,13 +91,13 @@ def leaves_deltas_alone(trial: Trial) -> None:
     for dtype in (torch.float32, torch.float64):
         workers = trial.simulate(1, dtype)
         workers.step(trial.gradients(1, 0, kinds=["gaussian"]))
-        for section in workers.optimizers[0]._stepper.plan.sections:
-            deltas = section.deltas
+        for bucket in workers.optimizers[0]._engine.plan.buckets:
+            deltas = bucket.deltas
             for index, view in deltas.views.items():
                 view.copy_(gaussian(view.shape, trial.seed, 1, index))
             kept = {index: view.clone() for index, view in deltas.views.items()}
-            run(section.aggregator.compress(deltas, 1), Alone())
-            for entry in (entry for batch in section.layout.batches for entry in batch.entries):
+            run(bucket.aggregator.compress(deltas, 1), Alone())
+            for entry in (entry for batch in bucket.layout.batches for entry in batch.entries):
                 if not torch.equal(deltas.views[entry.index], kept[entry.index]):
                     raise Violation(
                         f"compress modifies a tensor of shape {list(entry.shape)} in {dtype}",

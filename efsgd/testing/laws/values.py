@@ -11,15 +11,6 @@ from efsgd.testing.simulation import Simulation, first_difference, parameters_of
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 
-__all__ = [
-    "keeps_shapes_and_dtypes",
-    "keeps_workers_equal",
-    "knows_the_norm",
-    "loses_nothing",
-    "survives_scales",
-    "survives_zeros",
-]
-
 # What is lost to rounding in float64: 2e-16 for each of some dozen sums.
 TOLERANCE = 1e-10
 

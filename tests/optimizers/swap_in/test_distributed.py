@@ -105,7 +105,7 @@ def test_broadcast(source: int) -> None:
     workers = [make_workers([p + w for p in made], 1, lr=0.1, rank=1)[0] for w in range(3)]
     expected = bits(parameters_of(workers[source]))
     strides = [p.stride() for p in parameters_of(workers[0])]
-    lockstep([w._stepper.broadcast(w.param_groups, source) for w in workers])
+    lockstep([w._engine.broadcast(w.param_groups, source) for w in workers])
     assert all(bits(parameters_of(worker)) == expected for worker in workers)
     assert [p.stride() for p in parameters_of(workers[0])] == strides
     step_with(workers, [[random_tensor(p.shape, p.dtype, w) for p in made] for w in range(3)])

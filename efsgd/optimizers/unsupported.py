@@ -6,8 +6,6 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-__all__ = ["refuse_backward_optimizer", "refuse_sharding_optimizer"]
-
 #: How many calls up a constructor is looked for: ours, those of subclasses, and ZeRO's own two.
 _DEPTH = 12
 

@@ -90,21 +90,21 @@ def kinds(trace: list[Any]) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "beat"),
+    ("name", "step_kind"),
     [
         ("alternating", lambda step: step % 2),
         ("refresh", lambda step: step % 3 == 0),
         ("exact refresh", lambda step: step % 2 == 0),
     ],
 )
-def test_steps_of_one_beat_ask_for_the_same(name: str, beat: Callable[[int], int]) -> None:
+def test_steps_of_one_beat_ask_for_the_same(name: str, step_kind: Callable[[int], int]) -> None:
     workers = a_run(COMPRESSORS[name], start_compressing_at=2)
     plain = kinds(step_with(workers, gradients(0)))[-1:]
     assert kinds(step_with(workers, gradients(1))) == plain
     seen: dict[int, Any] = {}
     for step in range(2, 10):
         trace = kinds(step_with(workers, gradients(step)))
-        # The first of each beat begins with comparing the workers.
+        # The first of each step_kind begins with comparing the workers.
         trace = [traced for traced in trace if traced[0] != "AllGather"]
-        assert seen.setdefault(beat(step - 2), trace) == trace
+        assert seen.setdefault(step_kind(step - 2), trace) == trace
     assert len(seen) == 2

@@ -9,20 +9,6 @@ from torch.optim import Optimizer
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import Layer, RankPolicy, Value
 
-__all__ = [
-    "disown_",
-    "load_policy",
-    "own_",
-    "require_exchange",
-    "require_known",
-    "require_mapping",
-    "require_rates",
-    "require_sole",
-    "require_types",
-    "saved",
-    "validate_saved",
-]
-
 _OWNERS: WeakKeyDictionary[RankPolicy, ReferenceType[Any]] = WeakKeyDictionary()
 
 
@@ -71,12 +57,12 @@ def require_sole(optimizer: ErrorFeedbackOptimizer, policy: RankPolicy) -> None:
             )
 
 
-def own_(scheduler: object, policy: RankPolicy) -> None:
+def set_owner_(scheduler: object, policy: RankPolicy) -> None:
     """Notes that a policy works for a scheduler, as long as that is there."""
     _OWNERS[policy] = ref(scheduler)
 
 
-def disown_(policy: RankPolicy) -> None:
+def clear_owner_(policy: RankPolicy) -> None:
     """Notes that a policy is free."""
     _OWNERS.pop(policy, None)
 

@@ -127,7 +127,7 @@ def test_a_change_that_is_undone_was_none() -> None:
 
 
 def test_a_change_in_several_sections_keeps_nobody_waiting() -> None:
-    # Two dtypes make two sections, each with collectives of its own.
+    # Two dtypes make two buckets, each with collectives of its own.
     workers = []
     for worker in range(2):
         parameters = [torch.ones(8, 6), torch.ones(8, 6, dtype=torch.float64), torch.ones(3)]
@@ -245,20 +245,20 @@ def test_what_a_compressor_raises_on_one_worker_reaches_all(
     workers, scenario = a_run(3)
     step_with(workers, scenario.gradients(0))
     set_gradients(workers, scenario.gradients(1))
-    [section] = workers[1]._stepper.plan.sections
-    compress = section.aggregator.compress
+    [bucket] = workers[1]._engine.plan.buckets
+    compress = bucket.aggregator.compress
 
     def failing(*arguments: Any) -> Any:
         raise MemoryError("no memory left")
         yield
 
     before = bits(snapshot(workers))
-    monkeypatch.setattr(section.aggregator, "compress", failing)
+    monkeypatch.setattr(bucket.aggregator, "compress", failing)
     with pytest.raises(CollectiveError, match="say themselves why: worker 1") as caught:
         step_together(workers)
     assert caught.value.__notes__[0] == "worker 1: MemoryError: no memory left"
     assert bits(snapshot(workers)) == before
-    monkeypatch.setattr(section.aggregator, "compress", compress)
+    monkeypatch.setattr(bucket.aggregator, "compress", compress)
     step_together(workers)
 
 
