@@ -87,7 +87,7 @@ def travels_as_claimed(trial: Trial) -> None:
 
 @law
 def draws_as_claimed(trial: Trial) -> None:
-    """Where not `claims().is_random`, the number of a step makes no difference within a kind of step.
+    """Where not `claims().is_random`, the number of a step makes no difference within a kind.
 
     What is sent and what is kept are bitwise the same for the same tensors, from the same state.
     Where it is random, they differ in some of 32 steps, unless all is sent as it is.

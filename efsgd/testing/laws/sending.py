@@ -86,8 +86,8 @@ def has_one_schedule(trial: Trial) -> None:
                 if asked != expected:
                     raise Violation(
                         f"{what} asked for {asked}, and {other} for {expected}",
-                        f"Both steps are of kind {step_kind!r}. The size of a payload may depend on "
-                        f"shapes and settings, not on data. Where steps are not all alike, "
+                        f"Both steps are of kind {step_kind!r}. The size of a payload may depend "
+                        f"on shapes and settings, not on data. Where steps are not all alike, "
                         f"`step_kind` must tell them apart.",
                     )
 
