@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.timing import Runner
 from benchmarks.workloads import FixedGradients, matrices_of
 from efsgd import PowerSGDOptimizer
-from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
+from efsgd.algorithms.powersgd import orthogonalize
 
 SGD_SETTINGS: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "nesterov": True}
 # With several buckets the hook deadlocks under gloo, so there is only one.

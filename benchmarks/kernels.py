@@ -20,8 +20,8 @@ from benchmarks.results import describe_machine, show, write_results
 from benchmarks.timing import Quartiles, Runner, clock_for, measure
 from efsgd.algorithms.error_feedback import descend_
 from efsgd.algorithms.low_rank.fusion import Fusion
-from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
 from efsgd.algorithms.low_rank.products import FLOATS_AT_ONCE, subtract_
+from efsgd.algorithms.powersgd import orthogonalize
 
 #: [n, m] of layers of CIFAR ResNet18, the WikiText-2 LSTM and GPT-2 small.
 SHAPES = ((64, 576), (512, 4608), (28869, 650), (768, 3072))

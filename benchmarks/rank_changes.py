@@ -12,7 +12,7 @@ from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.observation import Observation
 from efsgd.rank import Accordion, Layer, RankPolicy, RankScheduler, Value
 from efsgd.rank.accumulation import Accumulator
-from efsgd.rank.base import layers_of
+from efsgd.rank.layers import layers_of
 from efsgd.wire.collectives import Exchange
 
 LOW, HIGH = 2, 4

@@ -20,7 +20,7 @@ _ALIGNED_FLOATS = 16
 
 
 #: Works on matrices as they are decompressed: `function(values, *operands, **options)` takes a list
-#: of decompressed pieces, which it may modify, and for each operand the list of its like pieces. An
+#: of decompressed chunks, which it may modify, and for each operand the list of matching chunks. An
 #: option `together` says whether many tensors are to share a kernel.
 Elementwise: TypeAlias = Callable[..., None]
 
@@ -39,13 +39,7 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """A complex tensor as a real one with a last dimension of size 2; a sparse one made dense.
-
-    Example:
-        >>> from efsgd.layout import real_view
-        >>> real_view(torch.tensor([1 + 2j, 3 + 4j])).tolist()
-        [[1.0, 2.0], [3.0, 4.0]]
-    """
+    """A complex tensor as a real one with a last dimension of size 2; a sparse one made dense."""
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
@@ -93,23 +87,15 @@ class Batch:
         """The number of elements of all its matrices."""
         return len(self.entries) * self.rows * self.columns
 
-    def pieces(self, wanted: Container[int], floats: int) -> Iterator[tuple[slice, slice]]:
-        """Cuts the batch into pieces to work on at once: whole matrices, or some rows of one.
+    def chunks(self, wanted: Container[int], floats: int) -> Iterator[tuple[slice, slice]]:
+        """Cuts the batch into chunks to work on at once: whole matrices, or some rows of one.
 
         Args:
             wanted: indices of the parameters that are not left out.
-            floats: what a piece has at most, unless a single row is longer.
+            floats: what a chunk has at most, unless a single row is longer.
 
         Yields:
-            (matrices, rows): where the piece lies in the batch.
-
-        Example:
-            >>> from efsgd.layout import Batch, Entry
-            >>> batch = Batch(4, 5, 1, tuple(Entry(index, (4, 5), 1) for index in range(3)))
-            >>> for matrices, rows in batch.pieces({0, 1, 2}, floats=40):
-            ...     print(matrices.start, matrices.stop, rows.start, rows.stop)
-            0 2 0 4
-            2 3 0 4
+            (matrices, rows): where the chunk lies in the batch.
         """
         height = min(self.rows, max(1, floats // self.columns))
         width = max(1, floats // (self.rows * self.columns))
@@ -141,11 +127,7 @@ class Layout:
 
     @classmethod
     def plan(cls, entries: Iterable[Entry], control_words: int = 0) -> Self:
-        """Makes the plan.
-
-        Args:
-            entries: the parameters to place.
-            control_words: floats to keep free at the head of the vectors.
+        """Makes the plan, of parameters in any order.
 
         Raises:
             ValueError: a parameter occurs twice, or an empty one has a level.
@@ -178,11 +160,11 @@ class Layout:
         Except that batches of odd sizes come last: they lie in one buffer, and would spoil the
         alignment of those after them.
         """
-        alike: dict[tuple[int, int, Hashable], list[Entry]] = {}
+        same: dict[tuple[int, int, Hashable], list[Entry]] = {}
         for entry in self.entries:
             if entry.level is not None:
-                alike.setdefault((*matrix_shape(entry.shape), entry.level), []).append(entry)
-        batches = [Batch(*key, tuple(entries)) for key, entries in alike.items()]
+                same.setdefault((*matrix_shape(entry.shape), entry.level), []).append(entry)
+        batches = [Batch(*key, tuple(entries)) for key, entries in same.items()]
         return tuple(sorted(batches, key=lambda batch: batch.floats % _ALIGNED_FLOATS != 0))
 
     @cached_property

@@ -2,10 +2,14 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.profiler import record_function
+
+# A range costs microseconds also where nobody looks at it.
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 class Phases:
@@ -38,14 +42,18 @@ class Phases:
         """What follows belongs to another step."""
         self.seconds = {}
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> AbstractContextManager[Any]:
         """Everything within the `with` block belongs to the phase `name`."""
-        began = self._now() if self.is_timing else None
+        if self.is_timing:
+            return self._timed(name)
+        return record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = self._now()
         with record_function(name):
             yield
-        if began is not None:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - began
 
     def _now(self) -> float:
         for device in self.devices:

@@ -11,9 +11,7 @@ import torch
 
 
 def generator_of(*path: int) -> torch.Generator:
-    """A generator on the CPU that belongs to a tuple of integers.
-
-    The global generator is not touched.
+    """A generator on the CPU that belongs to a tuple of integers; the global one is not touched.
 
     Args:
         path: for example the seed of an optimizer, the index of a parameter, a step. A hash
@@ -39,7 +37,7 @@ class Draws:
         seed: of the compressor.
         index: of the parameter.
         step: the number of the step.
-        worker: this worker; None where all decompress alike.
+        worker: this worker; None where all decompress the same.
         drawn: what `shared_once` has made in this step, for all tensors; None remembers nothing.
     """
 
@@ -62,11 +60,8 @@ class Draws:
         Args:
             key: all that the result depends on beside the numbers, for example sizes and the
                 device.
-            make: is given what `shared` returns.
-
-        Returns:
-            What `make` returned, then or now. Not to be modified. It is kept until the end of the
-            step.
+            make: is given what `shared` returns. What it returns is not to be modified, and kept
+                until the end of the step.
         """
         if self.drawn is None:
             return make(self.shared())

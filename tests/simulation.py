@@ -1,9 +1,11 @@
 """Runs a `strategies.Scenario` on real optimizers, all workers in one thread."""
 
+import contextlib
 import copy
+import io
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
 from efsgd.algorithms.low_rank.factors import initial_query
-from efsgd.engine.state import LOCAL_STATE
-from efsgd.testing import Traced, step_together
+from efsgd.engine.consistency import broadcast_parameters
+from efsgd.engine.state import local_state
+from efsgd.testing import Traced, lockstep, step_together
 from tests.promises.reference import Reference
 from tests.strategies import Scenario, matrix_dimensions
 
@@ -69,6 +72,36 @@ def step_with(
         return step_together(optimizers, **options)
 
 
+def train(
+    scenario: Scenario, steps: Iterable[int], *teams: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Takes these steps of a scenario, with each of the teams of workers."""
+    for step in steps:
+        for workers in teams:
+            step_with(workers, scenario.gradients(step))
+
+
+@contextlib.contextmanager
+def unchanged(optimizers: Sequence[ErrorFeedbackSGD]) -> Iterator[None]:
+    """What is done meanwhile must leave all that a step may change bitwise as it is."""
+    before = bits(snapshot(optimizers))
+    yield
+    assert bits(snapshot(optimizers)) == before
+
+
+def through_a_file(value: Any) -> Any:
+    """Saved and loaded, with nothing but plain data allowed in the file."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def broadcast(optimizers: Sequence[ErrorFeedbackSGD], source: int = 0) -> None:
+    """`broadcast_parameters` of all workers together, which has no public form without a group."""
+    lockstep([broadcast_parameters(o.param_groups, o._method, source) for o in optimizers])
+
+
 def snapshot(optimizers: Sequence[ErrorFeedbackSGD]) -> list[Any]:
     """All that a step may change: parameters, state and groups of every worker, copied."""
     return copy.deepcopy([(parameters_of(o), o.state_dict()) for o in optimizers])
@@ -77,7 +110,7 @@ def snapshot(optimizers: Sequence[ErrorFeedbackSGD]) -> list[Any]:
 def replicated(optimizer: ErrorFeedbackSGD) -> Any:
     """What must be equal on all workers, everything but what is local, as `bits`."""
     states = [
-        {k: v for k, v in optimizer.state[p].items() if k not in LOCAL_STATE}
+        {k: v for k, v in optimizer.state[p].items() if k not in local_state(optimizer.compressor)}
         for p in parameters_of(optimizer)
     ]
     return bits([parameters_of(optimizer), states])
@@ -87,7 +120,7 @@ def bits(value: Any) -> Any:
     """A value in which tensors are replaced by their bytes, so that == compares bit by bit."""
     if isinstance(value, Tensor):
         raw = value.detach().contiguous().reshape(-1).view(torch.uint8)
-        return str(value.dtype), tuple(value.shape), bytes(raw.tolist())
+        return str(value.dtype), tuple(value.shape), raw.numpy().tobytes()
     if isinstance(value, dict):
         return {key: bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +29,11 @@ then any orthonormal completion is right, and two right implementations may diff
 errors, and from the next step on in everything."""
 
 LAYOUTS = ("contiguous", "transposed", "channels_last", "expanded")
+
+
+def examples(number: int) -> settings:
+    """So many examples for a test, where the profile has 100, and in proportion to that."""
+    return settings(max_examples=max(1, number * settings().max_examples // 100))
 
 
 # ---- shapes -------------------------------------------------------------------------------------

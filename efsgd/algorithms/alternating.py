@@ -11,26 +11,21 @@ Legend. b matrices of equal shape lie in one batch::
     P_hat    [b, n, r]   P with orthonormal columns
     Q_hat    [b, r, m]   Q with orthonormal rows
 
-A step from the right multiplies by Q_hat, sends P and stands for P Q_hat. A step from the left
-multiplies by P_hat, sends Q and stands for P_hat Q.
+A step from the right multiplies by Q_hat, sends P and decodes to P Q_hat. A step from the left
+multiplies by P_hat, sends Q and decodes to P_hat Q.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.low_rank.fusion import Fusion
-from efsgd.algorithms.low_rank.orthogonalization import orthogonalize
-from efsgd.algorithms.low_rank.products import (
-    LowRank,
-    LowRankAggregator,
-    adopt_,
-    rank_of,
-    views,
-)
+from efsgd.algorithms.interfaces import Placement
+from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt_, views
+from efsgd.algorithms.powersgd import orthogonalize
 from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
@@ -42,23 +37,7 @@ _STREAM = 1
 def initial_left(seed: int, index: int, n: int, r: int, *, step: int = 0) -> Tensor:
     """P for one parameter before anything is known of it: i.i.d. standard normal.
 
-    The same on every worker and in every run, and independent of the first Q.
-
-    Args:
-        seed: of the optimizer.
-        index: the parameter's position in the optimizer.
-        n: rows of P, those of the gradient's matrix.
-        r: columns of P, the rank.
-        step: number of the step it is drawn for; 0 for a warm start.
-
-    Returns:
-        [n, r], float64, on the CPU.
-
-    Example:
-        >>> from efsgd.algorithms.alternating import initial_left
-        >>> from efsgd.algorithms.low_rank.factors import initial_query
-        >>> torch.equal(initial_left(0, 5, 3, 2), initial_query(0, 5, 3, 2))
-        False
+    Like `efsgd.algorithms.low_rank.factors.initial_query`, and independent of the first Q.
     """
     generator = generator_of(seed, index, step, _STREAM)
     return torch.randn(n, r, dtype=torch.float64, generator=generator, device="cpu")
@@ -72,37 +51,24 @@ class AlternatingPowerIteration(LowRankAggregator):
     projects on a subspace of M's own mean; error feedback makes up for it.
 
     Attributes:
-        vectors: flat buffer [layout.vector_floats], the head of the one buffer that is sent.
         queries: the warm-started Q of each batch, [b, r, m]; changed by `commit_` alone.
         lefts: the warm-started P of each batch, [b, n, r]; changed by `commit_` alone.
-        shows_nonfinite: each element of M is a term in an element of P and in one of Q, and in
-            floating point NaN and infinity make every sum they enter NaN or infinite, even times 0.
 
     Args:
         layout: the plan; the level of an entry is its rank.
-        dtype: of factors and buffers.
-        device: of factors and buffers.
+        placement: dtype and device of factors and buffers.
         start: the number of the first compressed step, which multiplies from the right.
-        seed: with `warm_start=False`, the seed from which Q or P is drawn at every step.
-        warm_start: whether a step starts from the result of the step before it.
-        fusion: multiplies products of small rank out where they are used; None: never.
+        options: those of `LowRankAggregator`.
     """
 
+    # Each element of M is a term in an element of P and in one of Q, and in floating point NaN and
+    # infinity make every sum they enter NaN or infinite, even times 0.
     shows_nonfinite = True
 
     def __init__(
-        self,
-        layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        start: int = 0,
-        seed: int = 0,
-        warm_start: bool = True,
-        fusion: Fusion | None = None,
+        self, layout: Layout, placement: Placement, *, start: int = 0, **options: Any
     ) -> None:
-        super().__init__(layout, dtype, device, fusion)
-        self.seed, self.warm_start = seed, warm_start
+        super().__init__(layout, placement, **options)
         self._start, self._from_right = start, True
         # What is handed over: [control words, vectors, P], or Q in the place of P.
         head = layout.vector_floats
@@ -121,21 +87,28 @@ class AlternatingPowerIteration(LowRankAggregator):
         self.lefts = views(self._zeros(self._P_shapes), self._P_shapes)
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
-        """Multiplies from one side and sends the product.
-
-        Args:
-            deltas: M, the worker's own matrices. Not modified.
-            step: the step's number.
-
-        Returns:
-            (P_w, Q̂) or (P̂, Q_w): the one factor the same on every worker, the other this worker's
-            own, its mean in flight.
-        """
-        # Where nothing is compressed, and before that starts, all steps are alike.
+        """Multiplies from one side and sends the product: (P_w, Q̂) or (P̂, Q_w)."""
+        # Where nothing is compressed, and before that starts, all steps are the same.
         self._from_right = not deltas.batches or (step - self._start) % 2 == 0
         if self._from_right:
-            return (yield from self._multiply_from_right(deltas, step))
-        return (yield from self._multiply_from_left(deltas, step))
+            queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
+            with self.phases("alternating: orthogonalize Q"):
+                Q_hats = [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
+            with self.phases("alternating: P = M Q"):
+                for M, Q_hat, P in zip(deltas.batches, Q_hats, self._P, strict=True):
+                    torch.bmm(M, Q_hat.mT, out=P)
+                self._local_P_buffer.copy_(self._P_buffer[self.layout.vector_floats :])
+            mean = yield Start(AllReduceMean(self._P_buffer, "vectors and P (alternating)"))
+            return self._low_rank(self._local_P, Q_hats, mean)
+        lefts = self.lefts if self.warm_start else self._draw_lefts(step)
+        with self.phases("alternating: orthogonalize P"):
+            P_hats = [orthogonalize(P) for P in lefts]
+        with self.phases("alternating: Q = M^T P"):
+            for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
+                torch.bmm(P_hat.mT, M, out=Q)
+            self._local_Q_buffer.copy_(self._Q_buffer[self.layout.vector_floats :])
+        mean = yield Start(AllReduceMean(self._Q_buffer, "vectors and Q (alternating)"))
+        return self._low_rank(P_hats, self._local_Q, mean)
 
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         """(P, Q̂) or (P̂, Q), the same on every worker."""
@@ -147,11 +120,7 @@ class AlternatingPowerIteration(LowRankAggregator):
         return self._low_rank(local.P_hat, self._Q)
 
     def commit_(self, absent: frozenset[int] = frozenset()) -> None:
-        """Makes the averaged factor of the last exchange the one that the next step starts from.
-
-        Args:
-            absent: parameters that take no part in the step and keep their factors.
-        """
+        """Makes the averaged factor of the last exchange the one that the next step starts from."""
         if self._from_right:
             adopt_(self.lefts, self._P, self.layout, absent, dim=-2)
         else:
@@ -167,32 +136,9 @@ class AlternatingPowerIteration(LowRankAggregator):
             for position, entry in enumerate(batch.entries)
         }
 
-    def _multiply_from_right(self, deltas: Blocks, step: int) -> Exchange[LowRank]:
-        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
-        with self.phases("alternating: orthogonalize Q"):
-            Q_hats = [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
-        with self.phases("alternating: P = M Q"):
-            for M, Q_hat, P in zip(deltas.batches, Q_hats, self._P, strict=True):
-                torch.bmm(M, Q_hat.mT, out=P)
-            self._local_P_buffer.copy_(self._P_buffer[self.layout.vector_floats :])
-        in_flight = yield Start(AllReduceMean(self._P_buffer, "vectors and P (alternating)"))
-        return self._low_rank(self._local_P, Q_hats, in_flight)
-
-    def _multiply_from_left(self, deltas: Blocks, step: int) -> Exchange[LowRank]:
-        lefts = self.lefts if self.warm_start else self._draw_lefts(step)
-        with self.phases("alternating: orthogonalize P"):
-            P_hats = [orthogonalize(P) for P in lefts]
-        with self.phases("alternating: Q = M^T P"):
-            for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
-                torch.bmm(P_hat.mT, M, out=Q)
-            self._local_Q_buffer.copy_(self._Q_buffer[self.layout.vector_floats :])
-        in_flight = yield Start(AllReduceMean(self._Q_buffer, "vectors and Q (alternating)"))
-        return self._low_rank(P_hats, self._local_Q, in_flight)
-
     def _draw_lefts(self, step: int) -> list[Tensor]:
         drawn = [torch.empty_like(left) for left in self.lefts]
         for batch, left in zip(self.layout.batches, drawn, strict=True):
             for own, entry in zip(left, batch.entries, strict=True):
-                shape = (batch.rows, rank_of(batch))
-                own.copy_(initial_left(self.seed, entry.index, *shape, step=step))
+                own.copy_(initial_left(self.seed, entry.index, *own.shape, step=step))
         return drawn

@@ -1,7 +1,5 @@
 """The tensors of one device and dtype on one worker: what Algorithm 2 works on."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -9,36 +7,40 @@ from efsgd.algorithms.interfaces import Aggregator
 from efsgd.layout import Blocks, Layout
 from efsgd.profiling import Phases
 from efsgd.wire.control_words import ControlWords
+from efsgd.wire.traffic import TrafficCounter
 
 
 class Bucket:
-    """The tensors of one device and one dtype on one worker: what Algorithm 2 works on.
+    """Errors and scratch of the tensors of one layout, and who compresses them.
 
     Attributes:
-        parameters: by index, in the order of the layout; complex ones as they are.
-        device: where all of it is.
+        layout: which tensor lies where.
+        aggregator: compresses and aggregates; its `vectors` hold the uncompressed tensors.
+        control: the control words that travel with the vectors.
         errors: the error memory e_w of the compressed tensors; None without error feedback.
         deltas: scratch for Δ_w; after line 9 it holds the next errors.
         pending_errors: by index, errors of tensors not compressed any more, which the next gradient
             takes along.
-        shown: by index and name, the views that `optimizer.state` shows of errors and factors.
+        indices: of all tensors.
+        compressed: of those that are compressed.
+        phases: names the phases of a step.
+        traffic: counts what is sent.
 
     Args:
-        layout: which tensor lies where.
-        parameters: by index.
-        aggregator: compresses and aggregates; its `vectors` hold the uncompressed tensors.
-        control: the control words that travel with the vectors.
+        layout: see above.
+        aggregator: see above.
+        control: see above.
         dtype: of errors, deltas and updates.
-        device: the same.
+        device: where all of it is.
         error_feedback: whether what was not sent is kept.
-        phases: names the phases of a step.
+        phases: None: new ones.
+        traffic: None: a new one.
         memory: for errors and deltas, [layout.matrix_floats] each; None: new memory, of zeros.
     """
 
     def __init__(
         self,
         layout: Layout,
-        parameters: Mapping[int, Tensor],
         aggregator: Aggregator,
         control: ControlWords,
         dtype: torch.dtype,
@@ -46,22 +48,24 @@ class Bucket:
         *,
         error_feedback: bool = True,
         phases: Phases | None = None,
+        traffic: TrafficCounter | None = None,
         memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.layout, self.parameters, self.device = layout, dict(parameters), device
-        self.aggregator, self.control = aggregator, control
+        self.layout, self.aggregator, self.control, self.device = (
+            layout,
+            aggregator,
+            control,
+            device,
+        )
+        self.traffic = TrafficCounter() if traffic is None else traffic
         self.phases = aggregator.phases = Phases() if phases is None else phases
         self.phases.devices.add(device)
+        self.indices = frozenset(entry.index for entry in layout.entries)
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
         kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
         self.deltas = Blocks(layout, *kind, flat=scratch)
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
         self.pending_errors: dict[int, Tensor] = {}
-        self.state_views: dict[int, dict[str, Tensor]] = {}
-
-    def gradients(self) -> list[Tensor | None]:
-        """This worker's gradients g_w, in the order of the layout."""
-        return [parameter.grad for parameter in self.parameters.values()]
 
     def error_of(self, index: int) -> Tensor | None:
         """The error of one parameter, in its shape; None where it has none."""

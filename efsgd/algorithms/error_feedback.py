@@ -11,6 +11,7 @@ every worker is known to agree, `commit_` makes the scratch the memory, and line
 They need no other worker, and all they touch has been checked before the first collective.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressed
+from efsgd.errors import CollectiveError
 from efsgd.layout import Blocks, Elementwise, real_view
 from efsgd.wire.collectives import Exchange
-from efsgd.wire.control_words import Verdict, all_finite
+from efsgd.wire.control_words import Abstention, Verdict, all_finite
 
 
 @dataclass(frozen=True)
@@ -30,41 +32,55 @@ class Outcome:
     """What came of lines 7 to 10.
 
     Attributes:
-        mean: C(Δ), the same on every worker; None where it could not be computed.
+        mean: C(Δ), the same on every worker; None where this worker could not compute it.
         verdict: whether the step may be applied; the same on every worker.
-        obstacle: the error because of which this worker could not take part.
+        error: why this worker could not take part.
     """
 
     mean: Compressed | None
     verdict: Verdict
-    obstacle: Exception | None
+    error: Exception | None = None
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether all workers took part in the step, and it may be applied."""
+        verdict = self.verdict
+        return self.error is None and verdict.is_good and not verdict.sparse
 
 
 def exchange_gradients(
     bucket: Bucket,
+    gradients: Mapping[int, Tensor | None],
     step: int,
     scale: float = 1.0,
     *,
     has_overflowed: bool = False,
     is_scaled: bool = False,
+    abstains: Abstention | None = None,
 ) -> Exchange[Outcome]:
     """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
 
+    A worker that meets an error before it has sent anything takes part with zeros, and says so.
+
     Args:
-        bucket: whose `parameters` have the gradients g_w of line 6. Only scratch is modified.
+        bucket: only its scratch is modified.
+        gradients: g_w of line 6 by index, for every tensor of the bucket, in the layout's order.
         step: the number of the step, from 0.
         scale: the gradients are multiplied by this (loss scaling in mixed precision).
         has_overflowed: it is known already that a gradient of this worker is not finite.
         is_scaled: the gradients are those of a scaled loss.
+        abstains: why this worker takes part with zeros alone, if it does.
     """
-    aggregator, deltas = bucket.aggregator, bucket.deltas
-    obstacle: Exception | None = None
-    try:
-        with bucket.phases("Alg. 2, line 7: add errors and gradients"):
-            add_errors_and_gradients_(deltas, bucket, scale)  # Alg. 2, line 7
-    except Exception as error:  # the other workers are waiting, so it is raised afterwards
-        obstacle = error
-    is_good = obstacle is None and (aggregator.shows_nonfinite or all_finite(deltas.flat))
+    aggregator, deltas, traffic = bucket.aggregator, bucket.deltas, bucket.traffic
+    record = traffic.record if abstains is None else traffic.record_check
+    failure: Exception | None = None
+    if abstains is None:
+        try:
+            with bucket.phases("Alg. 2, line 7: add errors and gradients"):
+                add_errors_and_gradients_(deltas, bucket, gradients, scale)  # Alg. 2, line 7
+        except Exception as error:  # the other workers are waiting, so it is raised afterwards
+            failure, abstains = error, "unable"
+    is_good = abstains is None and (aggregator.shows_nonfinite or all_finite(deltas.flat))
     if not is_good:
         deltas.flat.zero_()
 
@@ -75,15 +91,25 @@ def exchange_gradients(
                 local.subtract_from_(deltas)  # Alg. 2, line 9
         return (yield from aggregator.aggregate(local))  # Alg. 2, line 10
 
-    mean, verdict = yield from bucket.control.attach_control_words(
-        lines_8_to_10(),
-        aggregator.vectors[: bucket.layout.control_words],
-        bucket.gradients(),
-        has_overflowed=has_overflowed or not is_good,
-        is_unable=obstacle is not None,
-        is_scaled=is_scaled,
-    )
-    return Outcome(mean, verdict.with_mean(is_finite=mean.is_finite), obstacle)
+    aggregator.abstains = abstains is not None
+    try:
+        mean, verdict = yield from bucket.control.attach_control_words(
+            lines_8_to_10(),
+            aggregator.vectors[: bucket.layout.control_words],
+            list(gradients.values()),
+            record,
+            has_overflowed=has_overflowed or not is_good,
+            is_scaled=is_scaled,
+            abstains=abstains,
+        )
+    except CollectiveError:
+        raise
+    except Exception as error:
+        if bucket.control.has_sent or abstains is not None:
+            raise
+        unable = exchange_gradients(bucket, gradients, step, is_scaled=is_scaled, abstains="unable")
+        return dataclasses.replace((yield from unable), error=error)
+    return Outcome(mean, verdict.with_mean(is_finite=mean.is_finite), failure)
 
 
 def decompress_with_(
@@ -93,35 +119,43 @@ def decompress_with_(
     *operands: Mapping[int, Tensor],
     **options: Any,
 ) -> None:
-    """Algorithm 2, line 11: hands Δ' to `function`, a few tensors or pieces of them at a time.
+    """Algorithm 2, line 11: hands Δ' to `function`, a few tensors or chunks of them at a time.
 
     Args:
         bucket: after `commit_`.
         mean: C(Δ).
-        function: is given a list of pieces of Δ', which it may modify, and for each operand the
-            list of its like pieces.
+        function: is given a list of chunks of Δ', which it may modify, and for each operand the
+            list of matching chunks.
         operands: tensors by parameter index, all with the same indices (modified in place).
         options: passed on to `function`.
     """
     mean.decompress_with_(function, *operands, **options)  # Alg. 2, line 11
-    vectors = [entry.index for entry in bucket.layout.vectors if entry.index in operands[0]]
-    if vectors:
-        values = [bucket.deltas.views[index] for index in vectors]
-        function(values, *([each[index] for index in vectors] for each in operands), **options)
+    values: list[Tensor] = []
+    others: list[list[Tensor]] = [[] for _ in operands]
+    for entry in bucket.layout.vectors:
+        if entry.index in operands[0]:
+            values.append(bucket.deltas.views[entry.index])
+            for own, operand in zip(others, operands, strict=True):
+                own.append(operand[entry.index])
+    if values:
+        function(values, *others, **options)
 
 
-def add_errors_and_gradients_(deltas: Blocks, bucket: Bucket, scale: float = 1.0) -> None:
+def add_errors_and_gradients_(
+    deltas: Blocks, bucket: Bucket, gradients: Mapping[int, Tensor | None], scale: float = 1.0
+) -> None:
     """Δ_w = g_w + e_w for each tensor of `bucket`, written to `deltas` (modified in place).
 
     A missing gradient is zero, a sparse one is made dense, a complex one is its real view. A tensor
     that is sent uncompressed has no error.
     """
-    for index, parameter in bucket.parameters.items():
+    for index, gradient in gradients.items():
         delta, error = deltas.views[index], bucket.error_of(index)
-        gradient = None if parameter.grad is None else real_view(parameter.grad)
         if gradient is None:
             delta.zero_() if error is None else delta.copy_(error)
-        elif error is not None:
+            continue
+        gradient = real_view(gradient)
+        if error is not None:
             torch.add(error, gradient, alpha=scale, out=delta)
         elif scale == 1.0:
             delta.copy_(gradient)
@@ -163,23 +197,24 @@ def descend_(
         >>> m, x  # 0.5 * 2 + 4 and 1 - 0.5 * (4 + 5)
         (tensor([5.]), tensor([-3.5000]))
     """
-    for x, update in zip(parameters, updates, strict=True):
-        regularize_(update, x, weight_decay=weight_decay, maximize=maximize, clip=clip)
-    is_uniform = len({tensor.dtype for tensor in (*parameters, *updates)}) == 1
-    if together and is_uniform and isinstance(lr, float) and isinstance(momentum, float):
-        deltas, steps = list(updates), list(updates if momenta is None else momenta)
-        if momenta is not None:
-            torch._foreach_mul_(steps, momentum)
-            torch._foreach_add_(steps, deltas)
-        torch._foreach_add_(deltas, steps)
-        torch._foreach_add_(list(parameters), deltas, alpha=-lr)
+    if clip is not None or maximize or weight_decay is not None:
+        for x, update in zip(parameters, updates, strict=True):
+            regularize_(update, x, weight_decay=weight_decay, maximize=maximize, clip=clip)
+    dtype, steps = parameters[0].dtype, updates if momenta is None else momenta
+    is_uniform = all([t.dtype == dtype for tensors in (parameters, updates) for t in tensors])
+    if is_uniform and isinstance(lr, float) and isinstance(momentum, float):
+        if momenta is not None and together:
+            torch._foreach_mul_(list(momenta), momentum)
+            torch._foreach_add_(list(momenta), list(updates))
+        for m, update in zip(() if momenta is None or together else momenta, updates, strict=False):
+            torch.add(update, m, alpha=momentum, out=m)  # Alg. 2, line 12
+        torch._foreach_add_(list(updates), list(steps))
+        torch._foreach_add_(list(parameters), list(updates), alpha=-lr)  # Alg. 2, line 13
         return
-    for position, (x, update) in enumerate(zip(parameters, updates, strict=True)):
-        m = update
-        if momenta is not None:
-            m = momenta[position]
-            add_multiple_(update, momentum, m, out=m)  # Alg. 2, line 12
-        add_multiple_(x, -lr, update.add_(m))  # Alg. 2, line 13
+    for x, update, m in zip(parameters, updates, steps, strict=True):
+        if m is not update:
+            add_multiple_(update, momentum, m, out=m)
+        add_multiple_(x, -lr, update.add_(m))
 
 
 def regularize_(

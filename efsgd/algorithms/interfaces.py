@@ -1,18 +1,26 @@
 """What Algorithm 2 asks of a compressor. It names none."""
 
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
+from efsgd.checks import plain
 from efsgd.layout import Blocks, Elementwise, Entry, Layout
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 
+#: The entries of a parameter group, of which a compressor reads its own.
+Settings: TypeAlias = Mapping[str, Any]
 
-class Compressed(Protocol):
+
+class Compressed(ABC):
     """A compressed form of the matrices of a layout, not yet multiplied out.
 
     Attributes:
@@ -20,17 +28,16 @@ class Compressed(Protocol):
             on every worker. The floats that collectives carry are looked at elsewhere.
     """
 
-    @property
-    def is_finite(self) -> bool:
-        """See above."""
+    is_finite: bool = True
 
+    @abstractmethod
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
-        """Decompresses and hands over a few pieces at a time, so that nothing is kept whole.
+        """Decompresses and hands over a few chunks at a time, so that nothing is kept whole.
 
         Args:
-            function: is given the pieces. What it does to one element must not depend on others.
+            function: is given the chunks. What it does to one element must not depend on others.
             operands: tensors by parameter index, all with the same indices, in the parameters'
                 shapes (`function` may modify them). Matrices without an index in them are left
                 out; indices that are no matrices of the layout are ignored.
@@ -39,12 +46,37 @@ class Compressed(Protocol):
 
     def subtract_from_(self, blocks: Blocks) -> None:
         """Subtracts the decompressed matrices from `blocks` (modified in place)."""
+        self.decompress_with_(subtract_, blocks.views)
 
+    @abstractmethod
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         """The sums of squares of the decompressed matrices with these indices, each [] float64."""
 
 
-class Aggregator(Protocol):
+def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
+    """Subtracts each of `values` from its minuend (modified in place)."""
+    for value, minuend in zip(values, minuends, strict=True):
+        minuend.sub_(value)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an aggregator works.
+
+    Attributes:
+        dtype: of deltas and buffers: float32, or float64 for parameters of that precision.
+        device: of deltas and buffers.
+        worker: this worker.
+        world_size: the number of workers.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    worker: int = 0
+    world_size: int = 1
+
+
+class Aggregator(ABC):
     """Algorithm 2, lines 8 and 10, for the tensors of one layout.
 
     Laws: all workers obtain the bitwise same mean; the collectives that are asked for depend on
@@ -52,24 +84,36 @@ class Aggregator(Protocol):
     to step changes in `commit_` and nowhere else.
 
     Attributes:
+        layout: which tensor lies where, and how far it is compressed.
+        placement: dtype and device, worker and number of workers.
         vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
             called and their mean once `aggregate` has returned. The first collective's buffer
             begins with them, this memory itself or a copy, and is answered before any other.
-        rounding: a word for how this worker rounds, where that may differ from another's with the
-            same settings. Workers with different words refuse to train together.
         phases: names the phases of a step; set by the bucket that the aggregator works for.
+        groups: by index each tensor's parameter group as it is now, for what changes from step to
+            step without another layout; set by who makes the bucket.
+        abstains: whether what it compresses now is zero, and replaced by zeros where it is sent:
+            this worker cannot take part. What users have written need not run then.
         shows_nonfinite: whether its first buffer is not finite wherever a delta is not. Otherwise
             deltas are looked through first, which costs a pass, and those that are not finite are
             replaced by zeros; nothing of them is sent.
     """
 
     vectors: Tensor
-    phases: Phases
-    shows_nonfinite: bool
+    shows_nonfinite: bool = False
+
+    def __init__(self, layout: Layout, placement: Placement) -> None:
+        self.layout, self.placement, self.phases = layout, placement, Phases()
+        self.groups: Mapping[int, Mapping[str, Any]] = {}
+        self.abstains = False
 
     @property
     def numerics(self) -> str:
-        """See above; may change in `prepare` alone."""
+        """How this worker rounds, in a word; it may change in `prepare` alone.
+
+        Workers with different words refuse to train together.
+        """
+        return "eager"
 
     def prepare(
         self,
@@ -79,9 +123,11 @@ class Aggregator(Protocol):
     ) -> None:
         """Before a step: makes ready what `decompress_with_` will be asked for; changes nothing."""
 
+    @abstractmethod
     def compress(self, deltas: Blocks, step: int) -> Exchange[Compressed]:
         """Line 8: this worker's own compressed form of `deltas`, which is not modified."""
 
+    @abstractmethod
     def aggregate(self, local: Any) -> Exchange[Compressed]:
         """Line 10: the mean over the workers of what `compress` returned."""
 
@@ -90,6 +136,7 @@ class Aggregator(Protocol):
 
     def state(self) -> dict[int, dict[str, Tensor]]:
         """What is kept from step to step, by parameter index and name: live views."""
+        return {entry.index: {} for batch in self.layout.batches for entry in batch.entries}
 
 
 @dataclass(frozen=True)
@@ -115,12 +162,20 @@ class Claims:
     contraction: Callable[[Sequence[int]], float] | None = None
 
 
-class Compressor(Protocol):
+class Compressor(ABC):
     """A member of the family, as the optimizer sees it: settings, and a maker of aggregators.
 
-    One that works on one tensor at a time is easier made by `TensorCompressor`.
+    Subclasses are frozen dataclasses, whose fields are the settings. One that works on one tensor
+    at a time is easier made by `TensorCompressor`.
+
+    Attributes:
+        local_state: names in `initial_state` whose values are each worker's own. All others are
+            the same on every worker.
     """
 
+    local_state: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
     def claims(self) -> Claims:
         """What it promises beyond the laws that hold for all."""
 
@@ -136,35 +191,60 @@ class Compressor(Protocol):
         Args:
             shapes: of all tensors, also of those that it sends uncompressed.
             dtype: of errors and factors: float32, or float64 for parameters of that precision.
-            step: counted from the first that compresses, where not all steps are alike.
+            step: counted from the first that compresses, where not all steps are the same.
             world_size: the number of workers, where it makes a difference.
         """
+        own = self.settings()
+        entries = (Entry(i, tuple(s), self.level(s, own)) for i, s in enumerate(shapes))
+        layout = Layout.plan(entries)
+        placement = Placement(dtype, torch.device("cpu"), world_size=world_size)
+        sent = self.compressed_bytes(layout, placement, step)
+        return layout.vector_floats * dtype.itemsize + sent
 
-    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+    @abstractmethod
+    def compressed_bytes(self, layout: Layout, placement: Placement, step: int) -> int:
+        """What one worker sends for the compressed tensors of a layout; see `payload_bytes`."""
+
+    def step_kind(self, step: int, settings: Settings) -> Hashable:
         """Steps of one kind ask for the same collectives. None where all do."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """Entries it adds to each parameter group, with their defaults: plain numbers."""
+        return {each.name: plain(getattr(self, each.name)) for each in fields_of(self)}
 
     def shared_settings(self) -> tuple[str, ...]:
         """Names of those settings that must be the same in every group."""
+        return tuple(name for name in self.settings() if name == "seed")
 
-    def validate(self, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError where the settings of a group make no sense."""
+    def validate(self, settings: Settings) -> None:
+        """Checks the settings of a group.
 
-    def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> Hashable | None:
-        """How far a tensor of this shape is compressed; None sends it uncompressed."""
+        Raises:
+            ValueError: a setting is of the wrong type or out of range.
+        """
 
-    def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    @abstractmethod
+    def level(self, shape: Sequence[int], settings: Settings) -> Hashable | None:
+        """How far a tensor of this shape is compressed; None sends it uncompressed.
+
+        A value by itself: tensors of one shape and equal levels share a batch.
+        """
+
+    def initial_state(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
         """What is kept for one compressed parameter before the first step."""
+        return {}
 
-    def aggregator(
-        self,
-        layout: Layout,
-        settings: Mapping[str, Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        worker: int = 0,
-        world_size: int = 1,
-    ) -> Aggregator:
+    @abstractmethod
+    def aggregator(self, layout: Layout, settings: Settings, placement: Placement) -> Aggregator:
         """Makes the aggregator for one layout; its `state` is then overwritten by the caller."""
+
+
+def fields_of(compressor: object) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a compressor, which must be a dataclass."""
+    if not dataclasses.is_dataclass(compressor):
+        raise TypeError(
+            f"Invalid compressor: {type(compressor).__name__} is no dataclass. Decorate it with "
+            f"@dataclasses.dataclass(frozen=True); its fields are the settings."
+        )
+    return dataclasses.fields(compressor)

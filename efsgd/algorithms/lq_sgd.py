@@ -9,23 +9,20 @@ Legend, as in `efsgd.algorithms.powersgd`. b matrices of equal shape lie in one 
 
     M        [b, n, m]   the worker's own corrected gradients Δ_w
     Q        [b, r, m]   the paper's Q, transposed
-    P        [b, n, r]   M Q, later the mean over the workers of what its codes stand for
+    P        [b, n, r]   M Q, later the mean over the workers of what its codes decode to
     P_hat    [b, n, r]   P with orthonormal columns
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, orthogonalize
-from efsgd.algorithms.low_rank.products import LowRank
-from efsgd.algorithms.powersgd import PowerIteration
-from efsgd.algorithms.quantization.coded_mean import (
-    CodedMean,
-    Coding,
-    GatheredMean,
-    ScatteredMean,
-)
+from efsgd.algorithms.interfaces import Placement
+from efsgd.algorithms.low_rank.products import LowRank, rank_of
+from efsgd.algorithms.powersgd import PowerIteration, normalize_columns, orthogonalize
+from efsgd.algorithms.quantization.coded_mean import GatheredMean, ScatteredMean
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.layout import Blocks, Layout
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
@@ -40,60 +37,34 @@ class QuantizedPowerIteration(PowerIteration):
 
     The vectors of the layout travel uncompressed, in an all-reduce of their own.
 
-    Attributes:
-        vectors: see `efsgd.compressors.Aggregator`.
-        shows_nonfinite: False; codes show nothing.
-
     Args:
         layout: the plan; the level of an entry is its rank.
-        dtype: of factors and buffers.
-        device: of factors and buffers.
+        placement: see `efsgd.compressors.Aggregator`.
         quantizer: makes the codes.
-        seed: see `PowerIteration`.
-        warm_start: see `PowerIteration`.
         scatters: whether each worker averages a part of the factors; else each averages all.
-        worker: this worker.
-        world_size: the number of workers; with `scatters` only.
+        options: those of `PowerIteration`.
     """
 
-    shows_nonfinite = False
+    shows_nonfinite = False  # codes show nothing
 
     def __init__(
         self,
         layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
+        placement: Placement,
         quantizer: LogQuantizer,
         *,
-        seed: int = 0,
-        warm_start: bool = True,
         scatters: bool = False,
-        worker: int = 0,
-        world_size: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(layout, dtype, device, seed=seed, warm_start=warm_start)
-        self._P_flat, self._dtype = self.P_buffer[layout.vector_floats :], dtype
-        P_sizes, Q_sizes = factor_sizes(layout)
-        self._P_coding = Coding(quantizer, P_sizes, device)
-        self._Q_coding = Coding(quantizer, Q_sizes, device)
-
-        def mean_of(coding: Coding) -> CodedMean:
-            if scatters and coding.sizes:
-                return ScatteredMean(coding, worker, world_size)
-            return GatheredMean(coding)
-
-        self._P_mean, self._Q_mean = mean_of(self._P_coding), mean_of(self._Q_coding)
+        super().__init__(layout, placement, **options)
+        self._P_flat = self.P_buffer[layout.vector_floats :]
+        kind = ScatteredMean if scatters and layout.batches else GatheredMean
+        self._P_mean, self._Q_mean = (
+            kind(quantizer, sizes, placement) for sizes in factor_sizes(layout)
+        )
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
-        """Lines 3 to 6, and line 7 as far as sending.
-
-        Args:
-            deltas: M, the worker's own matrices. Not modified.
-            step: the step's number, from which Q is drawn with `warm_start=False`.
-
-        Returns:
-            (P̂, Q_w): P̂ the same on every worker, Q_w what this worker's codes stand for.
-        """
+        """Lines 3 to 6, and line 7 as far as sending: (P̂, Q_w), Q_w as its codes decode."""
         vectors = yield Start(AllReduceMean(self.vectors, "vectors"))
         if not self._Q:
             yield vectors
@@ -101,15 +72,15 @@ class QuantizedPowerIteration(PowerIteration):
         queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
         with self.phases("Alg. 1, line 3: P = M Q"):
             for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
-                # A matrix has one scale, for which the columns of P must be of like size.
+                # A matrix has one scale, for which the columns of P must be of similar size.
                 torch.bmm(M, normalize_columns(Q.mT), out=P)  # line 3
-            coded_P = self._P_coding.encode(self._P_flat.nan_to_num_())
+            coded_P = self._P_mean.encode(self._P_flat.nan_to_num_())
         with self.phases("Alg. 1, line 4: average P"):
             what = "codes of P (Alg. 1, line 4)"
             in_flight = yield Start(self._P_mean.send(coded_P, what))
             yield vectors  # answers come in the order of the questions: see `efsgd.wire.replay`
             received = yield in_flight
-            mean_P = yield from self._P_mean.mean(received, self._dtype, "mean P (Alg. 1, line 4)")
+            mean_P = yield from self._P_mean.mean(received, "mean P (Alg. 1, line 4)")
             self._P_flat.copy_(mean_P)  # line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
             P_hats = [orthogonalize(P) for P in self._P]  # line 5
@@ -117,8 +88,8 @@ class QuantizedPowerIteration(PowerIteration):
             for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
                 torch.bmm(P_hat.mT, M, out=Q)  # line 6
             limit = torch.finfo(self._dtype).max * _LARGEST_PART
-            coded_Q = self._Q_coding.encode(self.Q_buffer.nan_to_num_().clamp_(-limit, limit))
-            self._local_buffer.copy_(self._Q_coding.decode(coded_Q))
+            coded_Q = self._Q_mean.encode(self.Q_buffer.nan_to_num_().clamp_(-limit, limit))
+            self._local_buffer.copy_(self._Q_mean.decode(coded_Q))
         what = "codes of Q (Alg. 1, line 7)"
         in_flight = yield Start(self._Q_mean.send(coded_Q, what))  # line 7
         return self._low_rank(P_hats, self._local_Q, in_flight)
@@ -129,17 +100,12 @@ class QuantizedPowerIteration(PowerIteration):
             with self.phases("Alg. 1, line 7: average Q"):
                 received = yield local.in_flight
                 what = "mean Q (Alg. 1, line 7)"
-                mean_Q = yield from self._Q_mean.mean(received, self._dtype, what)
+                mean_Q = yield from self._Q_mean.mean(received, what)
                 self.Q_buffer.copy_(mean_Q)  # line 7
         return self._low_rank(local.P_hat, self._Q)  # line 8
 
 
 def factor_sizes(layout: Layout) -> tuple[list[int], list[int]]:
     """The numbers of elements of each P and of each Q, in the order in which they are sent."""
-    P_sizes, Q_sizes = [], []
-    for batch in layout.batches:
-        rank = batch.level
-        assert isinstance(rank, int)
-        P_sizes += [batch.rows * rank] * len(batch.entries)
-        Q_sizes += [batch.columns * rank] * len(batch.entries)
-    return P_sizes, Q_sizes
+    ranks = [(batch, rank_of(batch)) for batch in layout.batches for _ in batch.entries]
+    return [b.rows * rank for b, rank in ranks], [b.columns * rank for b, rank in ranks]

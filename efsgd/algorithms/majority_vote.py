@@ -6,7 +6,7 @@ Non-Convex Problems", ICML 2018, arXiv 1802.04434; Bernstein, Zhao, Azizzadenesh
 1810.05291. The latter's Signum, with one difference: a parameter's first momentum is its first
 gradient, not (1 - β) times it, as in the experiments of the PowerSGD paper (arXiv 1905.13727).
 
-A worker's momentum is its own. Its next value is worked out twice, piece by piece: for the signs,
+A worker's momentum is its own. Its next value is worked out twice, chunk by chunk: for the signs,
 and once the step holds. So nothing of the momenta's size is needed to make a step refusable.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement
 from efsgd.layout import Blocks, Elementwise, Layout
-from efsgd.profiling import Phases
 from efsgd.wire.bits import majority, pack, unpack
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, InFlight, Start
 from efsgd.wire.payload import Field, Format
@@ -35,44 +35,16 @@ def sign_format(count: int) -> Format:
     return Format([[Field(count, bits=1)]] if count else [])
 
 
-class GroupMomentum:
-    """The momentum parameter β of a parameter group, whatever it is at the moment.
-
-    Schedules change it from step to step, and no layout depends on it: two are equal if they are of
-    one group.
-
-    Args:
-        group: the parameter group itself.
-    """
-
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self._group = group
-
-    @property
-    def value(self) -> float:
-        """β now."""
-        return float(self._group["momentum"])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, GroupMomentum) and self._group is other._group
-
-    def __hash__(self) -> int:
-        return id(self._group)
-
-    def __repr__(self) -> str:
-        return "one bit"
-
-
 @dataclass(frozen=True)
 class _Run:
-    """Neighbours in the flat buffers whose momenta go on alike."""
+    """Neighbours in the flat buffers whose momenta are updated in the same way."""
 
     where: slice
-    momentum: GroupMomentum
+    momentum: float
     has_started: bool
 
 
-class Voting:
+class Voting(Aggregator):
     """Signs of local momenta, gathered and counted, for the tensors of one layout.
 
     A step makes two collectives: the all-reduce that carries the control words, and the all-gather
@@ -80,21 +52,15 @@ class Voting:
 
     Attributes:
         momenta: of this worker; changed by `commit_` alone.
-        vectors: see `efsgd.compressors.Aggregator`.
-        rounding: always the same.
-        shows_nonfinite: False; signs do not.
 
     Args:
-        layout: the plan; the level of an entry is its `GroupMomentum`.
-        dtype: of momenta.
-        device: of momenta.
+        layout: the plan; `groups` has each tensor's momentum parameter β, whatever it is now.
+        placement: dtype and device of momenta.
     """
 
-    numerics = "eager"
-    shows_nonfinite = False
-
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout, self.phases = layout, Phases()
+    def __init__(self, layout: Layout, placement: Placement) -> None:
+        super().__init__(layout, placement)
+        dtype, device = placement.dtype, placement.device
         self.vectors = torch.zeros(layout.vector_floats, dtype=dtype, device=device)
         self.momenta = Blocks(layout, dtype, device)
         self._entries = [entry for batch in layout.batches for entry in batch.entries]
@@ -109,9 +75,6 @@ class Voting:
         self._scratch = torch.empty(size, dtype=dtype, device=device)
         self._gradients: Blocks | None = None
 
-    def prepare(self, *_: Any) -> None:
-        """Nothing to do."""
-
     def compress(self, deltas: Blocks, step: int) -> Exchange[Votes]:
         """Sends the signs of what the momenta will be.
 
@@ -125,11 +88,11 @@ class Voting:
         self._gradients, total = deltas, self.layout.matrix_floats
         with self.phases("Signum: signs of momenta"):
             for run in self._runs():
-                for piece in self._pieces(run.where):
-                    torch.ge(self._next(piece, run), 0, out=self._votes.flat[piece])
-            for piece in self._pieces(slice(0, total)):
-                votes = self._votes.flat[piece]
-                self._bits[_bytes(piece)] = pack(votes, bits=1)
+                for chunk in self._chunks(run.where):
+                    torch.ge(self._next(chunk, run), 0, out=self._votes.flat[chunk])
+            for chunk in self._chunks(slice(0, total)):
+                votes = self._votes.flat[chunk]
+                self._bits[_bytes(chunk)] = pack(votes, bits=1)
                 votes.mul_(2).sub_(1)
         in_flight = [(yield Start(AllReduceMean(self.vectors, "vectors")))]
         if total:
@@ -145,18 +108,18 @@ class Voting:
         with self.phases("Signum: count votes"):
             if len(answers) > 1:
                 more, as_many = majority(answers[1].view(torch.int32))
-                for piece in self._pieces(slice(0, self.layout.matrix_floats)):
-                    votes = self._votes.flat[piece].fill_(-1)
+                for chunk in self._chunks(slice(0, self.layout.matrix_floats)):
+                    votes = self._votes.flat[chunk].fill_(-1)
                     for packed, value in ((more, 2), (as_many, 1)):
-                        bits = unpack(packed.view(torch.uint8)[_bytes(piece)], len(votes), bits=1)
+                        bits = unpack(packed.view(torch.uint8)[_bytes(chunk)], len(votes), bits=1)
                         votes.add_(bits.view(torch.int8), alpha=value)
         return Votes(self.layout, self._votes, self._scratch)
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the momenta those whose signs were sent, except for `absent` parameters."""
         for run in self._runs(absent):
-            for piece in self._pieces(run.where):
-                self.momenta.flat[piece] = self._next(piece, run)
+            for chunk in self._chunks(run.where):
+                self.momenta.flat[chunk] = self._next(chunk, run)
         for position, entry in enumerate(self._entries):
             if entry.index not in absent:
                 self._started[position] = True
@@ -180,39 +143,39 @@ class Voting:
             first = where.stop
             if entry.index in absent:
                 continue
-            run = _Run(where, cast(GroupMomentum, entry.level), has_started)
+            run = _Run(where, float(self.groups[entry.index]["momentum"]), has_started)
             if runs:
                 last = runs[-1]
-                is_alike = (last.momentum, last.has_started) == (run.momentum, has_started)
-                if is_alike and last.where.stop == where.start:
+                is_same = (last.momentum, last.has_started) == (run.momentum, has_started)
+                if is_same and last.where.stop == where.start:
                     runs.pop()
                     run = _Run(slice(last.where.start, where.stop), run.momentum, has_started)
             runs.append(run)
         return runs
 
-    def _pieces(self, where: slice) -> Iterator[slice]:
+    def _chunks(self, where: slice) -> Iterator[slice]:
         for first in range(where.start, where.stop, self._at_once):
             yield slice(first, min(first + self._at_once, where.stop))
 
-    def _next(self, piece: slice, run: _Run) -> Tensor:
+    def _next(self, chunk: slice, run: _Run) -> Tensor:
         """What a part of the momenta will be; in scratch memory, or part of the gradients."""
         assert self._gradients is not None
-        gradients = self._gradients.flat[piece]
+        gradients = self._gradients.flat[chunk]
         if not run.has_started:
             return gradients
-        momentum, out = run.momentum.value, self._scratch[: len(gradients)]
-        torch.mul(self.momenta.flat[piece], momentum, out=out)
+        momentum, out = run.momentum, self._scratch[: len(gradients)]
+        torch.mul(self.momenta.flat[chunk], momentum, out=out)
         return out.add_(gradients, alpha=1 - momentum)
 
 
 @dataclass(frozen=True)
-class Votes:
+class Votes(Compressed):
     """Votes of one worker or of all: +1, -1, or 0 where as many are for as against.
 
     Attributes:
         layout: of the tensors that are voted on.
         blocks: the votes, int8.
-        scratch: memory for the pieces that are handed over.
+        scratch: memory for the chunks that are handed over.
         in_flight: where these are one worker's own: the collectives that carry them.
     """
 
@@ -221,17 +184,12 @@ class Votes:
     scratch: Tensor
     in_flight: tuple[InFlight, ...] = ()
 
-    @property
-    def is_finite(self) -> bool:
-        """Votes always are."""
-        return True
-
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
-        """Hands over a few rows or tensors at a time. See `efsgd.compressors.Compressed`."""
+        """Hands over a few rows or tensors at a time."""
         for batch, votes in zip(self.layout.batches, self.blocks.batches, strict=True):
-            for matrices, rows in batch.pieces(operands[0].keys(), self.scratch.numel()):
+            for matrices, rows in batch.chunks(operands[0].keys(), self.scratch.numel()):
                 part, entries = votes[matrices, rows], batch.entries[matrices]
                 values = self.scratch[: part.numel()].view(part.shape).copy_(part)
                 # A tensor without dimensions has no rows to choose from.
@@ -244,24 +202,14 @@ class Votes:
                     **options,
                 )
 
-    def subtract_from_(self, blocks: Blocks) -> None:
-        """See `efsgd.compressors.Compressed`."""
-
-        def subtract_(values: list[Tensor], minuends: list[Tensor]) -> None:
-            for value, minuend in zip(values, minuends, strict=True):
-                minuend.sub_(value)
-
-        self.decompress_with_(subtract_, blocks.views)
-
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
-        """See `efsgd.compressors.Compressed`."""
         views = self.blocks.views.items()
         return [(votes != 0).sum(dtype=torch.float64) for index, votes in views if index in wanted]
 
 
-def _bytes(piece: slice) -> slice:
-    """Where a piece lies among packed bits; it begins at a multiple of eight."""
-    return slice(piece.start // 8, (piece.stop + 7) // 8)
+def _bytes(chunk: slice) -> slice:
+    """Where a chunk lies among packed bits; it begins at a multiple of eight."""
+    return slice(chunk.start // 8, (chunk.stop + 7) // 8)
 
 
 #: The momentum form of groups whose momenta are each worker's own, and the compressor's business.

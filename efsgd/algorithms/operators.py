@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,32 +19,25 @@ Payload = Sequence[Tensor]
 class Operator(Protocol):
     """Compresses a tensor and decompresses it; see `efsgd.TensorCompressor`."""
 
-    def fields(self, shape: torch.Size) -> Sequence[Field]:
-        """What is sent for a tensor of this shape."""
+    def fields(self, shape: torch.Size) -> Sequence[Field]: ...
 
-    def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        """The payload of a tensor, which is not modified."""
+    def compress(self, delta: Tensor, draws: Draws) -> Payload: ...
 
-    def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """Adds alpha times the decompressed tensor to `out` (modified in place)."""
-
-    @property
-    def seed_of_draws(self) -> int:
-        """The seed of all that it draws."""
+    def add_decompressed_(
+        self, out: Tensor, payload: Payload, draws: Draws, alpha: float
+    ) -> None: ...
 
     @property
-    def takes_all_at_once(self) -> bool:
-        """Whether it sees all tensors as one flat one."""
+    def seed_of_draws(self) -> int: ...
+
+    @property
+    def takes_all_at_once(self) -> bool: ...
 
 
 class Unit:
     """What is compressed as one tensor: one parameter, or all of one level, one after the other.
 
-    Args:
-        operator: compresses it.
-        index: of the (first) parameter.
-        shape: as which it is seen.
-        slices: where it lies in `Blocks.flat`.
+    `slices` are where it lies in `Blocks.flat`, `index` is that of the (first) parameter.
     """
 
     def __init__(
@@ -57,8 +50,12 @@ class Unit:
                 own = slice(self._slices.pop().start, own.stop)
             self._slices.append(own)
 
+    def fields(self) -> tuple[Field, ...]:
+        """What is sent for it."""
+        return tuple(self.operator.fields(self.shape))
+
     def of(self, flat: Tensor) -> Tensor:
-        """The tensor, a view wherever it lies in one piece."""
+        """The tensor, a view wherever it is contiguous."""
         parts = [flat[own] for own in self._slices]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
 
@@ -75,7 +72,7 @@ class Unit:
 def units(layout: Layout) -> list[Unit]:
     """All units of a layout, whose levels are operators."""
     found, first = [], 0
-    together: dict[Hashable, tuple[int, list[slice]]] = {}
+    together: dict[Any, tuple[int, list[slice]]] = {}
     for batch in layout.batches:
         operator: Any = batch.level
         for entry in batch.entries:
@@ -85,8 +82,7 @@ def units(layout: Layout) -> list[Unit]:
                 together.setdefault(operator, (entry.index, []))[1].append(own)
             else:
                 found.append(Unit(operator, entry.index, entry.shape, [own]))
-    for key, (index, slices) in together.items():
-        joined: Any = key
+    for operator, (index, slices) in together.items():
         total = sum(own.stop - own.start for own in slices)
-        found.append(Unit(joined, index, (total,), slices))
+        found.append(Unit(operator, index, (total,), slices))
     return found

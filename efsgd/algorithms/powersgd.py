@@ -14,11 +14,13 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.low_rank.fusion import Fusion
-from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, orthogonalize
+from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt_, views
 from efsgd.layout import Blocks, Layout
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
@@ -31,34 +33,18 @@ class PowerIteration(LowRankAggregator):
     all-reduce, so that a step makes two in all.
 
     Attributes:
-        vectors: flat buffer [layout.vector_floats]; holds this worker's values when `compress`
-            is called and their mean from Algorithm 1, line 4, on.
         queries: the warm-started Q of each batch, [b, r, m]; changed by `commit_` alone.
-        shows_nonfinite: what is not finite in M is found in P = M Q, or in the mean Q.
 
     Args:
         layout: the plan; the level of an entry is its rank.
-        dtype: of factors and buffers.
-        device: of factors and buffers.
-        seed: with `warm_start=False`, the seed from which Q is drawn at every step.
-        warm_start: whether a step starts from the Q of the step before it.
-        fusion: multiplies products of small rank out where they are used; None: never.
+        placement: dtype and device of factors and buffers.
+        options: those of `LowRankAggregator`.
     """
 
-    shows_nonfinite = True
+    shows_nonfinite = True  # what is not finite in M is found in P = M Q, or in the mean Q
 
-    def __init__(
-        self,
-        layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        seed: int = 0,
-        warm_start: bool = True,
-        fusion: Fusion | None = None,
-    ) -> None:
-        super().__init__(layout, dtype, device, fusion)
-        self.seed, self.warm_start = seed, warm_start
+    def __init__(self, layout: Layout, placement: Placement, **options: Any) -> None:
+        super().__init__(layout, placement, **options)
         # What is handed to the two collectives: [control words, vectors, P] and [Q].
         self.P_buffer = self._zeros(self._P_shapes, head=layout.vector_floats)
         self.Q_buffer = self._zeros(self._Q_shapes)
@@ -71,15 +57,7 @@ class PowerIteration(LowRankAggregator):
         self.queries = views(self._zeros(self._Q_shapes), self._Q_shapes)
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
-        """Lines 3 to 6, and line 7 as far as sending.
-
-        Args:
-            deltas: M, the worker's own matrices. Not modified.
-            step: the step's number, from which Q is drawn with `warm_start=False`.
-
-        Returns:
-            (P̂, Q_w): P̂ the same on every worker, Q_w this worker's own, the mean in flight.
-        """
+        """Lines 3 to 6, and line 7 as far as sending: (P̂, Q_w), the mean Q in flight."""
         queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
         with self.phases("Alg. 1, line 3: P = M Q"):
             for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
@@ -106,14 +84,7 @@ class PowerIteration(LowRankAggregator):
         return self._low_rank(local.P_hat, self._Q)  # Alg. 1, line 8
 
     def commit_(self, absent: frozenset[int] = frozenset()) -> None:
-        """Makes the averaged Q of the last exchange the next step's Q.
-
-        A column of Q that is exactly zero (a layer without gradient, a matrix of lower rank)
-        keeps its last value instead: from a zero column nothing could ever be learned again.
-
-        Args:
-            absent: parameters that take no part in the step and keep their Q.
-        """
+        """Makes the averaged Q of the last exchange the next step's Q; see `adopt_`."""
         adopt_(self.queries, self._Q, self.layout, absent)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
@@ -123,3 +94,49 @@ class PowerIteration(LowRankAggregator):
             for batch, query in zip(self.layout.batches, self.queries, strict=True)
             for position, entry in enumerate(batch.entries)
         }
+
+
+def normalize_columns(matrices: Tensor) -> Tensor:
+    """Scales each column by a power of two so that its largest entry lies in [0.5, 1).
+
+    A power of two changes no digit, so whatever is computed from the result is bitwise
+    the same for a matrix and for any power-of-two multiple of it, and squares and products
+    neither overflow nor vanish. A column of zeros stays as it is.
+
+    Example:
+        >>> from efsgd.algorithms.powersgd import normalize_columns
+        >>> normalize_columns(torch.tensor([[3.0, 1e-30], [4.0, 0.0]]))[:, 0]
+        tensor([0.3750, 0.5000])
+    """
+    largest = torch.linalg.vector_norm(matrices, ord=math.inf, dim=-2, keepdim=True)
+    exponent = torch.frexp(largest).exponent
+    # 2**exponent must itself be a normal number, at both ends of the dtype's range.
+    limit = math.frexp(torch.finfo(matrices.dtype).max)[1] - 2
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-limit, limit).neg())
+    return matrices * scale
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Orthonormal columns that span at least the columns of each matrix.
+
+    What Gram-Schmidt gives in exact arithmetic, by Householder's QR decomposition of columns that
+    were brought to one scale. Zero and linearly dependent columns are replaced by some unit
+    vectors orthogonal to the others, so the result is orthonormal for every finite input, and
+    nothing is ever divided by zero.
+
+    Source: PowerSGD (arXiv 1905.13727), Algorithm 1, line 5.
+
+    Args:
+        matrices: [..., n, r] with r <= n, float32 or float64. Not modified.
+    """
+    n, r = matrices.shape[-2:]
+    if r > n:
+        raise ValueError(
+            f"Invalid shape {tuple(matrices.shape)}: {r} orthonormal columns need at least {r} "
+            f"rows. Clip the rank to min(n, m, rank)."
+        )
+    Q, R = torch.linalg.qr(normalize_columns(matrices))
+    # Householder leaves the signs to chance; Gram-Schmidt's columns point along the given ones.
+    signs = R.diagonal(dim1=-2, dim2=-1).signbit()
+    orthonormal: Tensor = torch.where(signs.unsqueeze(-2), -Q, Q)
+    return orthonormal

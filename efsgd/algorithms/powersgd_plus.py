@@ -1,4 +1,4 @@
-"""PowerSGD+: PowerSGD whose subspace is found anew, by an SVD, every so many steps.
+"""PowerSGD+: PowerSGD whose subspace is found anew, by an SVD, at regular intervals.
 
 Source: Xie, Chen, Yuan: "From PowerSGD to PowerSGD+: Low-Rank Gradient Compression for Distributed
 Optimization with Convergence Guarantees", 2025, arXiv 2509.11254. Between two refreshes it is
@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.low_rank.fusion import Fusion
-from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, orthogonalize
+from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.products import rank_of
-from efsgd.algorithms.powersgd import PowerIteration
+from efsgd.algorithms.powersgd import PowerIteration, normalize_columns, orthogonalize
 from efsgd.algorithms.tensorwise import Dense
 from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
@@ -42,77 +41,60 @@ _STREAM = 2
 
 
 class RefreshedPowerIteration(PowerIteration):
-    """Algorithm 1, with a refresh in the first compressed step and every so many after it.
+    """Algorithm 1, with a refresh in the first compressed step and every `refresh_every` after it.
 
-    At a refresh the workers average their whole matrices. Memory for that is taken for the one
-    step.
-
-    Attributes:
-        shows_nonfinite: at a refresh the first buffer has all of M.
+    At a refresh the workers average their whole matrices, so that the first buffer shows all that
+    is not finite. Memory for that is taken for the one step.
 
     Args:
-        layout: the plan; the level of an entry is its rank.
-        dtype: of factors and buffers.
-        device: of factors and buffers.
+        layout: see `PowerIteration`.
+        placement: see `PowerIteration`.
         refresh_every: the number of steps from one refresh to the next.
         start: the number of the first compressed step.
         svd: "exact" or "randomized".
         is_exact: at a refresh, whether the mean itself is the result, not its best approximation.
-        seed: of what is drawn.
-        warm_start: see `PowerIteration`.
-        fusion: see `PowerIteration`.
+        options: those of `PowerIteration`.
     """
 
     def __init__(
         self,
         layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
+        placement: Placement,
         *,
         refresh_every: int,
         start: int = 0,
         svd: str = "exact",
         is_exact: bool = False,
-        seed: int = 0,
-        warm_start: bool = True,
-        fusion: Fusion | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(layout, dtype, device, seed=seed, warm_start=warm_start, fusion=fusion)
-        self._every, self._start = refresh_every, start
-        self._svd, self._is_exact = svd, is_exact
+        super().__init__(layout, placement, **options)
+        self._every, self._start, self._svd, self._is_exact = refresh_every, start, svd, is_exact
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[Any]:
-        """A refresh where it is time for one, else Algorithm 1.
-
-        Args:
-            deltas: M, the worker's own matrices. Not modified.
-            step: the step's number.
-
-        Returns:
-            (P̂, Q_w), the mean Q in flight; or, with `is_exact`, M as a whole.
-        """
+        """Algorithm 1, or a refresh: (P̂, Q_w), the mean Q in flight, or M as a whole."""
         if not deltas.batches or (step - self._start) % self._every != 0:
             return (yield from super().compress(deltas, step))
         mean = yield from self._average(deltas)
         with self.phases("PowerSGD+: SVD"):
-            P_hats = [
-                self._left_singular_vectors(position, matrices, step)
-                for position, matrices in enumerate(mean.batches)
-            ]
+            P_hats = []
+            for batch, matrices in zip(self.layout.batches, mean.batches, strict=True):
+                drawn = [generator_of(self.seed, e.index, step, _STREAM) for e in batch.entries]
+                generators = drawn if self._svd == "randomized" else None
+                P_hats.append(leading_left_singular_vectors(matrices, rank_of(batch), generators))
         with self.phases("PowerSGD+: Q = M^T P"):
             sources = mean if self._is_exact else deltas
             for M, P_hat, Q in zip(sources.batches, P_hats, self._Q, strict=True):
                 torch.bmm(P_hat.mT, M, out=Q)
             self._local_buffer.copy_(self.Q_buffer)
         if self._is_exact:
-            return Whole(self.layout, self._matrices(deltas.flat), mean=mean)
+            return Whole(self._matrices(deltas.flat), mean=mean)
         in_flight = yield Start(AllReduceMean(self.Q_buffer, "Q (PowerSGD+, refresh)"))
         return self._low_rank(P_hats, self._local_Q, in_flight)
 
     def aggregate(self, local: Any) -> Exchange[Any]:
         """(P̂, Q), or the mean as a whole; the same on every worker."""
         if isinstance(local, Whole):
-            return Dense(self.layout, local.mean)
+            return Dense(local.mean)
         return (yield from super().aggregate(local))
 
     def _average(self, deltas: Blocks) -> Exchange[Blocks]:
@@ -126,15 +108,6 @@ class RefreshedPowerIteration(PowerIteration):
 
     def _matrices(self, flat: Tensor) -> Blocks:
         return Blocks(self.layout, flat.dtype, flat.device, flat=flat)
-
-    def _left_singular_vectors(self, position: int, matrices: Tensor, step: int) -> Tensor:
-        batch = self.layout.batches[position]
-        generators = [
-            generator_of(self.seed, entry.index, step, _STREAM) for entry in batch.entries
-        ]
-        return leading_left_singular_vectors(
-            matrices, rank_of(batch), generators if self._svd == "randomized" else None
-        )
 
 
 @dataclass(frozen=True)
@@ -157,21 +130,9 @@ def leading_left_singular_vectors(
 
     Args:
         matrices: [b, n, m], float32 or float64. Not modified.
-        rank: r, at most min(n, m).
-        generators: one for each matrix, on the CPU: a randomized SVD is made from what they give.
-            None: an exact one, by LAPACK.
-
-    Returns:
-        [b, n, r].
-
-    Source: for the randomized SVD, Halko, Martinsson, Tropp, arXiv 0909.4061, Algorithms 4.4 and
-    5.1.
-
-    Example:
-        >>> from efsgd.algorithms.powersgd_plus import leading_left_singular_vectors
-        >>> leading_left_singular_vectors(torch.diag(torch.tensor([1.0, 3.0]))[None], 1).abs()
-        tensor([[[0.],
-                 [1.]]])
+        rank: r, at most min(n, m), of the vectors [b, n, r].
+        generators: one for each matrix, on the CPU, for a randomized SVD (Halko, Martinsson, Tropp,
+            arXiv 0909.4061, Algorithms 4.4 and 5.1). None: an exact one, by LAPACK.
     """
     found = []
     for index, matrix in enumerate(matrices):  # one at a time, for the sake of memory

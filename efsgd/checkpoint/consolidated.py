@@ -1,34 +1,32 @@
 """One checkpoint for any number of workers.
 
-`optimizer.state_dict()` belongs to one worker: its errors are its own, and loading each worker's
-dict on the same number of workers continues a run to the bit. What the other workers need of
-a worker's errors is only their mean: everything that is ever sent depends on the workers through
-the mean of gradient and error alone, as far as the compressor is linear. So a dict that holds the
-mean of the errors, loaded on every worker, continues the run on any number of them: exactly but for
-rounding with PowerSGD, and with every compressor without losing anything of what was to be sent.
-`consolidated_state_dict` makes such a dict. `average_errors_` has the optimizers themselves hold
-the mean, so that what a framework saves on its own, one worker's `state_dict()`, is such a dict.
+`optimizer.state_dict()` belongs to one worker, for its errors are its own. The other workers need
+only the mean of all errors: everything that is ever sent depends on the workers through the mean of
+gradient and error alone, as far as the compressor is linear. So a dict that holds this mean, loaded
+on every worker, continues the run on any number of them: exactly but for rounding with PowerSGD,
+and with every compressor without losing anything of what was to be sent.
 
-Signum's momenta are local like errors, and dealt with alike. Its workers then begin with one mean
-momentum, an estimate of the same mean gradient as their own with less noise, and grow apart again.
+Signum's momenta are each worker's own as well, and are averaged in the same way. Its workers then
+begin with one mean momentum, an estimate of the same mean gradient as their own with less noise,
+and grow apart again.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from efsgd.engine.parameters import list_parameters
-from efsgd.engine.state import LOCAL_STATE, State
+from efsgd.engine.state import local_state
 from efsgd.errors import warn_user
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.wire.collectives import AllReduceMean, Exchange, run
 from efsgd.wire.compare import compare
-from efsgd.wire.transports import current_transport
 
 T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
@@ -47,35 +45,38 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
 
     Args:
         optimizer: whose errors or local momenta are replaced (modified in place). Its groups note
-            that these are no worker's own; nothing else changes.
+            that these are no worker's own; nothing else changes. Its next step begins with a
+            comparison of the workers.
 
     Raises:
         CollectiveError: a collective failed; nothing has changed on this worker.
 
     Example:
         >>> from efsgd import PowerSGDOptimizer
-        >>> from efsgd.checkpoint.consolidated import average_errors_
+        >>> from efsgd.checkpoint import average_errors_
         >>> optimizer = PowerSGDOptimizer(torch.nn.Linear(32, 32).parameters(), lr=0.1)
         >>> average_errors_(optimizer)
         >>> hook = optimizer.register_state_dict_pre_hook(average_errors_)
     """
-    _run(averaging_(optimizer), optimizer)
+    run_between_steps(averaging_(optimizer), optimizer)
 
 
 @torch.no_grad()
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
-    parameters = [info.parameter for info in list_parameters(optimizer.param_groups)]
-    states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-    yield from _average_local_(states, parameters[0].device)
-    for bucket in optimizer._engine.plan.buckets:
-        for entry in bucket.layout.entries:
-            # An error that waits to be sent uncompressed is looked for where it was not zero.
-            if bucket.errors is None or entry.level is None:
-                error = optimizer.state.get(bucket.parameters[entry.index], {}).get("error")
-                if error is not None and bool(error.any()):
-                    bucket.pending_errors[entry.index] = error
-    _disown_(optimizer.param_groups)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {p: optimizer.state[p] for p in parameters if p in optimizer.state}
+    means = yield from local_means(states, optimizer)
+    for parameter, mean in means.items():
+        state = dict(states[parameter])
+        for name, value in mean.items():
+            state[name] = state[name].contiguous()  # it may be zeros that share their memory
+            state[name].copy_(value)
+        # Another dict, so that the next step looks at it anew: an error that waits to be sent
+        # uncompressed may have been zero on this worker.
+        optimizer.state[parameter] = state
+    optimizer.plan_change()
+    _belongs_to_nobody_(optimizer.param_groups)
 
 
 def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]:
@@ -92,37 +93,49 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
         A copy of `optimizer.state_dict()` in which every error, and every local momentum, is the
         mean over the workers.
 
+    Raises:
+        CollectiveError: a collective failed.
+
     Example:
         >>> from efsgd import PowerSGDOptimizer
-        >>> from efsgd.checkpoint.consolidated import consolidated_state_dict
+        >>> from efsgd.checkpoint import consolidated_state_dict
         >>> model = torch.nn.Linear(32, 32)
         >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
         >>> optimizer.load_state_dict(consolidated_state_dict(optimizer))
     """
-    return _run(consolidation(optimizer), optimizer)
+    return run_between_steps(consolidation(optimizer), optimizer)
 
 
 @torch.no_grad()
 def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
-    state_dict = copy.deepcopy(optimizer.state_dict())
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    states = state_dict["state"]
-    device = next(list_parameters(optimizer.param_groups)).parameter.device
-    listed = [states[key] for key in dict.fromkeys(keys) if key in states]
-    yield from _average_local_(listed, device)
-    _disown_(state_dict["param_groups"])
-    return state_dict
+    saved = optimizer.state_dict()
+    means = yield from local_means(states_in(saved), optimizer)
+    state = {key: {**own, **means.get(key, {})} for key, own in saved["state"].items()}
+    consolidated = copy.deepcopy({**saved, "state": state})
+    _belongs_to_nobody_(consolidated["param_groups"])
+    return consolidated
 
 
-def _run(exchange: Exchange[T], optimizer: object) -> T:
-    """Runs an exchange about local state, of which errors of other workers are left out."""
+def states_in(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """The states in a `state_dict()` by position, in the same order on every worker."""
+    keys = (key for group in state_dict["param_groups"] for key in group["params"])
+    return {key: state_dict["state"][key] for key in keys if key in state_dict["state"]}
+
+
+def require_optimizer(optimizer: object) -> None:
+    """Raises TypeError unless it is an optimizer of this package."""
     if not isinstance(optimizer, ErrorFeedbackOptimizer):
         raise TypeError(
-            f"Invalid optimizer: {type(optimizer).__name__}. Must be one of this package, which "
-            f"keeps errors or local momenta."
+            f"Invalid optimizer: {type(optimizer).__name__}. Must be an optimizer of efsgd, which "
+            f"keeps errors or local momenta. Save others with their own state_dict()."
         )
-    transport = current_transport(optimizer.process_group)
+
+
+def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer) -> T:
+    """Runs an exchange about local state, from which errors of other workers are left out first."""
+    require_optimizer(optimizer)
+    transport = optimizer.transport
     note = optimizer.settle_errors(transport.world_size, transport.worker)
     result = run(exchange, transport)
     if note is not None:  # as an error, a warning must not keep the others waiting
@@ -130,29 +143,27 @@ def _run(exchange: Exchange[T], optimizer: object) -> T:
     return result
 
 
-def _disown_(groups: Iterable[dict[str, Any]]) -> None:
+def local_means(
+    states: Mapping[Key, Mapping[str, Tensor]], optimizer: ErrorFeedbackOptimizer
+) -> Exchange[dict[Key, dict[str, Tensor]]]:
+    """The means over the workers of what is local in `states`, which are left as they are."""
+    lines, alike = [], defaultdict[tuple[Any, ...], list[tuple[Key, str, Tensor]]](list)
+    for number, (key, own) in enumerate(states.items()):
+        for name in (name for name in local_state(optimizer.compressor) if name in own):
+            value = own[name]
+            lines.append(f"{name} of parameter {number}: {list(value.shape)}, {value.dtype}")
+            alike[value.device, value.dtype].append((key, name, value))
+    yield from compare(lines, optimizer.param_groups[0]["params"][0].device)
+    means: dict[Key, dict[str, Tensor]] = {key: {} for key in states}
+    for found in alike.values():
+        flat = torch.cat([value.reshape(-1) for *_, value in found])
+        parts = (yield AllReduceMean(flat, "errors")).split([v.numel() for *_, v in found])
+        for (key, name, value), part in zip(found, parts, strict=True):
+            means[key][name] = part.view(value.shape)
+    return means
+
+
+def _belongs_to_nobody_(groups: Iterable[dict[str, Any]]) -> None:
     """Notes in the groups that local state is that of no worker in particular."""
     for group in groups:
         group.update(worker=0, world_size=0)
-
-
-def _average_local_(states: Sequence[State], device: torch.device) -> Exchange[None]:
-    """Replaces the local values in `states` by their means, once all of these are there."""
-    found = [(n, s, name) for n, s in enumerate(states) for name in LOCAL_STATE if name in s]
-    lines = [
-        f"{name} of parameter {number}: {list(state[name].shape)}, {state[name].dtype}"
-        for number, state, name in found
-    ]
-    yield from compare(lines, device)
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for _, state, name in found:
-        value = state[name] = state[name].contiguous()  # it may be zeros that share their memory
-        kinds.setdefault((value.device, value.dtype), []).append(value)
-    means = []
-    for values in kinds.values():
-        flat = torch.cat([value.reshape(-1) for value in values])
-        means.append((yield AllReduceMean(flat, "errors")))
-    for values, mean in zip(kinds.values(), means, strict=True):
-        parts = mean.split([value.numel() for value in values])
-        for value, part in zip(values, parts, strict=True):
-            value.copy_(part.view(value.shape))

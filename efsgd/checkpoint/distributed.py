@@ -2,42 +2,42 @@
 
 DCP takes a plain tensor to be the same on all workers, and one of them writes it. That is true of
 all but errors, or a Signum's local momenta: each worker has its own, and those of the others would
-be lost without a word. Here they are stored under keys that say whose they are, so that each is
-written once, by its owner, and everything else once in all; `efsgd.checkpoint.keys` has the keys.
+be lost without a word. Here each is stored once, by its owner, and their mean beside them, for any
+other number of workers. The keys, after the name that the program gives to the optimizer:
+
+    efsgd_world_size            the number of workers that saved
+    param_groups                settings and names of parameters, as one object
+    state.NAME.KIND             momentum_buffer, momentum_started, q: equal on all workers
+    errors.worker W of N.NAME   the error of worker W
+    errors.mean.NAME            the mean of these, where N > 1
+    errors.OWNER.NAME.KIND      other local state, such as a Signum's local_momentum
+
+NAME is what DCP calls the parameter: without the prefixes that wrappers of modules add.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from efsgd.checkpoint.keys import (
-    ERRORS,
-    GROUPS,
-    STATE,
-    WORLD_SIZE,
-    adopt_factors_,
-    check_fit,
-    local_key,
-    optimizers_in,
-    owner_key,
-    owner_numbers,
+from efsgd.checkpoint.consolidated import (
+    local_means,
+    require_optimizer,
+    run_between_steps,
+    states_in,
 )
-from efsgd.engine.state import LOCAL_STATE
-from efsgd.errors import warn_user
+from efsgd.engine.state import local_state
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
-from efsgd.optimizers.settings import LOCAL
-from efsgd.wire.collectives import AllReduceMean, Exchange, Transport, run
-from efsgd.wire.compare import compare
-from efsgd.wire.transports import current_transport
+from efsgd.wire.collectives import Exchange
 
-_SUMS = "sums"  # in place of an owner: of the saved errors that this worker has read
+_WORLD_SIZE, _GROUPS, _STATE, _ERRORS = "efsgd_world_size", "param_groups", "state", "errors"
+_MEAN = "mean"  # in place of the worker whose errors they are
 
 
 class OptimizerState:
@@ -64,7 +64,7 @@ class OptimizerState:
     Example:
         >>> import tempfile, torch.distributed.checkpoint as dcp
         >>> from efsgd import PowerSGDOptimizer
-        >>> from efsgd.checkpoint.distributed import ElasticLoadPlanner, OptimizerState
+        >>> from efsgd.checkpoint import ElasticLoadPlanner, OptimizerState
         >>> model = torch.nn.Linear(32, 32)
         >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum=0.9)
         >>> folder = tempfile.TemporaryDirectory()
@@ -75,38 +75,39 @@ class OptimizerState:
     """
 
     def __init__(self, model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> None:
-        if not isinstance(optimizer, ErrorFeedbackOptimizer):
-            raise TypeError(
-                f"Invalid optimizer: {type(optimizer).__name__}. Must be an optimizer of efsgd; "
-                f"save others with torch.distributed.checkpoint.state_dict."
-            )
+        require_optimizer(optimizer)
         self._model, self._optimizer = model, optimizer
         self._names()
 
     def state_dict(self) -> dict[str, Any]:
         """What DCP is to save, or to load into: the optimizer's own tensors, not copies.
 
-        It has what the module describes, of the errors only this worker's.
+        Every worker must call it, as DCP does: of the errors it has this worker's, and the mean.
+
+        Raises:
+            CollectiveError: a collective failed.
         """
-        transport = current_transport(self._optimizer.process_group)
-        note = self._optimizer.settle_errors(transport.world_size, transport.worker)
-        if note is not None:
-            warn_user(note)
-        saved, names = self._optimizer.state_dict(), self._names()
-        flat = [name for group in names for name in group]
-        state: dict[str, dict[str, Any]] = {}
-        errors: dict[str, Tensor] = {}
-        for index, kept in saved[STATE].items():
-            name, local = flat[index], [kind for kind in LOCAL_STATE if kind in kept]
-            state[name] = {kind: value for kind, value in kept.items() if kind not in local}
-            errors |= {local_key(name, kind): kept[kind] for kind in local}
-        groups = zip(saved[GROUPS], names, strict=True)
+        return run_between_steps(self._saving(), self._optimizer)
+
+    @torch.no_grad()
+    def _saving(self) -> Exchange[dict[str, Any]]:
+        transport, saved = self._optimizer.transport, self._optimizer.state_dict()
+        names, kinds = self._names(), local_state(self._optimizer.compressor)
+        flat = list(itertools.chain(*names))
+        states = {flat[position]: own for position, own in states_in(saved).items()}
+        local = {n: {k: v for k, v in own.items() if k in kinds} for n, own in states.items()}
+        shared = {n: {k: v for k, v in own.items() if k not in kinds} for n, own in states.items()}
+        errors = {_owner(transport.worker, transport.world_size): _flattened(local)}
+        if transport.world_size > 1:  # one worker's own are the mean
+            means = yield from local_means(local, self._optimizer)
+            errors[_MEAN] = _flattened(means)
+        groups = zip(saved[_GROUPS], names, strict=True)
         return {
-            WORLD_SIZE: transport.world_size,
+            _WORLD_SIZE: transport.world_size,
             # A tuple is one object to DCP: settings may come and go with versions of the package.
-            GROUPS: tuple(_portable({**group, "params": own}) for group, own in groups),
-            STATE: state,
-            ERRORS: {owner_key(transport.worker, transport.world_size): errors},
+            _GROUPS: tuple({**_moved(g, {}), "params": own, "worker": 0} for g, own in groups),
+            _STATE: _flattened(shared),
+            _ERRORS: errors,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -118,52 +119,37 @@ class OptimizerState:
         Raises:
             ValueError: it is of another kind, of other parameter groups or of another worker; the
                 optimizer is as it was.
-            WorkerMismatchError: the workers load different things.
         """
-        if WORLD_SIZE not in state_dict:
+        if _WORLD_SIZE not in state_dict:
             raise ValueError(
                 "Invalid state_dict: it was not made by OptimizerState.state_dict. Load what "
                 "optimizer.state_dict has made with optimizer.load_state_dict."
             )
-        names, groups = self._names(), state_dict[GROUPS]
-        _check_groups([list(group["params"]) for group in groups], names)
-        transport = current_transport(self._optimizer.process_group)
-        errors, is_mean = self._errors_in(state_dict, transport)
-        is_mean |= groups[0]["world_size"] == 0  # averaged before it was saved
-        whose = (0, 0) if is_mean else (transport.worker, transport.world_size)
+        names, groups, saved_by = self._names(), state_dict[_GROUPS], state_dict[_WORLD_SIZE]
+        _require_groups([group["params"] for group in groups], names)
         positions = {name: index for index, name in enumerate(itertools.chain(*names))}
-        state: dict[int, dict[str, Any]] = {}
-        for name, kept in state_dict[STATE].items():
-            keys = ((kind, local_key(name, kind)) for kind in LOCAL_STATE)
-            local = {kind: errors[key] for kind, key in keys if key in errors}
-            state[positions[name]] = {**kept, **local}
-        restored = []
-        for group, own, now in zip(groups, names, self._optimizer.param_groups, strict=True):
-            indices = [positions[name] for name in own]
-            owner = dict(zip(LOCAL, whose, strict=True))
-            restored.append({**_restored(group, now), **owner, "params": indices})
-        self._optimizer.load_state_dict({STATE: state, GROUPS: restored})
-
-    def _errors_in(
-        self, state_dict: Mapping[str, Any], transport: Transport
-    ) -> tuple[dict[str, Tensor], bool]:
-        """The errors that this worker loads, and whether they are a mean."""
-        saved_by, by_owner = state_dict[WORLD_SIZE], state_dict[ERRORS]
-        errors: dict[str, Tensor]
-        if _SUMS in by_owner:
-            errors, scale = by_owner[_SUMS], transport.world_size / saved_by
-            first = next(p for group in self._optimizer.param_groups for p in group["params"])
-            run(_average_(errors, scale, first.device), transport)
-            return errors, True
-        owner = owner_key(transport.worker, transport.world_size)
-        errors = by_owner.get(owner, {})
-        if owner not in by_owner or (errors and saved_by != transport.world_size):
+        transport, owners = self._optimizer.transport, state_dict[_ERRORS]
+        own = _owner(transport.worker, transport.world_size)
+        source = own if own in owners or len(owners) > 1 else next(iter(owners))
+        errors = owners.get(source)
+        if errors is None or (source == own and errors and saved_by != transport.world_size):
             raise ValueError(
-                f"Invalid state_dict: {owner} cannot load the errors of {', '.join(by_owner)} "
-                f"from a checkpoint of {saved_by}. Load it with planner=ElasticLoadPlanner(), on "
-                f"every worker."
+                f"Invalid state_dict: {own} cannot load the errors of {', '.join(owners)} from a "
+                f"checkpoint of {saved_by}. Load it with planner=ElasticLoadPlanner(), on every "
+                f"worker."
             )
-        return errors, False
+        whose = {"worker": transport.worker, "world_size": transport.world_size}
+        if source != own or groups[0]["world_size"] == 0:  # averaged now, or before it was saved
+            whose = {"worker": 0, "world_size": 0}
+        state = defaultdict[int, dict[str, Any]](dict)
+        for key, value in (*state_dict[_STATE].items(), *errors.items()):
+            name, kind = (key, "error") if key in positions else key.rsplit(".", 1)
+            state[positions[name]][kind] = value
+        restored = [
+            {**_moved(group, now), **whose, "params": [positions[n] for n in group["params"]]}
+            for group, now in zip(groups, self._optimizer.param_groups, strict=True)
+        ]
+        self._optimizer.load_state_dict({_STATE: dict(state), _GROUPS: restored})
 
     def _names(self) -> list[list[str]]:
         """What DCP calls the parameters of each group."""
@@ -177,16 +163,14 @@ class OptimizerState:
                 )
         bearer = torch.optim.SGD([{"params": group} for group in own])
         bearer.state[next(itertools.chain(*own))] = {}  # of one without state DCP would take a step
-        found: Any = get_optimizer_state_dict(self._model, bearer)[GROUPS]
+        found: Any = get_optimizer_state_dict(self._model, bearer)[_GROUPS]
         return [list(group["params"]) for group in found]
 
 
 class ElasticLoadPlanner(DefaultLoadPlanner):
     """Loads an `OptimizerState` that any number of workers saved; other things as DCP does.
 
-    Where the number is another one, each saved error is read by one of the present workers and
-    added to the others that it reads, and the workers average these sums. So no more is read than
-    was saved, and the memory that it takes does not depend on how many workers saved. Ranks come
+    Where the number is another one, every worker reads the mean of the saved errors. Ranks come
     from the checkpoint. One that does not fit is refused before anything is read, and an optimizer
     changes only when everything has been read.
 
@@ -200,7 +184,6 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, *, allow_partial_load: bool = False) -> None:
         super().__init__(allow_partial_load=allow_partial_load)
-        self._sums: dict[str, Tensor] = {}
 
     def set_up_planner(
         self,
@@ -208,48 +191,94 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """Finds the optimizers in `state_dict` and decides which errors this worker reads."""
+        """Finds the optimizers in `state_dict`, and decides what is read of each."""
         assert metadata is not None
-        self._sums, found = {}, []
-        for start, part in optimizers_in(state_dict):
-            adopt_factors_(start, part, metadata)
-            saved_by = check_fit(start, part, metadata)
-            part[STATE] = {name: _emptied(kept) for name, kept in part[STATE].items()}
-            [(owner, errors)] = part[ERRORS].items()
-            worker, world_size = owner_numbers(owner)
-            if saved_by == world_size or not errors:
-                part[ERRORS] = {owner: _emptied(errors)}
-                continue
-            sums = {name: _zeros_like(error) for name, error in errors.items()}
-            for other in range(worker, saved_by, world_size):
-                for name, total in sums.items():
-                    self._sums[f"{start}{ERRORS}.{owner_key(other, saved_by)}.{name}"] = total
-            part[ERRORS] = {}
-            found.append((part, sums))
+        for start, part in _optimizers_in(state_dict):
+            _make_room_(start, part, metadata)
         super().set_up_planner(state_dict, metadata, is_coordinator)
-        for key, total in self._sums.items():
-            self.state_dict[key] = torch.empty_like(total, device="meta")
-        for part, sums in found:
-            part[ERRORS] = {_SUMS: sums}
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """Where DCP is to put what it reads: for an error that is to be added, a new tensor."""
-        total = self._sums.get(index.fqn)
-        return super().lookup_tensor(index) if total is None else torch.empty_like(total)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Adds an error that has been read (a part of one, if it was saved in parts)."""
-        total = self._sums.get(read_item.dest_index.fqn)
-        if total is not None:
-            ranges = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-            total[tuple(slice(first, first + length) for first, length in ranges)] += tensor
-        super().commit_tensor(read_item, tensor)
 
 
-def _check_groups(saved: Sequence[Sequence[str]], present: Sequence[Sequence[str]]) -> None:
+def _owner(worker: int, world_size: int) -> str:
+    """The part of a key that says whose an error is."""
+    return f"worker {worker} of {world_size}"
+
+
+def _flattened(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What is kept for each parameter by the last part of its key."""
+    return {
+        name if kind == "error" else f"{name}.{kind}": value
+        for name, kept in states.items()
+        for kind, value in kept.items()
+    }
+
+
+def _optimizers_in(
+    state_dict: MutableMapping[str, Any], start: str = ""
+) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
+    """All `OptimizerState.state_dict`s in a nested dict, each with what its keys start with."""
+    if _WORLD_SIZE in state_dict:
+        yield start, state_dict
+        return
+    for key, value in state_dict.items():
+        if isinstance(value, MutableMapping):
+            yield from _optimizers_in(value, f"{start}{key}.")
+
+
+def _make_room_(start: str, part: MutableMapping[str, Any], metadata: Metadata) -> None:
+    """Puts empty tensors in place of an optimizer's, for what it is to read from a checkpoint.
+
+    These are factors at whatever ranks they were saved, and the errors of this worker; or, where
+    another number of workers saved, their mean. Raises ValueError where the checkpoint, after
+    `start`, does not have what `part` (modified in place; its tensors are left alone) asks for.
+    """
+    everything = metadata.state_dict_metadata.items()
+    saved = {key.removeprefix(start): value for key, value in everything if key.startswith(start)}
+    if _WORLD_SIZE not in saved:
+        raise ValueError(
+            f"The checkpoint has no optimizer under {start.removesuffix('.')!r} that was saved as "
+            f"an efsgd.checkpoint.OptimizerState. What was saved with get_optimizer_state_dict is "
+            f"to be loaded with set_optimizer_state_dict."
+        )
+    own = next(owner for owner in part[_ERRORS] if owner != _MEAN)
+    owners = {key.split(".")[1] for key in saved if key.startswith(f"{_ERRORS}.")}
+    source = next((each for each in (own, _MEAN, _owner(0, 1)) if each in owners), own)
+    names = [name for group in part[_GROUPS] for name in group["params"]]
+    # What follows from ranks and compression comes from the checkpoint, as these do.
+    factors = {f"{name}.{kind}" for name in names for kind in ("q", "p")}
+    problems, room = list[str](), list[dict[str, Tensor]]()
+    for section, here in ((_STATE, part[_STATE]), (f"{_ERRORS}.{source}", part[_ERRORS][own])):
+        there = {
+            key.removeprefix(f"{section}."): torch.empty(
+                value.size, dtype=value.properties.dtype, device="cpu"
+            )
+            for key, value in saved.items()
+            if key.startswith(f"{section}.") and isinstance(value, TensorStorageMetadata)
+        }
+        for key in {**here, **there}:
+            what, is_optional = f"{start}{section}.{key}", key in factors or key in names
+            if key not in here or key not in there:
+                has = f"it has {what}, unlike the optimizer"
+                problems += [] if is_optional else [f"it lacks {what}" if key in here else has]
+                continue
+            shapes = list(there[key].shape), list(here[key].shape)
+            if shapes[0] != shapes[1] and not (key in factors and shapes[0][:1] == shapes[1][:1]):
+                found = f"{shapes[0]} there and {shapes[1]} in the optimizer"
+                problems.append(f"the shape of {what} is {found}")
+        room.append(there)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(
+            f"The checkpoint does not fit the optimizer: {problems[0]}{more}. Make model and "
+            f"optimizer as they were when it was saved: with the same parameters, and with the "
+            f"settings on which the state depends, such as momentum."
+        )
+    part[_STATE], part[_ERRORS] = room[0], {source: room[1]}
+
+
+def _require_groups(saved: Sequence[Sequence[str]], present: Sequence[Sequence[str]]) -> None:
     """Raises ValueError unless the same parameters are in the same groups."""
     listed = [
-        [f"{name} in group {position}" for position, group in enumerate(groups) for name in group]
+        [f"{name} in group {number}" for number, group in enumerate(groups) for name in group]
         for groups in (saved, present)
     ]
     for there, here in itertools.zip_longest(*listed, fillvalue="nothing"):
@@ -260,39 +289,9 @@ def _check_groups(saved: Sequence[Sequence[str]], present: Sequence[Sequence[str
             )
 
 
-def _portable(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a group, without what belongs to one worker or one device."""
-    kept = {name: value for name, value in group.items() if name != "worker"}
-    return {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in kept.items()}
-
-
-def _restored(group: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-    """The opposite of `_portable`: tensors on the devices of the present settings."""
-    restored = dict(group)
-    for name, value in group.items():
-        if isinstance(value, Tensor) and isinstance(present.get(name), Tensor):
-            restored[name] = value.to(present[name].device)
-    return restored
-
-
-def _emptied(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {n: torch.empty_like(t) if isinstance(t, Tensor) else t for n, t in tensors.items()}
-
-
-def _zeros_like(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-@torch.no_grad()
-def _average_(sums: Mapping[str, Tensor], scale: float, device: torch.device) -> Exchange[None]:
-    """Replaces sums of errors by the mean over all workers that saved one.
-
-    Args:
-        sums: of what this worker has read, [*shape] each (modified in place).
-        scale: the number of workers that load, over that of those that saved.
-        device: where buffers may live.
-    """
-    lines = [f"error of {name}, shape {list(t.shape)}, times {scale}" for name, t in sums.items()]
-    yield from compare(lines, device)
-    for total in sums.values():
-        yield AllReduceMean(total.mul_(scale), "saved errors")
+def _moved(group: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a group, tensors on the devices of those in `present`, or on the CPU."""
+    return {
+        name: v.to(getattr(present.get(name), "device", "cpu")) if isinstance(v, Tensor) else v
+        for name, v in group.items()
+    }

@@ -1,6 +1,6 @@
 """Compressors: what an error-feedback SGD can send in place of a gradient."""
 
-from efsgd.algorithms.interfaces import Aggregator, Claims, Compressed, Compressor
+from efsgd.algorithms.interfaces import Aggregator, Claims, Compressed, Compressor, Placement
 from efsgd.compressors.identity import Identity
 from efsgd.compressors.lq_sgd import LQSGD
 from efsgd.compressors.powersgd import PowerSGD
@@ -20,6 +20,7 @@ __all__ = [
     "Compressed",
     "Compressor",
     "Identity",
+    "Placement",
     "PowerSGD",
     "PowerSGDPlus",
     "RandomBlock",

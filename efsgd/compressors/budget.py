@@ -10,21 +10,11 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
+from efsgd.checks import require_integer, require_number
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
-
-
-def elements_of_density(shape: Sequence[int], density: float) -> int:
-    """This share of a tensor's elements, rounded down, but at least one.
-
-    Example:
-        >>> from efsgd.compressors.budget import elements_of_density
-        >>> elements_of_density((64, 27), 0.01), elements_of_density((10,), 0.01)
-        (17, 1)
-    """
-    return max(1, int(density * math.prod(shape)))
 
 
 def floats_of_rank(shape: Sequence[int], rank: int) -> int:
@@ -42,17 +32,6 @@ def floats_of_rank(shape: Sequence[int], rank: int) -> int:
     """
     n, m = matrix_shape(shape)
     return min(rank * (n + m), n * m)
-
-
-def is_share(value: object) -> bool:
-    """Whether it is a number above 0 and at most 1."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def validate_seed(seed: object) -> None:
-    """Raises ValueError where `seed` is no integer of at least 0."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"Invalid seed: {seed!r}. Must be an integer of at least 0.")
 
 
 @dataclass(frozen=True)
@@ -79,32 +58,27 @@ class BudgetCompressor(TensorCompressor):
                 f"Invalid density and rank: {density!r} and {rank!r}. Must be one of them, not "
                 f"both and not none; set the other to None."
             )
-        if density is not None and not is_share(density):
-            raise ValueError(
-                f"Invalid density: {density!r}. Must be a number above 0 and at most 1; 0.01 "
-                f"sends one element in a hundred."
-            )
-        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-        if rank is not None and not is_rank:
-            raise ValueError(f"Invalid rank: {rank!r}. Must be an integer of at least 1.")
+        if density is not None:
+            small = "0.01 sends one element in a hundred."
+            require_number("density", density, above=0, most=1, remedy=small)
+        if rank is not None:
+            require_integer("rank", rank, 1)
 
     def count(self, shape: Sequence[int]) -> int:
         """How many elements of a tensor of this shape are sent."""
-        if self.density is not None:
-            return elements_of_density(shape, self.density)
-        assert self.rank is not None
-        return floats_of_rank(shape, self.rank)
+        if self.rank is not None:
+            return floats_of_rank(shape, self.rank)
+        assert self.density is not None
+        return max(1, int(self.density * math.prod(shape)))
 
     def compresses(self, shape: Sequence[int]) -> bool:
         """Whether fewer elements are sent than there are; otherwise all are, uncompressed."""
         return self.count(shape) < math.prod(shape)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
-        """As many values."""
         return (Field(self.count(shape)),)
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        """What was sent, at its places, and zeros between."""
         out = payload[0].new_zeros(shape)
         self.add_decompressed_(out, payload, draws, 1.0)
         return out
@@ -134,7 +108,7 @@ class DrawnCompressor(BudgetCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_seed(self.seed)
+        require_integer("seed", self.seed, 0)
 
     def claims(self) -> Claims:
         """It is averaged; each element is sent with the same probability."""

@@ -20,7 +20,6 @@ class Identity(TensorCompressor):
     """
 
     def compresses(self, shape: Sequence[int]) -> bool:
-        """Nothing is compressed."""
         return False
 
     def claims(self) -> Claims:

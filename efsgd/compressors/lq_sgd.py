@@ -1,27 +1,24 @@
 """LQ-SGD as a compressor: PowerSGD whose factors are sent as codes of a few bits."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.interfaces import Aggregator, Claims, Compressor, Placement, Settings
 from efsgd.algorithms.lq_sgd import QuantizedPowerIteration, factor_sizes
 from efsgd.algorithms.quantization.coded_mean import GatheredMean, ScatteredMean
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
+from efsgd.checks import plain, require_choice
 from efsgd.compressors.powersgd import PowerSGD
 from efsgd.layout import Entry, Layout
 
 _AGGREGATIONS = ("gather", "scatter")
-
-
 _POWER_SGD = PowerSGD()
 
 
 @dataclass(frozen=True)
-class LQSGD:
+class LQSGD(Compressor):
     """Rank-r compression, its two factors as logarithmic codes (Li et al. 2025, arXiv 2506.17974).
 
     Which tensors are compressed, and to which rank, is decided as by `PowerSGD`. Each number of P
@@ -56,6 +53,11 @@ class LQSGD:
         >>> shapes = [(512, 512), (512,)]
         >>> PowerSGD(rank=4).payload_bytes(shapes), LQSGD(rank=4, bits=8).payload_bytes(shapes)
         (18432, 6152)
+        >>> LQSGD(rank=2, bits=4).payload_bytes([(64, 32), (64,)])  # 64 + 4, 32 + 4, 256
+        360
+        >>> scattered = LQSGD(rank=2, bits=4, aggregation="scatter")
+        >>> scattered.payload_bytes([(64, 32), (64,)], world_size=4)
+        576
     """
 
     rank: int = 4
@@ -69,108 +71,47 @@ class LQSGD:
     def __post_init__(self) -> None:
         self.validate(self.settings())
 
-    def settings(self) -> dict[str, Any]:
-        """The entries of a parameter group that LQ-SGD reads, with their defaults."""
-        return asdict(self)
-
     def shared_settings(self) -> tuple[str, ...]:
-        """Names of the settings that must be the same in every group."""
         return ("bits", "alpha", "warm_start", "seed", "aggregation")
 
-    def validate(self, settings: Mapping[str, Any]) -> None:
-        """Checks the settings of one group.
-
-        Raises:
-            ValueError: a setting is of the wrong type or out of range.
-        """
+    def validate(self, settings: Settings) -> None:
         _POWER_SGD.validate({**_POWER_SGD.settings(), **settings})
         _quantizer(settings)
-        if settings["aggregation"] not in _AGGREGATIONS:
-            raise ValueError(
-                f"Invalid aggregation: {settings['aggregation']!r}. Must be 'gather', for few "
-                f"workers, or 'scatter', for many."
-            )
+        few_or_many = "'gather' is for few workers, 'scatter' for many."
+        require_choice("aggregation", settings["aggregation"], _AGGREGATIONS, remedy=few_or_many)
 
     def claims(self) -> Claims:
-        """It is not averaged; and with few bits, codes may exceed what they stand for.
+        """It is not averaged; and with few bits, codes may exceed what they encode.
 
         Random without a warm start, as `PowerSGD`.
         """
         return Claims(averages=False, is_random=not self.warm_start)
 
-    def payload_bytes(
-        self,
-        shapes: Sequence[Sequence[int]],
-        dtype: torch.dtype = torch.float32,
-        step: int = 0,
-        world_size: int = 1,
-    ) -> int:
-        """What one worker hands over in a step for tensors of these shapes, control words apart.
+    def compressed_bytes(self, layout: Layout, placement: Placement, step: int) -> int:
+        """What one worker hands over: the codes of all P, and of all Q, with their scales.
 
-        With "gather": for all P together their codes, rounded up to a byte, and a number of
-        `dtype` for the scale of each; the same for all Q; and all numbers of other tensors. With
-        "scatter", for P and for Q, a row for each worker, itself too, and the mean of a part.
-
-        Args:
-            shapes: of all tensors.
-            dtype: of errors and scales: float32, or float64 for parameters of that precision.
-            step: makes no difference.
-            world_size: the number of workers; makes a difference with "scatter" only.
-
-        Example:
-            >>> from efsgd.compressors.lq_sgd import LQSGD
-            >>> LQSGD(rank=2, bits=4).payload_bytes([(64, 32), (64,)])  # 64 + 4, 32 + 4, 256
-            360
-            >>> scattered = LQSGD(rank=2, bits=4, aggregation="scatter")
-            >>> scattered.payload_bytes([(64, 32), (64,)], world_size=4)
-            576
+        With "scatter", for P and for Q, a row for each worker, itself too, and the mean of a part.
         """
-        entries = [
-            Entry(index, tuple(shape), self.level(shape, self.settings()))
-            for index, shape in enumerate(shapes)
-        ]
-        layout = Layout.plan(entries)
-        total = layout.vector_floats * dtype.itemsize
-        for sizes in factor_sizes(layout):
-            if self.aggregation == "scatter" and sizes:
-                total += ScatteredMean.nbytes(sizes, self.bits, dtype.itemsize, world_size)
-            else:
-                total += GatheredMean.nbytes(sizes, self.bits, dtype.itemsize)
-        return total
+        kind = ScatteredMean if self.aggregation == "scatter" and layout.batches else GatheredMean
+        own = self.bits, placement.dtype.itemsize, placement.world_size
+        return sum(kind.nbytes(sizes, *own) for sizes in factor_sizes(layout))
 
-    def step_kind(self, step: int, settings: Mapping[str, Any]) -> None:
-        """All steps are alike."""
-
-    def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int | None:
-        """The rank at which a tensor of this shape is sent; None: uncompressed."""
+    def level(self, shape: Sequence[int], settings: Settings) -> int | None:
         return _POWER_SGD.level(shape, settings)
 
-    def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-        """{"q": the first Q, [m, r] float64}."""
+    def initial_state(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
         return _POWER_SGD.initial_state(entry, {**_POWER_SGD.settings(), **settings})
 
-    def aggregator(
-        self,
-        layout: Layout,
-        settings: Mapping[str, Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        worker: int = 0,
-        world_size: int = 1,
-    ) -> QuantizedPowerIteration:
-        """Algorithm 1 for the tensors of one layout, with codes for factors."""
+    def aggregator(self, layout: Layout, settings: Settings, placement: Placement) -> Aggregator:
         return QuantizedPowerIteration(
             layout,
-            dtype,
-            device,
+            placement,
             _quantizer(settings),
-            seed=settings["seed"],
+            seed=int(settings["seed"]),
             warm_start=settings["warm_start"],
             scatters=settings["aggregation"] == "scatter",
-            worker=worker,
-            world_size=world_size,
         )
 
 
-def _quantizer(settings: Mapping[str, Any]) -> LogQuantizer:
-    return LogQuantizer(settings["bits"], settings["alpha"])
+def _quantizer(settings: Settings) -> LogQuantizer:
+    return LogQuantizer(plain(settings["bits"]), plain(settings["alpha"]))

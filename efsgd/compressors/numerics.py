@@ -9,25 +9,13 @@ from torch import Tensor
 _ELEMENTS_AT_ONCE = 2**18
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts tensors with equally many elements into like pieces.
-
-    Args:
-        tensors: contiguous.
-
-    Yields:
-        Of each tensor the next piece, one-dimensional, a view.
-
-    Example:
-        >>> from efsgd.compressors.numerics import pieces
-        >>> [len(piece) for piece, in pieces(torch.zeros(1000, 600))]
-        [262144, 262144, 75712]
-    """
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts contiguous tensors with equally many elements into matching chunks, flat views."""
     yield from zip(*(each.view(-1).split(_ELEMENTS_AT_ONCE) for each in tensors), strict=True)
 
 
 def power_of_two(low: Tensor, high: Tensor) -> Tensor:
-    """The largest power of two that is no larger than both bounds' magnitudes; 1 for zeros.
+    """The largest power of two that is no larger than the larger of two bounds; 1 for zeros.
 
     Dividing by it changes no digit, and leaves elements below 2 in magnitude, the largest at least
     1: their differences and squares neither overflow nor all vanish.
@@ -35,14 +23,6 @@ def power_of_two(low: Tensor, high: Tensor) -> Tensor:
     Args:
         low: the smallest element, [], floating point.
         high: the largest element, [].
-
-    Returns:
-        [], of the same dtype and device.
-
-    Example:
-        >>> from efsgd.compressors.numerics import power_of_two
-        >>> power_of_two(*torch.aminmax(torch.tensor([3.0, -5.0])))
-        tensor(4.)
     """
     largest = torch.maximum(-low, high)
     return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)

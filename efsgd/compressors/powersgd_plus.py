@@ -1,15 +1,14 @@
 """PowerSGD+ as a compressor: PowerSGD whose subspace is found anew every so many steps."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
-
-from efsgd.algorithms.interfaces import Claims
+from efsgd.algorithms.interfaces import Aggregator, Claims, Placement, Settings
+from efsgd.algorithms.low_rank.products import rank_of
 from efsgd.algorithms.powersgd_plus import RefreshedPowerIteration
+from efsgd.checks import require_choice, require_integer
 from efsgd.compressors.powersgd import PowerSGD, options_of, start_of
-from efsgd.layout import Layout
+from efsgd.layout import Batch, Layout
 
 _CHOICES = {"svd": ("exact", "randomized"), "refresh_update": ("low_rank", "exact")}
 
@@ -37,8 +36,7 @@ class PowerSGDPlus(PowerSGD):
             anyway. Errors then are zero.
 
     Example:
-        >>> from efsgd import ErrorFeedbackSGD
-        >>> from efsgd.compressors.powersgd_plus import PowerSGDPlus
+        >>> from efsgd import ErrorFeedbackSGD, PowerSGDPlus
         >>> model = torch.nn.Linear(64, 32)
         >>> compressor = PowerSGDPlus(rank=2, refresh_every=100)
         >>> optimizer = ErrorFeedbackSGD(model.parameters(), lr=0.1, compressor=compressor)
@@ -54,27 +52,14 @@ class PowerSGDPlus(PowerSGD):
     refresh_update: str = "low_rank"
 
     def shared_settings(self) -> tuple[str, ...]:
-        """Names of the settings that must be the same in every group."""
         return (*super().shared_settings(), "refresh_every", *_CHOICES)
 
-    def validate(self, settings: Mapping[str, Any]) -> None:
-        """Checks the settings of one group.
-
-        Raises:
-            ValueError: a setting is of the wrong type or out of range.
-        """
+    def validate(self, settings: Settings) -> None:
         super().validate(settings)
-        every = settings["refresh_every"]
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(
-                f"Invalid refresh_every: {every!r}. Must be a number of steps, at least 1. For "
-                f"steps without any refresh, use efsgd.PowerSGD."
-            )
+        never = "For steps without any refresh, use efsgd.PowerSGD."
+        require_integer("refresh_every", settings["refresh_every"], 1, remedy=never)
         for name, choices in _CHOICES.items():
-            if settings[name] not in choices:
-                raise ValueError(
-                    f"Invalid {name}: {settings[name]!r}. Must be {choices[0]!r} or {choices[1]!r}."
-                )
+            require_choice(name, settings[name], choices)
         if settings["alternating"]:
             raise ValueError(
                 "Invalid alternating: True. Must be False, since a refresh of PowerSGD+ begins a "
@@ -86,34 +71,25 @@ class PowerSGDPlus(PowerSGD):
         is_random = not self.warm_start or self.svd == "randomized"
         return replace(super().claims(), is_random=is_random)
 
-    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
+    def step_kind(self, step: int, settings: Settings) -> Hashable:
         """Either "refresh" or "ordinary"."""
         since = step - start_of(settings)
         is_refresh = since >= 0 and since % settings["refresh_every"] == 0
         return "refresh" if is_refresh else "ordinary"
 
-    def _floats_of(self, n: int, m: int, rank: int, step: int) -> int:
+    def _floats_of(self, batch: Batch, step: int) -> int:
         if step % self.refresh_every != 0:
-            return super()._floats_of(n, m, rank, step)
-        return n * m + (rank * m if self.refresh_update == "low_rank" else 0)
+            return super()._floats_of(batch, step)
+        sends_Q = self.refresh_update == "low_rank"
+        return batch.columns * (batch.rows + (rank_of(batch) if sends_Q else 0))
 
-    def aggregator(
-        self,
-        layout: Layout,
-        settings: Mapping[str, Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        worker: int = 0,
-        world_size: int = 1,
-    ) -> RefreshedPowerIteration:
-        """PowerSGD+ for the tensors of one layout."""
+    def aggregator(self, layout: Layout, settings: Settings, placement: Placement) -> Aggregator:
         return RefreshedPowerIteration(
             layout,
-            dtype,
-            device,
+            placement,
             refresh_every=settings["refresh_every"],
             start=start_of(settings),
             svd=settings["svd"],
             is_exact=settings["refresh_update"] == "exact",
-            **options_of(settings, device),
+            **options_of(settings, placement.device),
         )

@@ -18,9 +18,7 @@ class RandomBlock(DrawnCompressor):
     is not sent, since all workers draw the same one, so that values are averaged in the all-reduce
     that carries the uncompressed tensors.
 
-    Source: Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for
-    Distributed Optimization", NeurIPS 2019, arXiv 1905.13727, "Random Block" in the comparison with
-    other compressors.
+    Source: PowerSGD (arXiv 1905.13727), "Random Block" in the comparison with others.
 
     Attributes:
         density: which share of a tensor's elements is sent, above 0 and at most 1. May be set per
@@ -45,7 +43,6 @@ class RandomBlock(DrawnCompressor):
         return (torch.cat([flat[block], flat[wrapped]]),)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """Adds to the block alone (`out` is modified in place)."""
         flat, (values,) = out.view(-1), payload
         block, wrapped = self._block(out.shape, draws)
         flat[block].add_(values[: block.stop - block.start], alpha=alpha)

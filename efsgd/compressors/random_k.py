@@ -19,16 +19,8 @@ def draw_subset(numel: int, k: int, generator: torch.Generator) -> Tensor:
 
     Args:
         numel: of the tensor, up to 2**53.
-        k: at most numel.
+        k: at most numel, for positions [k] int64 in ascending order, on the CPU.
         generator: on the CPU.
-
-    Returns:
-        [k] int64, in ascending order, on the CPU.
-
-    Example:
-        >>> from efsgd.compressors.random_k import draw_subset
-        >>> draw_subset(5, 3, torch.Generator().manual_seed(0)).tolist()
-        [1, 2, 3]
     """
     is_small = k <= numel * SMALL_SHARE
     return _few(numel, k, generator) if is_small else _many(numel, k, generator)
@@ -72,9 +64,7 @@ class RandomK(DrawnCompressor):
     same ones, so that values are averaged in the all-reduce that carries the uncompressed tensors.
 
     Sources: Stich, Cordonnier, Jaggi: "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599;
-    Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
-    Optimization", NeurIPS 2019, arXiv 1905.13727, "Random K" in the comparison with other
-    compressors.
+    PowerSGD (arXiv 1905.13727), "Random K" in the comparison with others.
 
     Attributes:
         density: which share of a tensor's elements is sent, above 0 and at most 1. May be set per
@@ -93,11 +83,9 @@ class RandomK(DrawnCompressor):
     """
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        """The values at this step's positions."""
         return (delta.view(-1)[self._positions(delta, draws)],)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """Adds to the drawn positions alone (`out` is modified in place)."""
         out.view(-1).index_add_(0, self._positions(out, draws), payload[0], alpha=alpha)
 
     def _positions(self, tensor: Tensor, draws: Draws) -> Tensor:

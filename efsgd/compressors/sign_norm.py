@@ -8,7 +8,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
-from efsgd.compressors.numerics import pieces
+from efsgd.compressors.numerics import chunks
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
@@ -42,20 +42,18 @@ class SignNorm(TensorCompressor):
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The signs, [numel] bool, and the mean of all magnitudes, [1]."""
         # In float64 neither long sums nor sums of large numbers are lost.
-        totals = [piece.abs().sum(dtype=torch.float64) for (piece,) in pieces(delta)]
+        totals = [chunk.abs().sum(dtype=torch.float64) for (chunk,) in chunks(delta)]
         scale = torch.stack(totals).sum() / delta.numel()
         return (delta >= 0).view(-1), scale.to(delta.dtype).view(1)
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        """The scale, with signs."""
         is_positive, scale = payload
         signs = is_positive.to(torch.int8).mul_(2).sub_(1)
         return (signs * scale).view(shape)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """The same, piece by piece."""
         scale = alpha * payload[1]
-        for part, is_positive in pieces(out, payload[0]):
+        for part, is_positive in chunks(out, payload[0]):
             part.add_(self.decompress((is_positive, scale), part.shape, draws))
 
     def claims(self) -> Claims:

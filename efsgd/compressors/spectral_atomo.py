@@ -9,6 +9,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
+from efsgd.checks import require_choice, require_integer
 from efsgd.compressors.numerics import power_of_two
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.layout import matrix_shape
@@ -22,11 +23,9 @@ def inclusion_probabilities(values: Tensor, count: int) -> Tensor:
     Source: ATOMO, Algorithm 1.
 
     Args:
-        values: σ: [k] float64, at least 0, in descending order.
+        values: σ: [k] float64, at least 0, in descending order. Where less than `count` of them are
+            above 0, the first `count` are sure.
         count: the size of the sample, from 1 to k.
-
-    Returns:
-        [k] float64. Where less than `count` values are above 0, the first `count` are sure.
 
     Example:
         >>> from efsgd.compressors.spectral_atomo import inclusion_probabilities
@@ -52,17 +51,8 @@ def systematic_sample(probabilities: Tensor, count: int, draw: float) -> Tensor:
 
     Args:
         probabilities: [k] float64, in descending order, with a sum of `count`.
-        count: the size of the sample.
+        count: the size of the sample, positions [count] int64 in ascending order.
         draw: uniform, from 0 to 1 (1 excluded).
-
-    Returns:
-        [count] int64, positions in ascending order.
-
-    Example:
-        >>> from efsgd.compressors.spectral_atomo import systematic_sample
-        >>> p = torch.tensor([1.0, 0.5, 0.25, 0.25])
-        >>> [systematic_sample(p, 2, draw).tolist() for draw in (0.0, 0.49, 0.5, 0.75)]
-        [[0, 1], [0, 1], [0, 2], [0, 3]]
     """
     whole = torch.arange(count, dtype=probabilities.dtype, device=probabilities.device)
     teeth = torch.minimum(whole + draw, torch.nextafter(whole + 1, whole))  # 1 stays excluded
@@ -74,16 +64,10 @@ def systematic_sample(probabilities: Tensor, count: int, draw: float) -> Tensor:
 def draw_until(
     probabilities: Tensor, count: int, generator: torch.Generator, tries: int
 ) -> Tensor | None:
-    """Draws each on its own, again and again until exactly `count` are drawn.
+    """Draws each on its own, again and again until exactly `count` are drawn: [count] int64.
 
-    Args:
-        probabilities: [k] float64.
-        count: the size of the sample.
-        generator: of random numbers, on the CPU, as are the probabilities.
-        tries: after so many there is none.
-
-    Returns:
-        [count] int64, positions in ascending order, or None.
+    Positions are in ascending order. After so many tries, and where fewer than `count` of the
+    probabilities, [k] float64 on the CPU, are above 0, there are none.
     """
     if count > int(probabilities.count_nonzero()):
         return None
@@ -169,18 +153,11 @@ class SpectralAtomo(TensorCompressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.rank) or self.rank < 1:
-            raise ValueError(
-                f"Invalid rank: {self.rank!r}. Must be an integer of at least 1, the number of "
-                f"singular triples that are sent."
-            )
-        if self.sampling not in ("atomo", "rejection"):
-            raise ValueError(
-                f"Invalid sampling: {self.sampling!r}. Must be 'atomo', which is unbiased, or "
-                f"'rejection'."
-            )
-        if not _is_integer(self.seed) or self.seed < 0:
-            raise ValueError(f"Invalid seed: {self.seed!r}. Must be an integer, at least 0.")
+        triples = "It is the number of singular triples that are sent."
+        require_integer("rank", self.rank, 1, remedy=triples)
+        unbiased = "'atomo' is unbiased."
+        require_choice("sampling", self.sampling, ("atomo", "rejection"), remedy=unbiased)
+        require_integer("seed", self.seed, 0)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
         """The u of all atoms, one after the other; their σ / p; their v."""
@@ -189,7 +166,6 @@ class SpectralAtomo(TensorCompressor):
         return Field(count * n), Field(count), Field(count * m)
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        """A sample of the singular triples: [s * n], [s] and [s * m]."""
         matrix = delta.view(atomo_shape(delta.shape))
         scale = power_of_two(*torch.aminmax(matrix))
         left, values, right = torch.linalg.svd(matrix / scale, full_matrices=False)
@@ -198,12 +174,10 @@ class SpectralAtomo(TensorCompressor):
         return left.mT[chosen].view(-1), weights * scale, right[chosen].view(-1)
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        """The sum of the atoms."""
         left, right = self._factors(payload)
         return (left.mT @ right).view(shape)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """The same, added up where it belongs."""
         left, right = self._factors(payload)
         out.view(left.shape[1], right.shape[1]).addmm_(left.mT, right, alpha=alpha)
 
@@ -231,7 +205,3 @@ class SpectralAtomo(TensorCompressor):
         if drawn is None:
             return torch.arange(count, device=values.device), values[:count]
         return drawn, values[drawn] / probabilities[drawn]
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

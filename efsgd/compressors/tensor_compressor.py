@@ -2,21 +2,29 @@
 
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Hashable, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.interfaces import Claims
-from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.interfaces import (
+    Aggregator,
+    Claims,
+    Compressor,
+    Placement,
+    Settings,
+    fields_of,
+)
+from efsgd.algorithms.operators import Payload, units
 from efsgd.algorithms.tensorwise import Tensorwise
-from efsgd.layout import Entry, Layout
+from efsgd.checks import plain
+from efsgd.layout import Layout
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field, Format
 
 
-class TensorCompressor:
+class TensorCompressor(Compressor):
     """A compressor that works on one tensor at a time, inside error-feedback SGD.
 
     Subclasses are frozen dataclasses. Their fields are the settings; every one may be set per
@@ -71,7 +79,7 @@ class TensorCompressor:
         raise NotImplementedError(f"{name} must define compress(self, delta, draws).")
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        """What a payload stands for, of this shape. A payload of zeros stands for zeros.
+        """What a payload decodes to, of this shape. A payload of zeros decodes to zeros.
 
         Args:
             payload: of this worker or another, or the mean of all. Not to be modified.
@@ -88,13 +96,9 @@ class TensorCompressor:
         return True
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """Adds alpha times what a payload stands for; for those that can do it faster.
+        """Adds alpha times the decompressed payload to `out` (modified in place).
 
-        Args:
-            out: (modified in place).
-            payload: see `decompress`.
-            draws: see `decompress`.
-            alpha: a number.
+        By way of `decompress`; for those that can do it faster.
         """
         found = self.decompress(payload, out.shape, draws)
         if found.shape != out.shape:
@@ -105,7 +109,6 @@ class TensorCompressor:
         out.add_(found, alpha=alpha)
 
     def claims(self) -> Claims:
-        """What it promises beyond the laws that hold for all."""
         return Claims(self.averages)
 
     @property
@@ -120,71 +123,22 @@ class TensorCompressor:
         """The field `seed`, if there is one."""
         return int(getattr(self, "seed", 0))
 
-    def settings(self) -> dict[str, Any]:
-        """The fields."""
-        return {each.name: getattr(self, each.name) for each in _fields(self)}
-
-    def shared_settings(self) -> tuple[str, ...]:
-        """The seed."""
-        return tuple(name for name in self.settings() if name == "seed")
-
-    def validate(self, settings: Mapping[str, Any]) -> None:
-        """Has `__post_init__` look at the settings of a group."""
+    def validate(self, settings: Settings) -> None:
         self._with(settings)
 
-    def level(self, shape: Sequence[int], settings: Mapping[str, Any]) -> Hashable | None:
+    def level(self, shape: Sequence[int], settings: Settings) -> Hashable | None:
         """The compressor with the settings of a group; None where it does not compress."""
         own = self._with(settings)
         return own if math.prod(shape) > 0 and own.compresses(torch.Size(shape)) else None
 
-    def initial_state(self, entry: Entry, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Nothing but the errors is kept."""
-        return {}
+    def compressed_bytes(self, layout: Layout, placement: Placement, step: int) -> int:
+        return Format([unit.fields() for unit in units(layout)], placement.dtype).nbytes
 
-    def step_kind(self, step: int, settings: Mapping[str, Any]) -> Hashable:
-        """All steps are alike."""
-        return None
+    def aggregator(self, layout: Layout, settings: Settings, placement: Placement) -> Aggregator:
+        return Tensorwise(layout, placement, averages=self.averages)
 
-    def payload_bytes(
-        self,
-        shapes: Sequence[Sequence[int]],
-        dtype: torch.dtype = torch.float32,
-        step: int = 0,
-        world_size: int = 1,
-    ) -> int:
-        """What one worker sends in a step for tensors of these shapes, control words apart.
-
-        Args:
-            shapes: of all tensors.
-            dtype: of errors: float32, or float64 for parameters of that precision.
-            step: makes no difference.
-            world_size: makes no difference.
-        """
-        floats, compressed = 0, []
-        for shape in map(torch.Size, shapes):
-            if shape.numel() > 0 and self.compresses(shape):
-                compressed.append(shape)
-            else:
-                floats += shape.numel()
-        if self.takes_all_at_once and compressed:
-            compressed = [torch.Size([sum(shape.numel() for shape in compressed)])]
-        format = Format([tuple(self.fields(shape)) for shape in compressed], dtype)
-        return floats * dtype.itemsize + format.nbytes
-
-    def aggregator(
-        self,
-        layout: Layout,
-        settings: Mapping[str, Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        worker: int = 0,
-        world_size: int = 1,
-    ) -> Tensorwise:
-        """Algorithm 2, lines 8 and 10, for the tensors of one layout."""
-        return Tensorwise(layout, dtype, device, worker, averages=self.averages)
-
-    def _with(self, settings: Mapping[str, Any]) -> Self:
-        chosen = {each.name: settings[each.name] for each in _fields(self)}
+    def _with(self, settings: Settings) -> Self:
+        chosen = {each.name: plain(settings[each.name]) for each in fields_of(self)}
         own = dataclasses.replace(self, **chosen)  # type: ignore[type-var]
         try:
             hash(own)
@@ -195,12 +149,3 @@ class TensorCompressor:
                 f"stand above the class."
             ) from error
         return own
-
-
-def _fields(compressor: object) -> tuple[dataclasses.Field[Any], ...]:
-    if not dataclasses.is_dataclass(compressor):
-        raise TypeError(
-            f"Invalid compressor: {type(compressor).__name__} is no dataclass. Decorate it with "
-            f"@dataclasses.dataclass(frozen=True); its fields are the settings."
-        )
-    return dataclasses.fields(compressor)

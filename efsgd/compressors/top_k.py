@@ -10,18 +10,15 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
-from efsgd.compressors.budget import BudgetCompressor, floats_of_rank, is_share
+from efsgd.checks import require_choice, require_number
+from efsgd.compressors.budget import BudgetCompressor, floats_of_rank
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field, position_dtype
 
 # Up to so many elements torch.topk is as fast.
 FEW = 2**17
-
-
 # From so many elements a threshold is guessed.
 SAMPLES = 2**14
-
-
 # What is looked through at once: 512 KiB in float32, which stays in the cache from one operation to
 # the next.
 AT_ONCE = 2**17
@@ -36,15 +33,7 @@ def largest(flat: Tensor, k: int) -> Tensor:
 
     Args:
         flat: [numel], finite.
-        k: from 1 to numel.
-
-    Returns:
-        [k] int64, in ascending order.
-
-    Example:
-        >>> from efsgd.compressors.top_k import largest
-        >>> largest(torch.tensor([1.0, -3.0, 0.0, 2.0]), 2).tolist()
-        [1, 3]
+        k: from 1 to numel, for positions [k] int64 in ascending order.
     """
     is_guessed = flat.device.type == "cpu" and flat.numel() > FEW
     threshold = _guess_threshold(flat, k) if is_guessed else None
@@ -108,8 +97,7 @@ class TopK(BudgetCompressor):
     with their number.
 
     Sources: Stich, Cordonnier, Jaggi: "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599;
-    Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
-    Optimization", NeurIPS 2019, arXiv 1905.13727, "Top K" in the comparison with other compressors.
+    PowerSGD (arXiv 1905.13727), "Top K" in the comparison with others.
 
     Attributes:
         density: which share of the elements is sent, above 0 and at most 1: k = max(1,
@@ -137,8 +125,7 @@ class TopK(BudgetCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scope not in SCOPES:
-            raise ValueError(f"Invalid scope: {self.scope!r}. Must be one of {list(SCOPES)}.")
+        require_choice("scope", self.scope, SCOPES)
         if self.scope == "model" and self.rank is not None:
             raise ValueError(
                 f"Invalid rank: {self.rank!r}. Must be None for the scope 'model', since all "
@@ -160,20 +147,15 @@ class TopK(BudgetCompressor):
             >>> TopK.from_compression(1 / 32)
             TopK(density=0.015625, rank=None, scope='tensor')
         """
-        if not is_share(compression):
-            raise ValueError(
-                f"Invalid compression: {compression!r}. Must be a number above 0 and at most 1; "
-                f"with 1 as many bytes are sent as there are."
-            )
+        whole = "With 1 as many bytes are sent as there are."
+        require_number("compression", compression, above=0, most=1, remedy=whole)
         return cls(density=compression / 2, scope=scope)
 
     @property
     def takes_all_at_once(self) -> bool:
-        """For the scope "model"."""
         return self.scope == "model"
 
     def count(self, shape: Sequence[int]) -> int:
-        """How many elements of a tensor of this shape are sent."""
         floats = super().count(shape)
         return floats if self.rank is None else max(1, floats // 2)
 
@@ -194,17 +176,14 @@ class TopK(BudgetCompressor):
         return Claims(averages=False, contraction=share)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
-        """Values and positions."""
         k = self.count(shape)
         return Field(k), Field(k, position_dtype(shape.numel()))
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        """The values of largest magnitude, and their positions."""
         flat = delta.view(-1)
         positions = largest(flat, self.count(delta.shape))
         return flat[positions], positions.to(position_dtype(delta.numel()))
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """Adds to the positions that were sent alone (`out` is modified in place)."""
         values, positions = payload
         out.view(-1).index_add_(0, positions, values, alpha=alpha)

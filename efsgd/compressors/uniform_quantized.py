@@ -8,7 +8,8 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
-from efsgd.compressors.numerics import pieces, power_of_two
+from efsgd.checks import require_bool, require_integer
+from efsgd.compressors.numerics import chunks, power_of_two
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
@@ -59,15 +60,9 @@ class UniformQuantized(TensorCompressor):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.bits) or not 1 <= self.bits <= _MAX_BITS:
-            raise ValueError(
-                f"Invalid bits: {self.bits!r}. Must be an integer from 1 to {_MAX_BITS}; 8 take a "
-                f"quarter of float32."
-            )
-        if not isinstance(self.stochastic, bool):
-            raise ValueError(f"Invalid stochastic: {self.stochastic!r}. Must be a bool.")
-        if not _is_integer(self.seed) or self.seed < 0:
-            raise ValueError(f"Invalid seed: {self.seed!r}. Must be an integer, at least 0.")
+        require_integer("bits", self.bits, 1, _MAX_BITS, remedy="8 take a quarter of float32.")
+        require_bool("stochastic", self.stochastic)
+        require_integer("seed", self.seed, 0)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
         """A code for each element; the smallest and the largest element."""
@@ -79,8 +74,8 @@ class UniformQuantized(TensorCompressor):
         dtype = torch.uint8 if self.bits <= 8 else torch.int32
         codes = torch.empty(delta.numel(), dtype=dtype, device=delta.device)
         generator = draws.private() if self.stochastic else None
-        for piece, place in pieces(delta, codes):
-            levels = self._levels(piece, low, high)
+        for chunk, place in chunks(delta, codes):
+            levels = self._levels(chunk, low, high)
             if generator is None:
                 levels.round_()
             else:
@@ -93,15 +88,13 @@ class UniformQuantized(TensorCompressor):
         return codes, torch.stack([low, high])
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        """What the codes stand for."""
         codes, (low, high) = payload[0].view(shape), payload[1]
         scale = power_of_two(low, high)
         fractions = codes.to(low.dtype).div_(self._last)
         return torch.lerp(low / scale, high / scale, fractions).mul_(scale)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
-        """The same, piece by piece."""
-        for part, codes in pieces(out, payload[0]):
+        for part, codes in chunks(out, payload[0]):
             part.add_(self.decompress((codes, payload[1]), part.shape, draws), alpha=alpha)
 
     def claims(self) -> Claims:
@@ -119,7 +112,3 @@ class UniformQuantized(TensorCompressor):
     @property
     def _last(self) -> int:
         return int(2**self.bits - 1)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

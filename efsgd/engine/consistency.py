@@ -1,55 +1,47 @@
-"""A comparison of all that workers must have in common, whenever it is asked for."""
+"""What workers must have in common, compared or given by one to the others; and what not."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.buckets import _entry
-from efsgd.engine.parameters import PER_PARAMETER, ParameterInfo, list_parameters, overrides_of
-from efsgd.engine.plan import Groups
-from efsgd.engine.state import LOCAL_STATE, State
+from efsgd.engine.parameters import (
+    PER_PARAMETER,
+    Groups,
+    ParameterInfo,
+    list_parameters,
+    overrides_of,
+)
+from efsgd.engine.state import State, local_state
+from efsgd.engine.update import Method
 from efsgd.wire.collectives import Exchange
-from efsgd.wire.compare import checksums, compare
+from efsgd.wire.compare import broadcast_values, checksums, compare
 
 
-def replicated(listed: Iterable[ParameterInfo], state: Mapping[Tensor, State]) -> dict[str, Tensor]:
-    """What must be equal on all workers, by name: parameters and state, but for what is local.
-
-    Args:
-        listed: the parameters.
-        state: of the optimizer.
-    """
-    chosen = list(listed)
-    named = {info.name: info.parameter.detach() for info in chosen}
+def replicated(
+    infos: Iterable[ParameterInfo], state: Mapping[Tensor, State], compressor: Compressor
+) -> dict[str, Tensor]:
+    """What must be equal on all workers, by name: parameters and state, but for what is local."""
+    chosen, local = list(infos), local_state(compressor)
+    named = {info.name: info.values.detach() for info in chosen}
     for info in chosen:
         for key, value in sorted(state.get(info.parameter, {}).items()):
-            if key not in LOCAL_STATE and isinstance(value, Tensor):
+            if key not in local and isinstance(value, Tensor):
                 named[f"{key} of {info.name}"] = value
     return named
 
 
-def describe(
-    infos: Iterable[ParameterInfo],
-    compressor: Compressor,
-    settings: Iterable[str],
-) -> list[str]:
-    """What workers must agree on, a line for each parameter and each group.
-
-    Args:
-        infos: the parameters, in order.
-        compressor: decides what is compressed and how far.
-        settings: names of the group entries that must be equal.
-    """
-    lines, names = [], sorted(set(settings) - {PER_PARAMETER})
+def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
+    """What workers must agree on, a line for each parameter and each group."""
+    lines, names = [], sorted(set(method.compared) - {PER_PARAMETER})
     group: dict[str, Any] | None = None
     for info in infos:
         if info.group is not group:
             group = info.group
             lines += [f"{k}={_plain(group[k])} in the group of {info.name}" for k in names]
-        entry, parameter = _entry(info, compressor), info.parameter
+        entry, parameter = info.entry_now(method.compressor), info.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
         if not parameter.requires_grad:
             how = "frozen"
@@ -64,21 +56,74 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-def compare_all(
-    groups: Groups, state: Mapping[Tensor, State], compressor: Compressor, settings: Iterable[str]
-) -> Exchange[None]:
+@torch.no_grad()
+def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -> Exchange[None]:
     """Compares settings, parameters and replicated state, as they are now.
-
-    Args:
-        groups: parameter groups.
-        state: of the parameters.
-        compressor: decides what is compressed and how far.
-        settings: names of the group entries that workers must agree on.
 
     Raises:
         WorkerMismatchError: names the first difference.
     """
-    listed = list(list_parameters(groups))
-    lines = describe(listed, compressor, settings)
-    values = checksums(replicated(listed, state))
-    yield from compare(lines, listed[0].parameter.device, values)
+    infos = list(list_parameters(groups))
+    values = checksums(replicated(infos, state, method.compressor))
+    yield from compare(describe(infos, method), infos[0].parameter.device, values)
+
+
+@torch.no_grad()
+def broadcast_parameters(groups: Groups, method: Method, source: int) -> Exchange[None]:
+    """Gives all workers the parameters of one, once it is known that they have the same list.
+
+    Args:
+        groups: parameter groups (parameters modified in place).
+        method: how the optimizer treats them.
+        source: the worker whose parameters are taken.
+
+    Raises:
+        WorkerMismatchError: the workers do not have the same parameters.
+    """
+    infos = list(list_parameters(groups))
+    yield from compare(describe(infos, method), infos[0].parameter.device)
+    yield from broadcast_values([info.values for info in infos], source)
+
+
+def drop_foreign_errors_(
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    compressor: Compressor,
+    context: tuple[int, int],
+) -> str | None:
+    """Zeroes loaded errors that are those of another worker (modified in place).
+
+    If all workers kept them they would count several times, and in place of the workers' own. Local
+    momenta are kept, whoever's they are: each is an estimate of the same mean gradient, counts
+    once in each vote, and is soon forgotten.
+
+    Args:
+        groups: say whose errors these are. With one worker, they are the mean over the workers.
+        state: of all parameters.
+        compressor: declares what else is local.
+        context: the number of workers now, and this worker.
+
+    Returns:
+        What to warn of, if it was so.
+    """
+    saved = groups[0]["worker"], groups[0]["world_size"]
+    world_size, worker = context
+    if saved[1] <= 1 or saved == (worker, world_size):
+        return None
+    states = [own for own in state.values() if isinstance(own, Mapping)]
+    errors = [own["error"] for own in states if "error" in own]
+    others = [own[name] for name in compressor.local_state for own in states if name in own]
+    what, effect = "errors", "left out, and what they had yet to send is lost"
+    if not any(map(torch.any, errors)):
+        if not any(map(torch.any, others)):
+            return None
+        what, effect = "local momenta", "kept, but training goes on differently until they fade"
+    for error in errors:
+        error.zero_()
+    return (
+        f"The {what} that were loaded are those of worker {saved[0]} of {saved[1]}, and this is "
+        f"worker {worker} of {world_size}: they were {effect}. "
+        f"Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
+        f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "
+        f"worker save and load a state_dict of its own."
+    )

@@ -1,32 +1,31 @@
-"""How workers come to terms before a step: what is new, on whom, and is it the same everywhere?
+"""What workers agree on before a step: what is new, on whom, and is it the same everywhere?
 
 A worker cannot know by itself whether the others have news as well. So one that has, or has met an
-error, takes part in the step that the others may be about to take, with zeros, and says so in its
-control word; unless it knows that all of them begin with a comparison.
+error, takes part in the step that the others may be about to take, with zeros in its old buckets,
+and says so in its control word; unless it knows that all of them begin with a comparison.
 """
 
 import contextlib
-import dataclasses
-import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Never
+from typing import Never, TypeVar
 
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.error_feedback import Outcome
-from efsgd.algorithms.interfaces import Compressor
+from efsgd.algorithms.error_feedback import exchange_gradients
 from efsgd.engine.consistency import describe, replicated
-from efsgd.engine.parameters import list_parameters
-from efsgd.engine.plan import Groups, Plan, Signature
-from efsgd.engine.state import State, validate_states
-from efsgd.engine.update import Rules
-from efsgd.errors import CollectiveError, WorkerMismatchError
-from efsgd.wire.collectives import Collective, Exchange, intercept
+from efsgd.engine.parameters import Groups, list_parameters
+from efsgd.engine.plan import Plan, Signature
+from efsgd.engine.state import State
+from efsgd.engine.update import Method
+from efsgd.errors import WorkerMismatchError
+from efsgd.wire.collectives import Exchange, intercept
 from efsgd.wire.compare import GradientSummary, checksums, compare, compare_gradients
-from efsgd.wire.control_words import ControlWords, describe_change, raise_unable
-from efsgd.wire.replay import Schedule
+from efsgd.wire.control_words import Abstention, Verdict, describe_change, raise_unable
+from efsgd.wire.traffic import TrafficCounter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,12 @@ class Agreement:
         numerics: of the plans' buckets.
         start: the step at which compression starts.
         every: the number of steps between two checks; 0 where there are none.
-        step_kind: of a step; see `efsgd.compressors.Compressor`.
     """
 
     signature: Signature
     numerics: tuple[str, ...]
     start: int
     every: int
-    step_kind: Callable[[int], Hashable]
 
 
 class Handshake:
@@ -55,33 +52,21 @@ class Handshake:
         expected: the number of the step that the others are about to take, as far as is known.
 
     Args:
-        compressor: decides what is compressed and how far.
-        settings: names of the group entries that workers must agree on.
-        validate: checks parameter groups, which users and schedulers change between steps.
-        rules: how parameter groups are updated; see `efsgd.engine.update`.
+        method: how the optimizer treats its groups.
+        plan: of this worker, whose old buckets carry what it has to say.
+        traffic: counts what is sent.
     """
 
-    def __init__(
-        self,
-        compressor: Compressor,
-        settings: Iterable[str],
-        validate: Callable[[Groups], None],
-        rules: Callable[[Groups], Rules],
-    ) -> None:
-        self._compressor, self._settings = compressor, tuple(settings)
-        self._validate, self._rules = validate, rules
-        self._agreed: Agreement | None = None
-        self._compared: Hashable = None
-        self.expected: int | None = None
-        self._is_planned = False
-        # Of each kind of step that was seen: the collectives of a step, by bucket.
-        self._schedules: dict[Hashable, list[tuple[ControlWords, Schedule]]] = {}
-        self._scheduled: Signature | None = None
+    def __init__(self, method: Method, plan: Plan, traffic: TrafficCounter) -> None:
+        self._method, self._plan, self._traffic = method, plan, traffic
+        self.reset()
 
     def reset(self) -> None:
         """The workers are others: nothing is agreed on with them."""
-        self._agreed = self._compared = self._scheduled = self.expected = None
-        self._schedules, self._is_planned = {}, False
+        self.expected: int | None = None
+        self._agreed: Agreement | None = None
+        self._is_valid, self._is_planned = True, False
+        self._compared: Hashable = None
 
     def plan_change(self) -> None:
         """All workers change their settings before the next step, and know it of each other."""
@@ -89,154 +74,88 @@ class Handshake:
 
     def invalidate(self) -> None:
         """Groups and state may have become others, on this worker at least."""
-        if self._agreed is not None:
-            signature = dataclasses.replace(self._agreed.signature, settings=None)
-            self._agreed = dataclasses.replace(self._agreed, signature=signature)
+        self._is_valid = False
 
-    def is_scheduled(self, plan: Plan, step: int) -> bool:
-        """Whether the collectives of this step of this plan are known."""
-        if plan.context[0] == 1:  # nobody will ever ask
-            return True
-        is_same = self._scheduled is not None and self._scheduled == plan.signature
-        return is_same and self._scheduled_for(step) is not None
+    def fall_behind(self, step: int) -> None:
+        """The others take this step, and this worker does not: the next one is an error on all."""
+        self.expected = step + 1
+        self.invalidate()
 
-    def schedule(
-        self, plan: Plan, step: int, schedules: list[tuple[ControlWords, Schedule]]
-    ) -> None:
-        """Remembers the collectives of a step.
-
-        Args:
-            plan: of the step.
-            step: its number.
-            schedules: of its buckets, with the control words that go with each.
-        """
-        if self._agreed is not None:
-            self._schedules[self._agreed.step_kind(step)] = schedules
-            self._scheduled = plan.signature
-
-    def _scheduled_for(self, step: int) -> list[tuple[ControlWords, Schedule]] | None:
-        """What all workers ask for in this step, unless some have changed."""
-        return None if self._agreed is None else self._schedules.get(self._agreed.step_kind(step))
-
-    def agree(
-        self,
-        plan: Plan,
-        groups: Groups,
-        state: MutableMapping[Tensor, State],
-        context: tuple[int, int],
-    ) -> Exchange[Rules]:
-        """Makes a step's plan and, where there is news, compares it with the others'.
-
-        Args:
-            plan: of this worker (modified in place).
-            groups: parameter groups.
-            state: of the parameters (modified in place).
-            context: the number of workers, and this worker.
-
-        Returns:
-            How the groups are to be updated.
-
-        Raises:
-            WorkerMismatchError: the workers do not train the same thing, or not all have changed.
-            CollectiveError: some worker could not take part.
-        """
-        if context != plan.context:
-            self.reset()
-        if context[0] == 1:
-            self._validate(groups)
-            rules = self._rules(groups)
-            plan.sparse |= {p for group in groups for p in group["params"] if _is_sparse(p.grad)}
-            plan.update(groups, state, context, rules)
-            return rules
-        # Whether all workers begin with a comparison, and whether this one has news for it.
-        step = groups[0].get("step", 0) if self.expected is None else self.expected
-        is_new = True
-        compares = self._is_time(step, plan)
-        device = next(p.device for group in groups for p in group["params"])
-        try:
-            self._validate(groups)
-            rules = self._rules(groups)
-            is_new = self._is_new(plan.sign(groups, state))
-            if is_new or compares:
-                validate_states(list_parameters(groups), state)
-            if is_new and not compares:
-                yield from self._announce_change(plan, groups, step)
-                compares = True
-        except (CollectiveError, WorkerMismatchError):
-            raise  # all workers know
-        except Exception as obstacle:
-            yield from self._report_failure(plan, obstacle, device, step, compares=compares)
-            raise
-        if compares:
-            is_new = yield from self._compare(plan, groups, state, context, is_new)
-            self._is_planned = False
-        try:
-            plan.update(groups, state, context, rules)
-        except Exception as obstacle:
-            yield from self._report_failure(plan, obstacle, device, step, compares=is_new)
-            raise
-        if self._agreed is not None and plan.numerics != self._agreed.numerics and not is_new:
-            yield from self._announce_change(plan, groups, step)
-            is_new = True
-        if is_new:
-            yield from compare(list(plan.describe_numerics()), device)
-            numbers = groups[0]["start_compressing_at"], groups[0]["check_every"]
-            step_kind = functools.partial(self._compressor.step_kind, settings=dict(groups[0]))
-            self._agreed = Agreement(plan.sign(groups, state), plan.numerics, *numbers, step_kind)
-            self._schedules = {}  # they were those of another plan
-            self.expected = groups[0]["step"]
-        return rules
-
-    def _is_new(self, present: Signature) -> bool:
-        return self._agreed is None or present != self._agreed.signature
-
-    def _is_time(self, step: int, plan: Plan) -> bool:
-        """Whether all workers are known to begin with a comparison."""
+    def is_new(self, present: Signature) -> bool:
+        """Whether this worker has something that is not agreed on."""
         agreed = self._agreed
-        if agreed is None or self._is_planned or self._scheduled_for(step) is None:
+        return agreed is None or not self._is_valid or present != agreed.signature
+
+    def is_due(self, step: int) -> bool:
+        """Whether all workers are known to begin the step with a comparison."""
+        agreed = self._agreed
+        if agreed is None or self._is_planned or not self._plan.buckets:
             return True
         is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
-        return is_due or plan.phase(step, agreed.start) != agreed.signature.phase
+        return is_due or self._plan.phase(step, agreed.start) != agreed.signature.phase
 
-    def send_zeros_on_failure(
-        self, number: int, exchange: Exchange[Outcome], plan: Plan, step: int
-    ) -> Exchange[Outcome]:
-        """Passes on an exchange; if it raises before it has sent anything, zeros are sent instead.
-
-        After that, the next step is an error on all workers.
+    def compare(
+        self, groups: Groups, state: Mapping[Tensor, State], context: tuple[int, int], *, new: bool
+    ) -> Exchange[bool]:
+        """Compares settings and values. Has anyone news?
 
         Args:
-            number: of the bucket whose exchange it is.
-            exchange: lines 7 to 10 of Algorithm 2.
-            plan: of the step.
-            step: its number.
+            groups: parameter groups.
+            state: of the parameters.
+            context: the number of workers, and this worker.
+            new: whether this worker has.
 
-        Returns:
-            The result of `exchange`; or one with its error, which all workers know of.
+        Raises:
+            WorkerMismatchError: names the first difference.
         """
-        sent: list[Collective] = []
+        infos = list(list_parameters(groups, self._plan.sparse))
+        parameters: Hashable = context, tuple(id(info.parameter) for info in infos)
+        is_first, device = parameters != self._compared, infos[0].parameter.device
         try:
-            return (yield from intercept(exchange, sent.append))
-        except CollectiveError:
+            lines = describe(infos, self._method)
+            values = checksums(replicated(infos, state, self._method.compressor))
+            summary = GradientSummary.of([i.gradient if is_first else None for i in infos])
+        except Exception as error:
+            yield from self.report_failure(error, device, 0, compares=True)
             raise
-        except Exception as obstacle:
-            schedules = self._scheduled_for(step)
-            if sent:  # the others cannot know, and apply the step
-                self.expected = step + 1
-                self.invalidate()
-            if sent or schedules is None or not self.is_scheduled(plan, step):
-                raise
-            control, schedule = schedules[number]
-            verdict = yield from control.announce(schedule, is_unable=True)
-            return Outcome(None, verdict, obstacle)
+        any_new, any_first = yield from self._counted(
+            compare(lines, device, values, [new, is_first])
+        )
+        if any_first:
+            sparse = yield from self._counted(compare_gradients(summary, device))
+            self._plan.sparse |= {m.parameter for n, m in enumerate(infos) if n in sparse}
+        self._compared, self._is_planned = parameters, False
+        return any_new
 
-    def raise_mismatch(
-        self, plan: Plan, groups: Groups, workers: Sequence[int], step: int
-    ) -> Exchange[Never]:
+    def conclude(self, groups: Groups, device: torch.device) -> Exchange[None]:
+        """All workers have made new plans: they agree on these if they compute alike."""
+        plan, group = self._plan, groups[0]
+        yield from self._counted(compare(list(plan.describe_numerics()), device))
+        assert plan.signature is not None
+        numbers = group["start_compressing_at"], group["check_every"]
+        self._agreed = Agreement(plan.signature, plan.numerics, *numbers)
+        self._is_valid, self.expected = True, group["step"]
+
+    def has_other_numerics(self) -> bool:
+        """Whether this worker computes otherwise than was agreed on."""
+        return self._agreed is not None and self._plan.numerics != self._agreed.numerics
+
+    def announce_change(self, groups: Groups, step: int) -> Exchange[None]:
+        """Tells the others, in a step that they may think an ordinary one.
+
+        They see it in their control words and all raise, unless everyone announces a change.
+        """
+        verdicts, everyone = (yield from self._abstain("changed", step)), True
+        for bucket, verdict in zip(self._plan.buckets, verdicts, strict=True):
+            everyone = everyone and len(verdict.changed) == bucket.control.world_size
+        raise_unable(verdicts)
+        if not everyone:
+            yield from self.raise_mismatch(groups, verdicts[0].changed, step)
+
+    def raise_mismatch(self, groups: Groups, workers: Sequence[int], step: int) -> Exchange[Never]:
         """Raises on all workers, as they all know that some have changed and some have not.
 
         Args:
-            plan: of this worker.
             groups: parameter groups.
             workers: those that have changed.
             step: the number of the step, from 0.
@@ -244,68 +163,42 @@ class Handshake:
         Raises:
             WorkerMismatchError: says who has changed, and the first difference.
         """
-        text, listed = describe_change(workers, step), list(list_parameters(groups, plan.sparse))
-        lines = describe(listed, self._compressor, self._settings)
+        text = describe_change(workers, step)
+        infos = list(list_parameters(groups, self._plan.sparse))
         try:
-            yield from compare(lines, listed[0].parameter.device)
+            lines = describe(infos, self._method)
+            yield from self._counted(compare(lines, infos[0].parameter.device))
         except WorkerMismatchError as difference:
             text = f"{text} {difference}"
         raise WorkerMismatchError(text)
 
-    def _announce_change(self, plan: Plan, groups: Groups, step: int) -> Exchange[None]:
-        """Tells the others, in a step that they may think an ordinary one.
-
-        They see it in their control words and all raise, unless everyone announces a change.
-        """
-        verdicts, everyone = [], True
-        for control, schedule in self._scheduled_for(step) or ():
-            verdict = yield from control.announce(schedule)
-            everyone = everyone and len(verdict.changed) == control.world_size
-            verdicts.append(verdict)
-        plan.note_sparse(verdicts)
-        raise_unable(verdicts)
-        if not everyone:
-            yield from self.raise_mismatch(plan, groups, verdicts[0].changed, step)
-
-    def _report_failure(
-        self, plan: Plan, obstacle: Exception, device: torch.device, step: int, *, compares: bool
+    def report_failure(
+        self, error: Exception, device: torch.device, step: int, *, compares: bool
     ) -> Exchange[None]:
-        """Tells the others, who are about to take a step, that this worker cannot."""
+        """Tells the others, who are about to take a step, that this worker cannot.
+
+        Args:
+            error: why.
+            device: where buffers may live.
+            step: that they are about to take.
+            compares: whether they begin with a comparison.
+        """
         if not compares:
-            for control, schedule in self._scheduled_for(step) or ():
-                plan.note_sparse([(yield from control.announce(schedule, is_unable=True))])
+            yield from self._abstain("unable", step)
             return
-        reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         with contextlib.suppress(WorkerMismatchError):
-            yield from compare([f"cannot take part: {reason}"], device)
+            yield from self._counted(compare([f"cannot take part: {reason}"], device))
 
-    def _compare(
-        self,
-        plan: Plan,
-        groups: Groups,
-        state: Mapping[Tensor, State],
-        context: tuple[int, int],
-        is_new: bool,
-    ) -> Exchange[bool]:
-        """Compares settings and values. Has anyone news?"""
-        listed = list(list_parameters(groups, plan.sparse))
-        parameters: Hashable = context, tuple(id(info.parameter) for info in listed)
-        is_first, device = parameters != self._compared, listed[0].parameter.device
-        try:
-            lines = describe(listed, self._compressor, self._settings)
-            values = checksums(replicated(listed, state))
-            gradients = [info.parameter.grad if is_first else None for info in listed]
-            summary = GradientSummary.of(gradients)
-        except Exception as obstacle:
-            yield from self._report_failure(plan, obstacle, device, 0, compares=True)
-            raise
-        any_new, any_first = yield from compare(lines, device, values, [is_new, is_first])
-        if any_first:
-            sparse = yield from compare_gradients(summary, device)
-            plan.sparse |= {m.parameter for n, m in enumerate(listed) if n in sparse}
-        self._compared = parameters
-        return any_new
+    def _abstain(self, why: Abstention, step: int) -> Exchange[list[Verdict]]:
+        """Takes part in a step of the others, with zeros in the buckets that they know of."""
+        verdicts = []
+        for bucket in self._plan.buckets:
+            gradients = self._plan.gradients(bucket)
+            outcome = yield from exchange_gradients(bucket, gradients, step, abstains=why)
+            verdicts.append(outcome.verdict)
+        self._plan.note_sparse(verdicts)
+        return verdicts
 
-
-def _is_sparse(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.layout != torch.strided
+    def _counted(self, exchange: Exchange[T]) -> Exchange[T]:
+        return intercept(exchange, self._traffic.record_check)

@@ -33,21 +33,16 @@ class Observation:
 Watcher: TypeAlias = Callable[[Observation], None]
 
 
-def observe(bucket: Bucket, absent: frozenset[int], scale: float) -> Observation:
-    """Shows the tensors of a bucket, before its step is committed.
-
-    Args:
-        bucket: after `exchange_gradients`.
-        absent: parameters that no worker had a gradient for.
-        scale: the gradients were multiplied by it.
-    """
-    gradients = {
+def observe(
+    bucket: Bucket, gradients: Mapping[int, Tensor | None], absent: frozenset[int], scale: float
+) -> Observation:
+    """Shows the tensors of a bucket after `exchange_gradients`, before its step is committed."""
+    present = {
         index: real_view(gradient)
-        for index, parameter in bucket.parameters.items()
-        if index not in absent
-        and (gradient := parameter.grad) is not None
-        and gradient.layout == torch.strided
+        for index, gradient in gradients.items()
+        if index not in absent and gradient is not None and gradient.layout == torch.strided
     }
-    present = bucket.compressed - absent
-    errors = {} if bucket.errors is None else {i: bucket.errors.views[i] for i in present}
-    return Observation(gradients, errors, scale)
+    errors = {}
+    if bucket.errors is not None:
+        errors = {i: bucket.errors.views[i] for i in bucket.compressed - absent}
+    return Observation(present, errors, scale)

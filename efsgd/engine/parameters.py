@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,7 +10,10 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.layout import Entry, real_view
 
-#: The entry of a parameter group.
+#: Parameter groups of an optimizer.
+Groups: TypeAlias = list[dict[str, Any]]
+
+#: The entry of a parameter group for settings of single parameters.
 PER_PARAMETER = "per_parameter"
 
 
@@ -63,8 +66,17 @@ def set_overrides_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[
 
 def frozen(group: Mapping[str, Any]) -> Hashable:
     """What `per_parameter` says, to be compared with what it says later."""
-    own = group.get(PER_PARAMETER) or {}
-    return tuple((name, tuple(own[name])) for name in sorted(own))
+    own = group.get(PER_PARAMETER)
+    return tuple([(name, tuple(own[name])) for name in sorted(own)]) if own else ()
+
+
+def require_dense(gradient: Tensor | None) -> None:
+    """Raises NotImplementedError where a gradient is sparse."""
+    if gradient is not None and gradient.layout != torch.strided:
+        raise NotImplementedError(
+            "Signum does not take sparse gradients: it sends a sign for every element all the "
+            "same. Use dense ones, for example nn.Embedding(..., sparse=False)."
+        )
 
 
 def validate_per_parameter(group: Mapping[str, Any], compressor: Compressor) -> None:
@@ -161,8 +173,16 @@ class ParameterInfo:
 
     @property
     def values(self) -> Tensor:
-        """What is worked on: the parameter, or the real view of a complex one."""
+        """What is worked on: this worker's part of the parameter, the real view of a complex one.
+
+        This and `gradient` are where local values are found, and nowhere else.
+        """
         return real_view(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """This worker's own gradient of it, as backward has left it."""
+        return self.parameter.grad
 
     @property
     def shape(self) -> torch.Size:
@@ -175,17 +195,18 @@ class ParameterInfo:
         """As which it is compressed: what is no matrix by itself is none as a real view either."""
         return self.shape if self.parameter.dim() >= 2 else torch.Size((self.shape.numel(),))
 
-    def entry(self, compressor: Compressor, *, is_compressing: bool = True) -> Entry:
-        """Its place in a plan.
-
-        Args:
-            compressor: decides how far it is compressed.
-            is_compressing: False sends it uncompressed.
-        """
+    def entry(self, compressor: Compressor) -> Entry:
+        """Its place in a layout, once compression has started."""
         level = None
-        if is_compressing and not self.has_sparse_gradients:
+        if not self.has_sparse_gradients:
             level = compressor.level(self.compressed_shape, self.settings)
         return Entry(self.index, tuple(self.shape), level)
+
+    def entry_now(self, compressor: Compressor) -> Entry:
+        """Its place in the layout of the next step."""
+        if self.group["step"] >= self.group["start_compressing_at"]:
+            return self.entry(compressor)
+        return Entry(self.index, tuple(self.shape), None)
 
 
 def list_parameters(

@@ -2,27 +2,18 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
-from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.buckets import make_buckets, memory_of, signature
-from efsgd.engine.parameters import ParameterInfo, list_parameters
-from efsgd.engine.state import (
-    State,
-    adopt_replaced_,
-    complete_,
-    complete_momentum_,
-    detach_from_buffer_,
-)
-from efsgd.engine.update import Rules, prepare_updates
+from efsgd.engine.buckets import by_kind, make_bucket, memory_of
+from efsgd.engine.parameters import Groups, ParameterInfo, frozen, list_parameters
+from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
+from efsgd.engine.update import Method, Rules, prepare_updates
 from efsgd.profiling import Phases
 from efsgd.wire.control_words import Verdict
-
-#: Parameter groups of an optimizer.
-Groups: TypeAlias = list[dict[str, Any]]
+from efsgd.wire.traffic import TrafficCounter
 
 
 @dataclass(frozen=True)
@@ -30,7 +21,7 @@ class Signature:
     """What a plan depends on: while it stays equal, the plan can be used again.
 
     Attributes:
-        settings: what users change.
+        settings: of the groups, and identities of parameters and state: this worker's own.
         phase: what changes by itself, on all workers before the same step.
     """
 
@@ -44,36 +35,155 @@ class Plan:
     Attributes:
         infos: the parameters, in order.
         states: of those that require a gradient, by index.
-        buckets: of the same; empty before the first step.
+        views: what these states show of the buckets.
+        buckets: of the same parameters; empty before the first step.
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
-        signature: of the groups and the state that the buckets were made for.
+        signature: of the groups and the state that the buckets were made for; None: make them anew.
 
     Args:
-        compressor: decides what is compressed and how far.
+        method: how the optimizer treats its groups.
         phases: names the phases of a step.
+        traffic: counts what is sent.
     """
 
-    def __init__(self, compressor: Compressor, phases: Phases) -> None:
+    def __init__(self, method: Method, phases: Phases, traffic: TrafficCounter) -> None:
+        self._method, self._phases, self._traffic = method, phases, traffic
         self.infos: list[ParameterInfo] = []
         self.states: dict[int, State] = {}
+        self.views = StateViews([], {}, method)
         self.buckets: list[Bucket] = []
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
-        self._compressor, self._phases = compressor, phases
         self.signature: Signature | None = None
+        names = ("error_feedback", "start_compressing_at", "check_every")
+        self._signed = (*method.compressor.settings(), *names)
         self._prepared: list[Hashable] = []
         # Of states that the last `update` changed: what they had under these names.
         self._replaced: list[tuple[State, dict[str, Tensor | None]]] = []
 
     @property
     def numerics(self) -> tuple[str, ...]:
-        """How this worker rounds, in each bucket; see `efsgd.compressors.Aggregator`."""
-        return tuple(bucket.aggregator.numerics for bucket in self.buckets)
+        """How this worker computes, in each bucket; see `efsgd.compressors.Aggregator`."""
+        return tuple([bucket.aggregator.numerics for bucket in self.buckets])
+
+    def describe_numerics(self) -> Iterator[str]:
+        """How compressed parameters are computed with, a line for each."""
+        names = {info.index: info.name for info in self.infos}
+        for bucket in self.buckets:
+            for index in sorted(bucket.compressed):
+                yield f"{names[index]}, {bucket.aggregator.numerics}"
 
     def reset(self) -> None:
         """Frees the buckets; they are made anew by the next `update`."""
         self.buckets, self.signature = [], None
+
+    def invalidate(self) -> None:
+        """The next `update` makes the buckets anew; until then the others may count on these."""
+        self.signature = None
+
+    def sign(self, groups: Groups, state: Mapping[Tensor, State]) -> Signature:
+        """All that a plan of these groups depends on, as it is now."""
+        signed: list[Hashable] = []
+        for group in groups:
+            signed.append(id(group))
+            for name in self._signed:
+                signed.append(group[name])
+            signed += [frozen(group), group.get("momentum", 0) != 0]
+            for p in group["params"]:
+                kept = id(state.get(p))
+                signed.append((id(p), kept, p.requires_grad, p.dtype, p.device, p.shape))
+        phase = self.phase(groups[0]["step"], groups[0]["start_compressing_at"])
+        return Signature(tuple(signed), phase)
+
+    def phase(self, step: int, start: int) -> Hashable:
+        """What changes by itself, on all workers before the same step.
+
+        Args:
+            step: the number of the step, from 0.
+            start: the step at which compression starts.
+        """
+        return step >= start, frozenset(map(id, self.sparse))
+
+    def note_sparse(self, verdicts: Iterable[Verdict]) -> None:
+        """From the next step on, what was sparse on any worker is sent uncompressed."""
+        for verdict in verdicts:
+            if verdict.sparse:
+                self.sparse |= {i.parameter for i in self.infos if i.index in verdict.sparse}
+
+    def find_sparse(self, groups: Groups) -> None:
+        """What has a sparse gradient on this worker, the only one, is sent uncompressed."""
+        for group in groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None and gradient.layout != torch.strided:
+                    self.sparse.add(parameter)
+
+    def gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
+        """This worker's gradients g_w, for the tensors of a bucket in its order."""
+        own = {}
+        for info in self.infos:
+            if info.index in bucket.indices:
+                own[info.index] = info.gradient
+        return own
+
+    def update(
+        self,
+        groups: Groups,
+        state: MutableMapping[Tensor, State],
+        context: tuple[int, int],
+        signature: Signature,
+    ) -> None:
+        """Makes the buckets, where they are not those of these groups already.
+
+        Args:
+            groups: parameter groups.
+            state: of the parameters (modified in place: completed, and made views of buckets).
+            context: the number of workers, and this worker.
+            signature: of groups and state, of `sign`.
+
+        Raises:
+            RuntimeError: a parameter has no values.
+            TypeError: an entry of the state is no tensor.
+            ValueError: a tensor in the state has not the shape of its parameter.
+        """
+        if context == self.context and signature == self.signature:
+            self.views.adopt_replaced_()
+            return
+        compressor, before = self._method.compressor, self.infos
+        self.infos, self.states = list(list_parameters(groups, self.sparse)), {}
+        memory = memory_of(self.buckets, before, self.infos, compressor)
+        self.reset()  # all other memory is free for what follows
+        for info in self.infos:
+            _require_values(info)
+            if info.parameter.requires_grad:
+                self._complete_(state[info.parameter], info)
+                self.states[info.index] = state[info.parameter]
+            elif info.parameter in state:
+                detach_from_buffer_(state[info.parameter])
+        kinds = by_kind(self.infos)
+        trained = [info for infos in kinds.values() for info in infos]
+        self.views = StateViews(trained, self.states, self._method)
+        self.views.release_zeros_(buffer for pair in memory.values() for buffer in pair)
+        for kind, infos in kinds.items():
+            own = memory.get(kind)
+            bucket = make_bucket(infos, kind, compressor, context, self._phases, self._traffic, own)
+            self.views.attach_(bucket)
+            self.buckets.append(bucket)
+        self.context, self._prepared = context, []
+        self.sparse &= {info.parameter for info in self.infos}
+        self.signature = self.sign(groups, state)
+
+    def prepare(self, rules: Rules) -> None:
+        """Has the buckets compile what these rules need, where they compile anything."""
+        if self.numerics == ("eager",) * len(self.buckets):
+            return
+        kinds = [rule.kind for rule in rules.values()]
+        if kinds != self._prepared:
+            for bucket in self.buckets:
+                own = [info for info in self.infos if info.index in bucket.indices]
+                prepare_updates(bucket, own, self.states, rules)
+        self._prepared = kinds
 
     def keep_changes(self) -> None:
         """The step is applied: what `update` has made of the state stays."""
@@ -91,100 +201,13 @@ class Plan:
                 else:
                     own[name] = value
         if self._replaced:
-            self.reset()  # its views are those that were left out
-        self._replaced = []
-
-    def sign(self, groups: Groups, state: Mapping[Tensor, State]) -> Signature:
-        """All that a plan of these groups depends on, as it is now."""
-        phase = self.phase(groups[0]["step"], groups[0]["start_compressing_at"])
-        return Signature(signature(groups, state, self._compressor), phase)
-
-    def phase(self, step: int, start: int) -> Hashable:
-        """What changes by itself, on all workers before the same step.
-
-        Args:
-            step: the number of the step, from 0.
-            start: the step at which compression starts.
-        """
-        return step >= start, frozenset(map(id, self.sparse))
-
-    def note_sparse(self, verdicts: Iterable[Verdict]) -> None:
-        """From the next step on, what was sparse on any worker is sent uncompressed."""
-        indices = {index for verdict in verdicts for index in verdict.sparse}
-        self.sparse |= {info.parameter for info in self.infos if info.index in indices}
-
-    def describe_numerics(self) -> Iterator[str]:
-        """How compressed parameters are rounded, a line for each."""
-        names = {info.index: info.name for info in self.infos}
-        for bucket in self.buckets:
-            for index in sorted(bucket.compressed):
-                yield f"{names[index]}, {bucket.aggregator.numerics}"
-
-    def update(
-        self,
-        groups: Groups,
-        state: MutableMapping[Tensor, State],
-        context: tuple[int, int],
-        rules: Rules,
-    ) -> None:
-        """Makes all ready for a step with these groups.
-
-        Args:
-            groups: parameter groups.
-            state: of the parameters (modified in place: completed, and made views of buckets).
-            context: the number of workers, and this worker.
-            rules: by which the groups will be updated.
-
-        Raises:
-            RuntimeError: a parameter has no values.
-            TypeError: an entry of the state is no tensor.
-            ValueError: a tensor in the state has not the shape of its parameter.
-        """
-        kinds = [rule.kind for rule in rules.values()]
-        if context == self.context and self.signature == self.sign(groups, state):
-            for info in self.infos:
-                if info.index in self.states:
-                    complete_momentum_(self.states[info.index], info)
-            for bucket in self.buckets:
-                adopt_replaced_(bucket, self.states)
-                if kinds != self._prepared:
-                    own = [m for m in self.infos if m.index in bucket.parameters]
-                    prepare_updates(bucket.aggregator, own, self.states, rules)
-            self._prepared = kinds
-            return
-        self.infos, self.states = list(list_parameters(groups, self.sparse)), {}
-        memory = memory_of(self.buckets, self.infos, self._compressor)
-        self.reset()  # all other memory is free for what follows
-        for info in self.infos:
-            if info.parameter.is_meta:
-                fused = "`fused=True` requires all the params to have values, but "
-                raise RuntimeError(
-                    f"{fused if info.group.get('fused') else ''}{info.name} is on the meta "
-                    f"device: there is nothing that a step could change. Give it values first, for "
-                    f"example by module.to_empty(device='cpu')."
-                )
-            if info.parameter.requires_grad:
-                self._complete_(state[info.parameter], info)
-                self.states[info.index] = state[info.parameter]
-            elif info.parameter in state:
-                detach_from_buffer_(state[info.parameter])
-        self.buckets = make_buckets(
-            self.infos,
-            self.states,
-            self._compressor,
-            *context,
-            self._phases,
-            lambda aggregator, own: prepare_updates(aggregator, own, self.states, rules),
-            memory,
-        )
-        self.context, self._prepared = context, kinds
-        self.sparse &= {info.parameter for info in self.infos}
-        self.signature = self.sign(groups, state)
+            self.invalidate()  # its views are those that were left out
+            self._replaced = []
 
     def _complete_(self, own: State, info: ParameterInfo) -> None:
         before = dict(own)
         try:
-            complete_(own, info, self._compressor)
+            complete_(own, info, self._method)
         finally:
             replaced = {
                 name: before.get(name)
@@ -194,3 +217,13 @@ class Plan:
             }
             if replaced:
                 self._replaced.append((own, replaced))
+
+
+def _require_values(info: ParameterInfo) -> None:
+    if info.parameter.is_meta:
+        fused = "`fused=True` requires all the params to have values, but "
+        raise RuntimeError(
+            f"{fused if info.group.get('fused') else ''}{info.name} is on the meta "
+            f"device: there is nothing that a step could change. Give it values first, for "
+            f"example by module.to_empty(device='cpu')."
+        )

@@ -9,7 +9,8 @@
     p                 with `alternating=True` the warm-started P, [n, r], of the same dtype
     local_momentum    Signum's m_w, shape of p, float32 or float64; has a momentum_started as well
 
-Errors and local momenta are each worker's own (`LOCAL_STATE`), all else is equal on all workers.
+Errors, and what the compressor declares as `local_state`, are each worker's own; all else is equal
+on all workers.
 
 A complex parameter is worked on as its real view, [..., 2], and that is its error's shape, and its
 local momentum's.
@@ -19,7 +20,7 @@ optimizer's state they change with the next step: copy a state_dict (torch.save,
 keep it.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -28,25 +29,28 @@ from torch import Tensor
 from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.low_rank.factors import resized
-from efsgd.algorithms.majority_vote import LOCAL_FORM
 from efsgd.engine.parameters import ParameterInfo, compute_dtype
+from efsgd.engine.update import Method
 
 #: What is kept for one parameter, by name.
 State: TypeAlias = MutableMapping[str, Tensor]
 
 
-#: What of it is each worker's own.
-LOCAL_STATE = ("error", "local_momentum")
+def local_state(compressor: Compressor) -> tuple[str, ...]:
+    """Names of what is each worker's own."""
+    return ("error", *compressor.local_state)
 
 
-def complete_(state: State, info: ParameterInfo, compressor: Compressor) -> None:
+def complete_(state: State, info: ParameterInfo, method: Method) -> None:
     """Adds to one parameter's state what is missing in it, and fits the rest (modified in place).
 
     Raises:
         ValueError: a tensor in it has not the shape that the parameter asks for.
     """
+    compressor = method.compressor
     parameter, settings, entry = info.parameter, info.settings, info.entry(compressor)
-    complete_momentum_(state, info)
+    if method.keeps_momentum:
+        complete_momentum_(state, info)
     dtype, device = compute_dtype(parameter), parameter.device
     if "error" in state:
         require_tensor(state["error"], "error", info.name)
@@ -61,35 +65,36 @@ def complete_(state: State, info: ParameterInfo, compressor: Compressor) -> None
         if kept is not None:
             require_tensor(kept, name, info.name)
         if kept is None or kept.shape != initial.shape:
-            state[name] = initial if kept is None else _fitted(kept, initial, name, info.name)
+            is_factor = name not in compressor.local_state
+            state[name] = (
+                initial if kept is None else _fitted(kept, initial, name, info.name, is_factor)
+            )
         kind = (device, dtype) if initial.is_floating_point() else (initial.device, initial.dtype)
         state[name] = state[name].to(*kind).contiguous()
 
 
-def _fitted(kept: Tensor, initial: Tensor, name: str, owner: str) -> Tensor:
+def _fitted(kept: Tensor, initial: Tensor, name: str, owner: str, is_factor: bool) -> Tensor:
     """A factor of another rank; anything else has the wrong shape."""
-    is_fixed = name in LOCAL_STATE or kept.dim() != 2 or initial.dim() != 2
-    if is_fixed or len(kept) != len(initial) or not kept.is_floating_point():
+    is_matrix = is_factor and kept.dim() == 2 and initial.dim() == 2
+    if not is_matrix or len(kept) != len(initial) or not kept.is_floating_point():
         require_shape(kept, initial.shape, name, owner)
     return resized(kept, initial)
 
 
 def validate_states(
-    listed: Iterable[ParameterInfo], states: Mapping[Tensor, Mapping[str, Any]]
+    infos: Iterable[ParameterInfo],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    compressor: Compressor,
 ) -> None:
     """Checks what users may have put into the state, before anything is changed.
-
-    Args:
-        listed: the parameters.
-        states: of the optimizer.
 
     Raises:
         TypeError: an entry is no tensor.
         ValueError: it has not the shape that its parameter asks for.
     """
-    for info in listed:
+    for info in infos:
         shapes = {"momentum_buffer": info.parameter.shape}
-        shapes |= dict.fromkeys(LOCAL_STATE, info.shape)
+        shapes |= dict.fromkeys(local_state(compressor), info.shape)
         for name, value in states.get(info.parameter, {}).items():
             if name in shapes:
                 require_tensor(value, name, info.name)
@@ -103,8 +108,6 @@ def complete_momentum_(state: State, info: ParameterInfo) -> None:
         TypeError: it is no tensor.
         ValueError: its shape is not the parameter's.
     """
-    if "momentum" not in info.group or info.group["momentum_form"] == LOCAL_FORM:
-        return
     parameter, present = info.parameter, state.get("momentum_buffer")
     has_started = state.get("momentum_started")
     if has_started is not None:
@@ -140,67 +143,95 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
     return torch.empty_like(parameter, device="meta").stride()
 
 
-def release_zero_errors_(states: Iterable[State], kept: Sequence[Tensor] = ()) -> None:
-    """Frees the memory of local state that is zero until `attach_` (modified in place).
-
-    A fresh optimizer then never has it twice, in its state and in the buffers of its buckets.
+class StateViews:
+    """What `optimizer.state` shows of the buckets: the only way out of them, and back in.
 
     Args:
-        states: of the parameters.
-        kept: buffers that nothing is gained by freeing parts of.
+        infos: the parameters that require a gradient.
+        states: of each, complete, by index (modified in place).
+        method: how the optimizer treats its groups.
     """
-    addresses = {buffer.untyped_storage().data_ptr() for buffer in kept}
-    for state in states:
-        for name in LOCAL_STATE:
-            value = state.get(name)
-            if value is None or value.untyped_storage().data_ptr() in addresses:
-                continue
-            if not bool(value.any()):
-                state[name] = value.new_zeros(()).expand(value.shape)
 
+    def __init__(
+        self, infos: Iterable[ParameterInfo], states: Mapping[int, State], method: Method
+    ) -> None:
+        self._infos, self._states, self._method = list(infos), states, method
+        # By index and name, the tensors that were last known to be in the state.
+        self._shown: dict[int, dict[str, Tensor | None]] = {}
 
-def attach_(bucket: Bucket, states: Mapping[int, State]) -> None:
-    """Moves errors and the compressor's state into the buffers of a new bucket.
+    def release_zeros_(self, kept: Iterable[Tensor] = ()) -> None:
+        """Frees the memory of local state that is zero, until `attach_`.
 
-    Args:
-        bucket: freshly made (modified in place).
-        states: complete, by index; their tensors are replaced by views (modified in place).
-    """
-    bucket.state_views = bucket.aggregator.state()
-    for entry in bucket.layout.entries:
-        state = states[entry.index]
-        for name, view in bucket.state_views.get(entry.index, {}).items():
-            view.copy_(state[name])
-            state[name] = view
-        if bucket.errors is not None and entry.level is not None:
-            bucket.errors.views[entry.index].copy_(state["error"])
-        elif "error" in state:
-            state["error"] = _apart(state["error"]).contiguous()
-            if bool(state["error"].any()):
-                bucket.pending_errors[entry.index] = state["error"]
-    show_errors_(bucket, states)
+        A fresh optimizer then never has it twice, in its state and in its buckets.
 
+        Args:
+            kept: buffers that nothing is gained by freeing parts of.
+        """
+        addresses = {buffer.untyped_storage().data_ptr() for buffer in kept}
+        names = local_state(self._method.compressor)
+        for state in self._states.values():
+            for name in names:
+                value = state.get(name)
+                if value is None or value.untyped_storage().data_ptr() in addresses:
+                    continue
+                if not bool(value.any()):
+                    state[name] = value.new_zeros(()).expand(value.shape)
 
-def show_errors_(bucket: Bucket, states: Mapping[int, State]) -> None:
-    """Makes each state's `error` a view of the buffer that is now the error memory."""
-    if bucket.errors is not None:
-        for index in bucket.compressed:
-            view = bucket.errors.views[index]
-            bucket.state_views[index]["error"] = states[index]["error"] = view
-
-
-def adopt_replaced_(bucket: Bucket, states: Mapping[int, State]) -> None:
-    """Takes over tensors that the user has put into a state in place of our views."""
-    for index, shown in bucket.state_views.items():
-        state = states[index]
-        for name, view in shown.items():
-            value = state.get(name)
-            if value is not view:
-                if value is not None:
-                    require_tensor(value, name, f"parameter {index}")
-                    require_shape(value, view.shape, name, f"parameter {index}")
-                    view.copy_(value)
+    def attach_(self, bucket: Bucket) -> None:
+        """Moves errors and the compressor's state into a new bucket, and shows its views."""
+        views = bucket.aggregator.state()
+        for entry in bucket.layout.entries:
+            state = self._states[entry.index]
+            own = views.get(entry.index, {})
+            self._shown[entry.index] = {**own}
+            for name, view in own.items():
+                view.copy_(state[name])
                 state[name] = view
+            if bucket.errors is not None and entry.level is not None:
+                bucket.errors.views[entry.index].copy_(state["error"])
+            elif "error" in state:
+                state["error"] = _apart(state["error"]).contiguous()
+                if bool(state["error"].any()):
+                    bucket.pending_errors[entry.index] = state["error"]
+        self.show_errors_(bucket)
+
+    def show_errors_(self, bucket: Bucket) -> None:
+        """Makes each state's `error` a view of the buffer that is now the error memory."""
+        if bucket.errors is not None:
+            for index in bucket.compressed:
+                view = bucket.errors.views[index]
+                self._shown[index]["error"] = self._states[index]["error"] = view
+
+    def adopt_replaced_(self) -> None:
+        """Takes over tensors that users have put into a state in place of those it showed.
+
+        Raises:
+            TypeError: one of them is no tensor.
+            ValueError: it has not the shape that the parameter asks for.
+        """
+        keeps_momentum = self._method.keeps_momentum
+        for info in self._infos:
+            state, shown = self._states[info.index], self._shown[info.index]
+            for name, view in shown.items():
+                if view is not None and (value := state.get(name)) is not view:
+                    if name in ("momentum_buffer", "momentum_started") and keeps_momentum:
+                        continue  # see below
+                    if value is not None:
+                        require_tensor(value, name, info.name)
+                        require_shape(value, view.shape, name, info.name)
+                        view.copy_(value)
+                    state[name] = view
+            if keeps_momentum:
+                momentum, has_started = state.get("momentum_buffer"), state.get("momentum_started")
+                is_known = momentum is shown.get("momentum_buffer") and (
+                    has_started is not None and has_started is shown.get("momentum_started")
+                )
+                if momentum is not None and is_known:
+                    is_known = bool(has_started) and momentum.stride() == info.parameter.stride()
+                if not is_known:
+                    complete_momentum_(state, info)
+                    shown["momentum_buffer"] = state.get("momentum_buffer")
+                    shown["momentum_started"] = state["momentum_started"]
 
 
 def detach_from_buffer_(state: State) -> None:
@@ -213,48 +244,6 @@ def _apart(value: Tensor) -> Tensor:
     """A tensor that keeps no memory alive but its own: a copy, if it is part of a larger one."""
     is_part = value.untyped_storage().nbytes() > value.numel() * value.element_size()
     return value.clone() if is_part else value
-
-
-def drop_foreign_errors_(
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Any, Any],
-    world_size: int,
-    worker: int,
-) -> str | None:
-    """Zeroes loaded errors that are those of another worker (modified in place).
-
-    If all workers kept them they would count several times, and in place of the workers' own. Local
-    momenta are kept, whoever's they are: each is an estimate of the same mean gradient, counts
-    once in each vote, and is soon forgotten.
-
-    Args:
-        groups: say whose errors these are. With one worker, they are the mean over the workers.
-        state: of all parameters.
-        world_size: the number of workers now.
-        worker: this worker.
-
-    Returns:
-        What to warn of, if it was so.
-    """
-    saved = groups[0]["worker"], groups[0]["world_size"]
-    if saved[1] <= 1 or saved == (worker, world_size):
-        return None
-    states = [own for own in state.values() if isinstance(own, Mapping)]
-    errors, momenta = ([own[name] for own in states if name in own] for name in LOCAL_STATE)
-    what, effect = "errors", "left out, and what they had yet to send is lost"
-    if not any(map(torch.any, errors)):
-        if not any(map(torch.any, momenta)):
-            return None
-        what, effect = "local momenta", "kept, but training goes on differently until they fade"
-    for error in errors:
-        error.zero_()
-    return (
-        f"The {what} that were loaded are those of worker {saved[0]} of {saved[1]}, and this is "
-        f"worker {worker} of {world_size}: they were {effect}. "
-        f"Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
-        f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "
-        f"worker save and load a state_dict of its own."
-    )
 
 
 def require_tensor(value: object, name: str, owner: str) -> None:

@@ -1,56 +1,29 @@
 """One step over all tensors of an optimizer, as one exchange.
 
-The workers come to terms about what they train, run Algorithm 2 on each bucket of it, and apply
-the step only once every bucket of every worker is known to be good.
+The workers agree on what they train, run Algorithm 2 on each bucket of it, and apply the step only
+once every bucket of every worker is known to be good.
 """
 
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
-from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.consistency import compare_all, describe
+from efsgd.engine.consistency import drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
 from efsgd.engine.observation import Watcher, observe
-from efsgd.engine.parameters import list_parameters
-from efsgd.engine.plan import Groups, Plan
-from efsgd.engine.state import State, drop_foreign_errors_, show_errors_
-from efsgd.engine.update import Rules, apply_updates_, squared_norm
-from efsgd.errors import NonFiniteGradientError, warn_user
+from efsgd.engine.parameters import PER_PARAMETER, Groups, list_parameters, require_dense
+from efsgd.engine.plan import Plan
+from efsgd.engine.state import State, validate_states
+from efsgd.engine.update import LossScaling, Method, Rules, apply_updates_, squared_norm
+from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
 from efsgd.profiling import Phases
-from efsgd.wire.collectives import Exchange, intercept
-from efsgd.wire.compare import broadcast_values, compare
-from efsgd.wire.control_words import Verdict, describe_rejection, raise_unable
-from efsgd.wire.replay import Schedule
+from efsgd.wire.collectives import Exchange
+from efsgd.wire.control_words import describe_rejection, raise_unable
 from efsgd.wire.traffic import TrafficCounter
-
-
-@dataclass(frozen=True)
-class LossScaling:
-    """What torch.amp.GradScaler tells an optimizer about the gradients of a step.
-
-    Attributes:
-        factor: the gradients are multiplied by this to be those of the loss.
-        has_overflowed: one of this worker's is not finite. A step for which this is so anywhere
-            is skipped by all workers, whatever `nonfinite` says: it is the scaler's daily business.
-    """
-
-    factor: float
-    has_overflowed: bool = False
-
-    @classmethod
-    def of(cls, optimizer: object) -> Self | None:
-        """What the scaler has left on `optimizer` for the step that it asks for, if it does."""
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None:
-            return None
-        scale = getattr(optimizer, "grad_scale", None)  # None: unscaled already
-        return cls(1.0 if scale is None else 1.0 / float(scale), bool(found_inf))
 
 
 class Step:
@@ -63,52 +36,36 @@ class Step:
         watchers: are shown each step that is applied, of each bucket.
 
     Args:
-        compressor: decides what is compressed and how far.
-        settings: names of the group entries that workers must agree on.
-        validate: checks parameter groups, which users and schedulers change between steps.
-        rules: how parameter groups are updated; see `efsgd.engine.update`.
+        method: how the optimizer treats its groups.
     """
 
-    def __init__(
-        self,
-        compressor: Compressor,
-        settings: Iterable[str],
-        validate: Callable[[Groups], None],
-        rules: Callable[[Groups], Rules],
-    ) -> None:
+    def __init__(self, method: Method) -> None:
+        self._method = method
         self.traffic, self.phases = TrafficCounter(), Phases()
-        self._compressor, self._settings = compressor, tuple(settings)
-        self.plan = Plan(compressor, self.phases)
-        self._handshake = Handshake(compressor, self._settings, validate, rules)
+        self.plan = Plan(method, self.phases, self.traffic)
+        self.handshake = Handshake(method, self.plan, self.traffic)
         self.watchers: list[Watcher] = []
         self._has_loaded = False
+        # What groups were last found to say, and the rules made of that.
+        self._checked: list[dict[str, Any]] = []
+        self._rules: Rules = {}
 
     def on_new_group(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
         self.plan.reset()
         self.plan.sparse.clear()
-        self._handshake.reset()
-
-    def plan_change(self) -> None:
-        """All workers change the same settings before the next step, and know it."""
-        self._handshake.plan_change()
+        self.handshake.reset()
 
     def reload(self) -> None:
         """Groups and state have been loaded: plans are made, and values compared, anew."""
-        self.plan.reset()
-        self._handshake.invalidate()
+        self.plan.invalidate()
+        self.handshake.invalidate()
         self._has_loaded = True
 
     def settle_errors(
-        self, groups: Groups, state: MutableMapping[Tensor, State], world_size: int, worker: int
+        self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
     ) -> str | None:
         """Once after loading: errors of another worker are left out.
-
-        Args:
-            groups: parameter groups.
-            state: of the parameters (modified in place).
-            world_size: the number of workers.
-            worker: this worker's place among them, from 0.
 
         Returns:
             What to warn of, once no other worker is waiting.
@@ -116,15 +73,14 @@ class Step:
         if not self._has_loaded:
             return None
         self._has_loaded = False
-        return drop_foreign_errors_(groups, state, world_size, worker)
+        return drop_foreign_errors_(groups, state, self._method.compressor, context)
 
     @torch.no_grad()
     def exchange(
         self,
         groups: Groups,
         state: MutableMapping[Tensor, State],
-        world_size: int,
-        worker: int,
+        context: tuple[int, int],
         scaling: LossScaling | None = None,
         weight: float = 1.0,
     ) -> Exchange[bool]:
@@ -133,8 +89,7 @@ class Step:
         Args:
             groups: parameter groups (parameters, and the count of steps, modified in place).
             state: of the parameters (modified in place).
-            world_size: the number of workers.
-            worker: this worker's place among them, from 0.
+            context: the number of workers, and this worker's place among them, from 0.
             scaling: of the gradients, in mixed precision.
             weight: this worker's gradients are multiplied by it.
 
@@ -146,104 +101,153 @@ class Step:
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
-        note = self.settle_errors(groups, state, world_size, worker)
+        note = self.settle_errors(groups, state, context) if self._has_loaded else None
         try:
-            exchange = self._exchange(groups, state, (world_size, worker), scaling, weight)
-            return (yield from intercept(exchange, outgoing=self.traffic.record))
+            rules = yield from self._agree(groups, state, context)
+            step, outcomes = groups[0]["step"], []
+            self._begin()
+            try:
+                for bucket in self.plan.buckets:
+                    exchange = exchange_gradients(
+                        bucket,
+                        self.plan.gradients(bucket),
+                        step,
+                        weight if scaling is None else scaling.factor * weight,
+                        has_overflowed=scaling is not None and scaling.has_overflowed,
+                        is_scaled=scaling is not None,
+                    )
+                    outcomes.append((yield from exchange))
+            except CollectiveError:
+                raise
+            except Exception:  # the others cannot know, and apply the step
+                self.handshake.fall_behind(step)
+                raise
+            is_usual = True
+            for outcome in outcomes:
+                is_usual = is_usual and outcome.is_usual
+            if not (is_usual or (yield from self._judge(groups, outcomes))):
+                self.traffic.skipped_steps += 1
+                return False
+            failure = None
+            if self.watchers:
+                scale = weight if scaling is None else scaling.factor * weight
+                failure = self._show(outcomes, scale)
+            self._apply(outcomes, rules, groups[0]["max_grad_norm"])
+            for group in groups:
+                group.update(step=step + 1, world_size=context[0], worker=context[1])
+            self.handshake.expected = step + 1
+            self.traffic.steps += 1
+            if failure is not None:
+                raise failure
+            return True
         finally:
             self.plan.undo_changes_()
             if note is not None:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
 
-    def _exchange(
-        self,
-        groups: Groups,
-        state: MutableMapping[Tensor, State],
-        context: tuple[int, int],
-        scaling: LossScaling | None,
-        weight: float,
-    ) -> Exchange[bool]:
-        self.traffic.begin_check()
-        rules = yield from self._handshake.agree(self.plan, groups, state, context)
-        step = groups[0]["step"]
-        parameters = [m.parameter for m in self.plan.infos if m.parameter.requires_grad]
-        self.traffic.begin_step(sum(p.numel() * p.element_size() for p in parameters))
+    def _agree(
+        self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
+    ) -> Exchange[Rules]:
+        """Makes this worker's plan and, where any worker has news, compares it with the others'.
+
+        Returns:
+            How the groups are to be updated.
+        """
+        plan, handshake = self.plan, self.handshake
+        if context != plan.context:
+            handshake.reset()
+        if context[0] == 1:
+            rules = self._check(groups)
+            plan.find_sparse(groups)
+            plan.update(groups, state, context, plan.sign(groups, state))
+            plan.prepare(rules)
+            return rules
+        step = groups[0].get("step", 0) if handshake.expected is None else handshake.expected
+        compares, is_new = handshake.is_due(step), True
+        device = next(p.device for group in groups for p in group["params"])
+        try:
+            rules = self._check(groups)
+            is_new = handshake.is_new(plan.sign(groups, state))
+            if is_new or compares:
+                validate_states(list_parameters(groups), state, self._method.compressor)
+        except Exception as error:
+            yield from handshake.report_failure(error, device, step, compares=compares)
+            raise
+        if is_new and not compares:
+            yield from handshake.announce_change(groups, step)
+        if is_new or compares:
+            is_new = yield from handshake.compare(groups, state, context, new=is_new)
+        try:
+            plan.update(groups, state, context, plan.sign(groups, state))
+            plan.prepare(rules)
+        except Exception as error:
+            yield from handshake.report_failure(error, device, step, compares=is_new)
+            raise
+        if not is_new and handshake.has_other_numerics():
+            yield from handshake.announce_change(groups, step)
+            is_new = True
+        if is_new:
+            yield from handshake.conclude(groups, device)
+        return rules
+
+    def _begin(self) -> None:
+        """The step's own collectives come next."""
+        size = 0
+        for info in self.plan.infos:
+            if info.parameter.requires_grad:
+                size += info.parameter.numel() * info.parameter.element_size()
+        self.traffic.begin_step(size)
         self.phases.begin_step()
-        outcomes = yield from self._exchange_gradients(step, scaling, weight)
-        self.plan.note_sparse(outcome.verdict for outcome in outcomes)
-        verdicts = _verdicts(outcomes)
-        if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
-            self.traffic.begin_check()
-            yield from self._handshake.raise_mismatch(self.plan, groups, changed, step)
-        if not all(verdict.is_good for verdict in verdicts):
-            is_scaled = any(verdict.is_scaled for verdict in verdicts)
-            if groups[0]["nonfinite"] == "raise" and not is_scaled:
-                names = {info.index: info.name for info in self.plan.infos}
-                raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
-            self.traffic.skip_step()
-            return False
-        trouble = self._show(outcomes, (scaling.factor if scaling else 1.0) * weight)
-        self._apply(outcomes, rules, groups[0]["max_grad_norm"])
+
+    def _check(self, groups: Groups) -> Rules:
+        """Checks what groups say and what gradients are, before anything is sent.
+
+        Returns:
+            How the groups are to be updated.
+        """
+        found, is_known = [], len(groups) == len(self._rules)
         for group in groups:
-            group.update(step=step + 1, world_size=context[0], worker=context[1])
-        self._handshake.expected = step + 1
-        self.traffic.end_step()
-        if trouble is not None:
-            raise trouble
-        return True
+            is_known = is_known and id(group) in self._rules
+            said: dict[str, Any] = {}
+            for name, value in group.items():  # 1, 1.0 and True are equal, and not all are ranks
+                said[name] = value.__class__, value
+                if isinstance(value, Tensor):  # it may change in place
+                    is_known = False
+            said["params"], said[PER_PARAMETER] = None, repr(group.get(PER_PARAMETER))
+            if type(group.get("step")) is int and group["step"] >= 0:
+                said["step"] = None  # the one that changes by itself
+            found.append(said)
+            for parameter in () if self._method.takes_sparse else group["params"]:
+                require_dense(parameter.grad)
+        if not is_known or found != self._checked:
+            self._method.validate(groups)
+            self._rules, self._checked = self._method.rules(groups), found
+        return self._rules
 
-    @torch.no_grad()
-    def broadcast(self, groups: Groups, source: int) -> Exchange[None]:
-        """Gives all workers the parameters of one, once it is known that they have the same list.
-
-        Args:
-            groups: parameter groups (parameters modified in place).
-            source: the worker whose parameters are taken.
+    def _judge(self, groups: Groups, outcomes: Sequence[Outcome]) -> Exchange[bool]:
+        """Whether a step is applied, of which not all that was sent is as usual.
 
         Raises:
-            WorkerMismatchError: the workers do not have the same parameters.
+            NonFiniteGradientError: it must not be skipped.
+            WorkerMismatchError: some workers have changed what they train.
+            CollectiveError: some workers could not take part.
         """
-        listed = list(list_parameters(groups))
-        lines = describe(listed, self._compressor, self._settings)
-        yield from compare(lines, listed[0].parameter.device)
-        yield from broadcast_values([info.parameter for info in listed], source)
-
-    @torch.no_grad()
-    def compare_all(self, groups: Groups, state: MutableMapping[Tensor, State]) -> Exchange[None]:
-        """Compares all that workers must have in common. See `efsgd.engine.consistency`."""
-        yield from compare_all(groups, state, self._compressor, self._settings)
-
-    def _exchange_gradients(
-        self, step: int, scaling: LossScaling | None, weight: float
-    ) -> Exchange[list[Outcome]]:
-        """Algorithm 2, lines 7 to 10, for each bucket."""
-        own = LossScaling(1.0) if scaling is None else scaling
-        outcomes: list[Outcome] = []
-        schedules = []
-        for bucket in self.plan.buckets:
-            schedule = Schedule(bucket.device)
-            exchange = exchange_gradients(
-                bucket,
-                step,
-                own.factor * weight,
-                has_overflowed=own.has_overflowed,
-                is_scaled=scaling is not None,
-            )
-            if not self._handshake.is_scheduled(self.plan, step):
-                exchange = intercept(exchange, lambda _: None, asking=schedule.note)
-            number = len(outcomes)
-            outcomes.append(
-                (
-                    yield from self._handshake.send_zeros_on_failure(
-                        number, exchange, self.plan, step
-                    )
-                )
-            )
-            schedule.end()
-            schedules.append((bucket.control, schedule))
-        if not self._handshake.is_scheduled(self.plan, step):
-            self._handshake.schedule(self.plan, step, schedules)
-        return outcomes
+        verdicts = [outcome.verdict for outcome in outcomes]
+        self.plan.note_sparse(verdicts)
+        for outcome in outcomes:
+            if outcome.error is not None:
+                raise outcome.error
+        raise_unable(verdicts)
+        step = groups[0]["step"]
+        if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
+            yield from self.handshake.raise_mismatch(groups, changed, step)
+        if all(verdict.is_good for verdict in verdicts):
+            return True
+        is_scaled = any(verdict.is_scaled for verdict in verdicts)
+        if groups[0]["nonfinite"] == "raise" and not is_scaled:
+            names = {info.index: info.name for info in self.plan.infos}
+            raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
+        return False
 
     def _show(self, outcomes: Sequence[Outcome], scale: float) -> Exception | None:
         """Shows the step to those who watch.
@@ -253,10 +257,11 @@ class Step:
         """
         try:
             for bucket, outcome in zip(self.plan.buckets, outcomes, strict=True):
+                gradients = self.plan.gradients(bucket)
                 for watcher in self.watchers:
-                    watcher(observe(bucket, outcome.verdict.absent, scale))
-        except Exception as trouble:
-            return trouble
+                    watcher(observe(bucket, gradients, outcome.verdict.absent, scale))
+        except Exception as error:
+            return error
         return None
 
     def _apply(
@@ -266,26 +271,18 @@ class Step:
         plan.keep_changes()
         found = []
         for bucket, outcome in zip(plan.buckets, outcomes, strict=True):
-            assert outcome.mean is not None  # there was no obstacle
+            assert outcome.mean is not None  # there was no error
             found.append((bucket, outcome.mean, outcome.verdict.absent))
             bucket.commit_(outcome.verdict.absent)
-            show_errors_(bucket, plan.states)
+            plan.views.show_errors_(bucket)
         if max_grad_norm is not None:
             self.traffic.grad_norm = norm = math.sqrt(sum(squared_norm(*each) for each in found))
             changes["clip"] = min(1.0, max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         for bucket, mean, absent in found:
-            present = bucket.parameters.keys() - absent
-            own = [info for info in plan.infos if info.index in present]
+            present = bucket.indices - absent
+            own = []
+            for info in plan.infos:
+                if info.index in present:
+                    own.append(info)
             with self.phases("Alg. 2, lines 11 to 13: update"):
                 apply_updates_(bucket, mean, own, plan.states, rules, **changes)
-
-
-def _verdicts(outcomes: Iterable[Outcome]) -> list[Verdict]:
-    """What all workers know. Raises what keeps any of them from taking part."""
-    verdicts: list[Verdict] = []
-    for outcome in outcomes:
-        if outcome.obstacle is not None:
-            raise outcome.obstacle
-        verdicts.append(outcome.verdict)
-    raise_unable(verdicts)
-    return verdicts

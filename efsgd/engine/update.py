@@ -1,18 +1,17 @@
-"""From averaged updates to new parameters, group by group."""
+"""How an optimizer treats its groups; and from averaged updates to new parameters."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.error_feedback import decompress_with_
-from efsgd.algorithms.interfaces import Aggregator, Compressed
+from efsgd.algorithms.interfaces import Compressed, Compressor
 from efsgd.algorithms.sgd import sgd_
-from efsgd.engine.parameters import ParameterInfo
-from efsgd.engine.state import State
+from efsgd.engine.parameters import Groups, ParameterInfo
 from efsgd.layout import Elementwise, real_view
 
 
@@ -21,7 +20,8 @@ class Rule:
     """How a group updates its parameters. Made before anything is sent, so that it can be refused.
 
     Attributes:
-        function: updates parameters and momenta.
+        function: updates parameters and momenta. Its option `together` says whether many tensors
+            share a kernel; None: on accelerators.
         options: of `function`.
         keeps_momentum: whether momenta, where there are any, are updated with the parameters.
         writes_gradients: whether `function` is given gradients in place of parameters.
@@ -44,8 +44,55 @@ Rules: TypeAlias = Mapping[int, Rule]
 
 
 @dataclass(frozen=True)
+class Method:
+    """How an optimizer treats its parameter groups: made once, by the optimizer.
+
+    Attributes:
+        compressor: decides what is compressed and how far.
+        compared: names of the group entries that workers must agree on.
+        validate: checks groups before each step, for users and schedulers change them.
+        rules: how groups are updated. Raises where that cannot be done.
+        keeps_momentum: whether the state has momentum buffers, for the rules.
+        takes_sparse: whether gradients may be sparse.
+    """
+
+    compressor: Compressor
+    compared: tuple[str, ...]
+    validate: Callable[[Groups], None]
+    rules: Callable[[Groups], Rules]
+    keeps_momentum: bool
+    takes_sparse: bool
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """What torch.amp.GradScaler tells an optimizer about the gradients of a step.
+
+    Attributes:
+        factor: the gradients are multiplied by this to be those of the loss.
+        has_overflowed: one of this worker's is not finite. A step for which this is so anywhere
+            is skipped by all workers, whatever `nonfinite` says: the scaler expects that.
+    """
+
+    factor: float
+    has_overflowed: bool = False
+
+    @classmethod
+    def of(cls, optimizer: object, known: float | None = None) -> Self | None:
+        """What the scaler has left on `optimizer` for the step that it asks for, if it does.
+
+        Otherwise there is scaling where a scale is `known`.
+        """
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None:
+            return None if known is None else cls(1.0 / known)
+        scale = getattr(optimizer, "grad_scale", None)  # None: unscaled already
+        return cls(1.0 if scale is None else 1.0 / float(scale), bool(found_inf))
+
+
+@dataclass(frozen=True)
 class _Job:
-    """Parameters of one group that are updated alike, with their momenta, and how."""
+    """Parameters of one group that are updated in the same way, with their momenta, and how."""
 
     operands: Sequence[Mapping[int, Tensor]]
     started: Sequence[Tensor]
@@ -53,39 +100,49 @@ class _Job:
     options: dict[str, Any]
 
 
+_State: TypeAlias = Mapping[int, MutableMapping[str, Tensor]]
+
+
 def _jobs(
+    bucket: Bucket,
     infos: Iterable[ParameterInfo],
-    states: Mapping[int, State],
+    states: _State,
     rules: Rules,
     target: Callable[[ParameterInfo, Rule], Tensor],
-) -> Iterator[_Job]:
+) -> list[_Job]:
     grouped: dict[tuple[int, bool, bool], list[ParameterInfo]] = {}
     for info in infos:
         state = states[info.index]
         has_momentum = "momentum_buffer" in state and rules[id(info.group)].keeps_momentum
         is_first = has_momentum and not state["momentum_started"]
         grouped.setdefault((id(info.group), has_momentum, is_first), []).append(info)
-    for (identity, has_momentum, is_first), alike in grouped.items():
-        rule, own = rules[identity], {info.index: states[info.index] for info in alike}
-        operands = [{info.index: target(info, rule) for info in alike}]
+    jobs = []
+    for (identity, has_momentum, is_first), chosen in grouped.items():
+        rule, targets, momenta, started = rules[identity], {}, {}, []
+        for info in chosen:
+            targets[info.index] = target(info, rule)
+            if has_momentum:
+                momenta[info.index] = real_view(states[info.index]["momentum_buffer"])
+            if is_first:
+                started.append(states[info.index]["momentum_started"])
         options = dict(rule.options)
+        if "together" in options and options["together"] is None:
+            options["together"] = bucket.device.type != "cpu"
         if rule.function is sgd_:
             options["is_first"] = is_first
             # Where only some momenta are begun, torch takes them one by one; bfloat16 shows it.
             is_mixed = (identity, has_momentum, not is_first) in grouped
             options["together"] = options["together"] and (options["fused"] or not is_mixed)
-        if has_momentum:
-            momenta = {i: real_view(state["momentum_buffer"]) for i, state in own.items()}
-            operands.append(momenta)
-        started = [state["momentum_started"] for state in own.values()] if is_first else []
-        yield _Job(operands, started, rule.function, options)
+        operands = [targets, momenta] if has_momentum else [targets]
+        jobs.append(_Job(operands, started, rule.function, options))
+    return jobs
 
 
 def apply_updates_(
     bucket: Bucket,
     mean: Compressed,
     infos: Iterable[ParameterInfo],
-    states: Mapping[int, State],
+    states: _State,
     rules: Rules,
     **changes: float,
 ) -> None:
@@ -96,45 +153,29 @@ def apply_updates_(
         mean: C(Δ), from which Δ' is decompressed.
         infos: those parameters of the bucket that are updated (modified in place).
         states: of each; holds the momenta (modified in place).
-        rules: of `rules_of`.
+        rules: of `Method.rules`.
         changes: replace options of the rules.
     """
-    for job in _jobs(infos, states, rules, _target):
+    for job in _jobs(bucket, infos, states, rules, _target):
         decompress_with_(bucket, mean, job.function, *job.operands, **job.options | changes)
         for flag in job.started:
             flag.fill_(True)
 
 
 def prepare_updates(
-    aggregator: Aggregator,
-    infos: Iterable[ParameterInfo],
-    states: Mapping[int, State],
-    rules: Rules,
+    bucket: Bucket, infos: Iterable[ParameterInfo], states: _State, rules: Rules
 ) -> None:
-    """Has an aggregator make ready, compile perhaps, all that `apply_updates_` will need.
-
-    Args:
-        aggregator: fresh.
-        infos: the parameters it works for.
-        states: of each.
-        rules: of `rules_of`.
-    """
+    """Has an aggregator compile, if it does so, all that `apply_updates_` will need."""
     # Gradients, which may be missing yet, are like the parameters.
-    for job in _jobs(infos, states, rules, lambda info, _: info.values):
-        aggregator.prepare(job.function, job.operands, job.options)
+    for job in _jobs(bucket, infos, states, rules, lambda info, _: info.values):
+        bucket.aggregator.prepare(job.function, job.operands, job.options)
         if job.options.get("is_first"):
             later = job.options | {"is_first": False}
-            aggregator.prepare(job.function, job.operands, later)
+            bucket.aggregator.prepare(job.function, job.operands, later)
 
 
 def squared_norm(bucket: Bucket, mean: Compressed, absent: frozenset[int]) -> float:
-    """The sum of squares of Δ', over all parameters but `absent` ones.
-
-    Args:
-        bucket: after `commit_`.
-        mean: C(Δ).
-        absent: indices of parameters that are not updated.
-    """
+    """The sum of squares of Δ', over all parameters but `absent` ones, after `commit_`."""
     squares = mean.squared_norms(bucket.compressed.difference(absent))
     for entry in bucket.layout.vectors:
         if entry.index not in absent:
@@ -145,11 +186,11 @@ def squared_norm(bucket: Bucket, mean: Compressed, absent: frozenset[int]) -> fl
 
 def _target(info: ParameterInfo, rule: Rule) -> Tensor:
     """What `rule` writes to, besides momenta."""
-    parameter, gradient = info.parameter, info.parameter.grad
     if not rule.writes_gradients:
         return info.values
+    gradient = info.gradient
     # What Δ' cannot be written into: memory that is shared, or views that are computed when read.
     is_lazy = gradient is not None and (gradient.is_conj() or gradient.is_neg())
     if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_lazy:
-        gradient = parameter.grad = torch.empty_like(parameter, requires_grad=False)
+        gradient = info.parameter.grad = torch.empty_like(info.parameter, requires_grad=False)
     return real_view(gradient)

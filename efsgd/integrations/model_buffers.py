@@ -1,17 +1,14 @@
 """Buffers of a model, such as BatchNorm's statistics, which no optimizer knows of."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.wire.collectives import AllReduceMean, Exchange, run
 from efsgd.wire.compare import broadcast_values, compare
-from efsgd.wire.transports import current_transport
+from efsgd.wire.transports import Workers, transport_of
 
 
-def average_buffers(
-    module: torch.nn.Module, process_group: dist.ProcessGroup | None = None
-) -> None:
+def average_buffers(module: torch.nn.Module, process_group: Workers = None) -> None:
     """Gives all workers the mean of their floating-point buffers, and worker 0's other ones.
 
     Every worker of the group must call it, for example before an evaluation or a checkpoint.
@@ -29,7 +26,7 @@ def average_buffers(
         >>> from efsgd import average_buffers
         >>> average_buffers(torch.nn.BatchNorm1d(4))
     """
-    run(buffer_exchange(module), current_transport(process_group))
+    run(buffer_exchange(module), transport_of(process_group))
 
 
 @torch.no_grad()

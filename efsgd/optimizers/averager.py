@@ -4,19 +4,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Never
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.compressors import PowerSGD
 from efsgd.engine.parameters import list_parameters
-from efsgd.engine.step import LossScaling
 from efsgd.engine.update import Rule, Rules
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
-from efsgd.optimizers.settings import validate_exchange
-from efsgd.optimizers.stateful import Handling
 from efsgd.wire.collectives import Exchange
+from efsgd.wire.transports import Workers
 
 
 def _rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
@@ -31,8 +28,8 @@ class GradientAverager(ErrorFeedbackOptimizer):
     """Replaces each worker's gradients by their mean Δ', compressed, with error feedback.
 
     For AdamW, Muon, or any other optimizer, which then sees the same gradients on every worker:
-    Algorithm 2 of PowerSGD, lines 7 to 11. It has the manners of an optimizer whose parameters are
-    the gradients: groups, `state_dict()`, `load_state_dict()`, hooks.
+    Algorithm 2 of PowerSGD, lines 7 to 11. It behaves like an optimizer whose parameters are the
+    gradients: groups, `state_dict()`, `load_state_dict()`, hooks.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups; `rank` and
@@ -63,8 +60,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
     Source: Vogels, Karimireddy, Jaggi, NeurIPS 2019, arXiv 1905.13727.
     """
 
-    _scale: float | None = None  # of the loss, while `average_` runs
-    _handling = Handling(validate_exchange, validate_exchange, _rules_of, ("error_feedback",))
+    _rules = staticmethod(_rules_of)
 
     def __init__(
         self,
@@ -76,7 +72,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
         nonfinite: str = "raise",
         max_grad_norm: float | None = None,
         check_every: int = 0,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Workers = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "error_feedback": error_feedback,
@@ -141,16 +137,13 @@ class GradientAverager(ErrorFeedbackOptimizer):
         Args:
             closure: computes gradients; called first.
         """
-        self._evaluate(closure)
-        self._give_notice()
+        if closure is not None:
+            self._evaluate(closure)
         return self._take_step()
 
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
         """`average_` as an exchange, for any driver; see `ErrorFeedbackOptimizer.exchange`."""
-        scaling = None if self._scale is None else LossScaling(1.0 / self._scale)
-        applied = yield from self._engine.exchange(
-            self.param_groups, self.state, world_size, worker, scaling, self._weight
-        )
+        applied = yield from super().exchange(world_size, worker)
         if self._scale is not None:
             parameters = (info.parameter for info in list_parameters(self.param_groups))
             for parameter in (p for p in parameters if p.requires_grad and p.grad is not None):

@@ -1,4 +1,4 @@
-"""What optimizers around error feedback have in common: workers, and steps with them."""
+"""What all optimizers of this package have in common: groups, state, workers, and steps."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,50 +7,57 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
+from efsgd.engine.consistency import broadcast_parameters, compare_all
 from efsgd.engine.observation import Watcher
-from efsgd.engine.step import LossScaling
+from efsgd.engine.update import LossScaling
 from efsgd.errors import CollectiveError
-from efsgd.optimizers.joining import Joining
-from efsgd.optimizers.settings import number_of, validate_process_group
-from efsgd.optimizers.stateful import SavableOptimizer
-from efsgd.optimizers.unsupported import refuse_backward_optimizer, refuse_sharding_optimizer
-from efsgd.wire.collectives import Exchange, intercept, run
-from efsgd.wire.transports import Alone, ProcessGroup, current_transport
+from efsgd.optimizers import joining, settings
+from efsgd.optimizers.differentiable import require_differentiable, step_differentiably_
+from efsgd.optimizers.stateful import StatefulOptimizer
+from efsgd.optimizers.unsupported import refuse_backward_optimizer
+from efsgd.wire.collectives import Exchange, Transport, intercept, run
+from efsgd.wire.transports import Workers, transport_of, validate_workers
 
 T = TypeVar("T")
 
 
-def _no_group() -> None:
-    return None
-
-
-class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
+class ErrorFeedbackOptimizer(StatefulOptimizer):
     """Exchanges gradients with error feedback: Algorithm 2, up to what is done with the result.
 
-    Subclasses say how groups are handled.
-
-    Args:
-        params: parameters, (name, parameter) pairs, or parameter groups.
-        defaults: of the groups' settings.
-        compressor: decides what is compressed and how far.
-        process_group: the workers; None is the default group, looked up at each step.
+    Subclasses say how groups are handled: see `StatefulOptimizer`.
     """
 
-    # The group of the last step; a weak reference, as it would outlive destroy_process_group.
-    _last_group: Callable[[], dist.ProcessGroup | None] = staticmethod(_no_group)
+    # The workers of the last step; a weak reference, as it would outlive destroy_process_group.
+    _last_group: Callable[[], object] = staticmethod(lambda: None)
+    _join_config: Any = joining.DISABLED
+    _scale: float | None = None  # of the loss, where no scaler tells of it
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        compressor: Compressor,
-        process_group: dist.ProcessGroup | None,
-    ) -> None:
-        refuse_sharding_optimizer()
-        super().__init__(params, defaults, compressor, process_group)
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Compresses, aggregates and applies the gradients of all workers.
+
+        Every worker of the group must call it, the same number of times. `p.grad` is not modified.
+
+        Args:
+            closure: computes the loss and its gradients; called once, before anything else.
+
+        Returns:
+            What `closure` returns.
+
+        Raises:
+            NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
+            WorkerMismatchError: the workers do not train the same thing; nothing has changed.
+            CollectiveError: a collective failed; nothing has changed on this worker.
+        """
+        loss = None if closure is None else self._evaluate(closure)
+        for group in self.param_groups:
+            if group.get("differentiable") and self.transport.world_size == 1:
+                require_differentiable(self.param_groups, self._compressor)
+                step_differentiably_(self.param_groups, self.state, self._weight)
+                return loss
+        self._take_step()
+        return loss
 
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
         """The step as an exchange, for any driver, such as `efsgd.wire.collectives.run`.
@@ -68,42 +75,26 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
             raise ValueError(
                 f"Invalid worker: {worker}. Must be a place among {world_size} workers, from 0."
             )
-        scaling = LossScaling.of(self)
-        return self._engine.exchange(
-            self.param_groups, self.state, world_size, worker, scaling, self._weight
-        )
-
-    def settle_errors(self, world_size: int, worker: int) -> str | None:
-        """Leaves out loaded errors that are another worker's, as the next step would.
-
-        Args:
-            world_size: the number of workers.
-            worker: this worker's place among them, from 0.
-
-        Returns:
-            What to warn of, if it was so.
-        """
-        return self._engine.settle_errors(self.param_groups, self.state, world_size, worker)
+        context, scaling = (world_size, worker), LossScaling.of(self, self._scale)
+        return self.engine.exchange(self.param_groups, self.state, context, scaling, self._weight)
 
     @staticmethod
-    def _evaluate(closure: Callable[[], Any] | None) -> Any:
-        """What a closure returns, which computes gradients; None where there is none."""
-        if closure is None:
-            return None
+    def _evaluate(closure: Callable[[], Any]) -> Any:
+        """What a closure returns, which computes gradients."""
         with torch.enable_grad():
             return closure()
 
     def _take_step(self) -> bool:
         """Runs `exchange` with the workers of the process group."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # there is nothing to gain outside of `efsgd.algorithms.low_rank.fusion`
+        if self._join_config is not joining.DISABLED:
+            joining.give_notice(self)
+        if torch.compiler.is_compiling():  # nothing else gains by it: see `low_rank.fusion`
             return bool(torch.compiler.disable(self._run_exchange)())
         return self._run_exchange()
 
     def _run_exchange(self) -> bool:
-        transport = self._meet()
-        step = self.param_groups[0]["step"]
+        transport = self.transport
+        step = self.param_groups[0].get("step")
         try:
             return run(self.exchange(transport.world_size, transport.worker), transport)
         except CollectiveError as error:
@@ -111,16 +102,6 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
                 f"Step {step} was abandoned: {error} Parameters and optimizer state of this worker "
                 f"are as they were before step {step}."
             ) from error
-
-    def _meet(self) -> Alone | ProcessGroup:
-        """The workers now; notices that they are others than at the last step."""
-        transport = current_transport(self._process_group)
-        if transport.world_size > 1:
-            refuse_backward_optimizer(self)
-        if transport.group is not self._last_group():
-            self._engine.on_new_group()
-            self._last_group = _no_group if transport.group is None else ref(transport.group)
-        return transport
 
     def compare_workers(self) -> None:
         """Compares the workers' settings, parameters and replicated state, as they are now.
@@ -130,69 +111,55 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
         Raises:
             WorkerMismatchError: names the first difference.
         """
-        transport = self._meet()
+        transport = self.transport
         if transport.world_size > 1:
-            run(self._engine.compare_all(self.param_groups, self.state), transport)
+            run(compare_all(self.param_groups, self.state, self._method), transport)
 
-    @property
-    def compressor(self) -> Compressor:
-        """Decides what is compressed and how far. Its settings now are those in the groups."""
-        return self._compressor
-
-    @property
-    def sparse_parameters(self) -> frozenset[Tensor]:
-        """Those that are known to have sparse gradients: they are sent uncompressed."""
-        return frozenset(self._engine.plan.sparse)
-
-    @property
-    def watchers(self) -> tuple[Watcher, ...]:
-        """Those that `watch` was given and that have not ended."""
-        return tuple(self._engine.watchers)
-
-    def watch(self, watcher: Watcher) -> Callable[[], None]:
-        """Shows each step, before it is applied, to a function that decides on later ones.
+    def broadcast_parameters(self, source: Any = 0) -> None:
+        """Gives all workers the parameters of one. Every worker of the group must call it.
 
         Args:
-            watcher: called once for each device and dtype of the parameters. Like all hooks it is
-                neither copied nor pickled with the optimizer.
+            source: the worker whose parameters are taken (no buffers), counted within the group.
 
-        Returns:
-            A function that ends it.
+        Raises:
+            WorkerMismatchError: the workers do not have the same parameters.
         """
-        watchers = self._engine.watchers
-        watchers.append(watcher)
-        return lambda: watchers.remove(watcher)
-
-    def plan_change(self) -> None:
-        """To be called by every worker before the same step, if all change settings for it alike.
-
-        The change then need not be announced, which would cost the collectives of a step: the next
-        step begins with a comparison on all workers. What differs is an error on all of them.
-        """
-        self._engine.plan_change()
-
-    def decide(self, decision: Callable[[int, int], Exchange[T]]) -> T:
-        """Runs an exchange that belongs to no step, with the workers of the process group.
-
-        Args:
-            decision: makes the exchange, from the number of workers and this worker's place.
-
-        Returns:
-            Its result.
-        """
-        transport = self._meet()
-        exchange = decision(transport.world_size, transport.worker)
-        return run(intercept(exchange, self._engine.traffic.record_decision), transport)
+        transport = self.transport
+        if not (isinstance(source, int) and 0 <= source < transport.world_size):
+            raise ValueError(
+                f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
+                f"{transport.world_size - 1}."
+            )
+        run(broadcast_parameters(self.param_groups, self._method, source), transport)
 
     @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The workers; None is the default group. May be replaced between steps."""
+    def process_group(self) -> Workers:
+        """The workers; None is the default group. May be replaced between steps.
+
+        Either a process group of torch.distributed, or an `efsgd.wire.collectives.Transport`.
+        """
         return self._process_group
 
     @process_group.setter
-    def process_group(self, group: dist.ProcessGroup | None) -> None:
-        validate_process_group(group)
+    def process_group(self, group: Workers) -> None:
+        validate_workers(group)
         self._process_group = group
+
+    @property
+    def transport(self) -> Transport:
+        """Who carries collectives now; notices that the workers are others than at the last step.
+
+        Raises:
+            RuntimeError: there is a process group, but torch.distributed is not initialised.
+        """
+        transport = transport_of(self._process_group)
+        if transport.world_size > 1:
+            refuse_backward_optimizer(self)
+        group = getattr(transport, "group", transport)
+        if group is not self._last_group():
+            self.engine.on_new_group()
+            self._last_group = ref(group)
+        return transport
 
     @property
     def weight(self) -> float:
@@ -206,10 +173,82 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
 
     @weight.setter
     def weight(self, weight: float) -> None:
-        number = number_of({"weight": weight}, "weight")
+        number = settings.number_of({"weight": weight}, "weight")
         if number < 0:
             raise ValueError(f"Invalid weight: {weight!r}. Must be a finite number of at least 0.")
         self._weight = number
+
+    def join_hook(self, **options: Any) -> joining.JoinHook:
+        """What this worker does while others still have batches; see torch's `Joinable`."""
+        return joining.StepsWithoutGradients(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where the buffers of Join's own collectives are."""
+        return torch.device(self.param_groups[0]["params"][0].device)
+
+    @property
+    def join_process_group(self) -> Any:
+        """The workers that wait for each other."""
+        return dist.group.WORLD if self.process_group is None else self.process_group
+
+    @property
+    def compressor(self) -> Compressor:
+        """Decides what is compressed and how far. Its settings now are those in the groups."""
+        return self._compressor
+
+    @property
+    def sparse_parameters(self) -> frozenset[Tensor]:
+        """Those that are known to have sparse gradients: they are sent uncompressed."""
+        return frozenset(self.engine.plan.sparse)
+
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """Those that `watch` was given and that have not ended."""
+        return tuple(self.engine.watchers)
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Shows each step, before it is applied, to a function that decides on later ones.
+
+        Args:
+            watcher: called once for each device and dtype of the parameters. Like all hooks it is
+                neither copied nor pickled with the optimizer.
+
+        Returns:
+            A function that ends it.
+        """
+        watchers = self.engine.watchers
+        watchers.append(watcher)
+        return lambda: watchers.remove(watcher)
+
+    def plan_change(self) -> None:
+        """To be called by every worker before the same step, if all change settings for it.
+
+        The change then need not be announced, which would cost the collectives of a step: the next
+        step begins with a comparison on all workers. What differs is an error on all of them.
+        """
+        self.engine.handshake.plan_change()
+
+    def decide(self, decision: Callable[[int, int], Exchange[T]]) -> T:
+        """Runs an exchange that belongs to no step, with the workers of the process group.
+
+        Args:
+            decision: makes the exchange, from the number of workers and this worker's place.
+
+        Returns:
+            Its result.
+        """
+        transport = self.transport
+        exchange = decision(transport.world_size, transport.worker)
+        return run(intercept(exchange, self.engine.traffic.record_decision), transport)
+
+    def settle_errors(self, world_size: int, worker: int) -> str | None:
+        """Leaves out loaded errors that are another worker's, as the next step would.
+
+        Returns:
+            What to warn of, if it was so.
+        """
+        return self.engine.settle_errors(self.param_groups, self.state, (world_size, worker))
 
     def communication_stats(self) -> dict[str, Any]:
         """What was handed to collectives by this worker, counted from the buffers.
@@ -228,33 +267,16 @@ class ErrorFeedbackOptimizer(Joining, SavableOptimizer):
             `time_phases` is set, also `phase_seconds` of the last step, a dict whose names are
             those of the ranges in torch.profiler.
         """
-        phases = self._engine.phases
+        phases = self.engine.phases
         seconds = {"phase_seconds": dict(phases.seconds)} if phases.is_timing else {}
-        return self._engine.traffic.report() | seconds
+        return self.engine.traffic.report() | seconds
 
     @property
     def time_phases(self) -> bool:
         """Whether steps are timed; on an accelerator timing waits for it between phases."""
-        return self._engine.phases.is_timing
+        return self.engine.phases.is_timing
 
     @time_phases.setter
     def time_phases(self, is_timing: bool) -> None:
-        self._engine.phases.is_timing = is_timing
-        self._engine.phases.begin_step()
-
-    def broadcast_parameters(self, source: Any = 0) -> None:
-        """Gives all workers the parameters of one. Every worker of the group must call it.
-
-        Args:
-            source: the worker whose parameters are taken (no buffers), counted within the group.
-
-        Raises:
-            WorkerMismatchError: the workers do not have the same parameters.
-        """
-        transport = self._meet()
-        if not (isinstance(source, int) and 0 <= source < transport.world_size):
-            raise ValueError(
-                f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
-                f"{transport.world_size - 1}."
-            )
-        run(self._engine.broadcast(self.param_groups, source), transport)
+        self.engine.phases.is_timing = is_timing
+        self.engine.phases.begin_step()

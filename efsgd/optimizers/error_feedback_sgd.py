@@ -1,10 +1,9 @@
 """Error-feedback SGD as a torch.optim.Optimizer, for any compressor."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
@@ -16,15 +15,14 @@ from efsgd.compressors import PowerSGD
 from efsgd.engine.update import Rule, Rules
 from efsgd.layout import Elementwise
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
-from efsgd.optimizers.differentiable import require_differentiable, step_differentiably_
+from efsgd.optimizers.differentiable import require_differentiable
 from efsgd.optimizers.settings import (
     SGD_SETTINGS,
     number_of,
     validate_changes,
     validate_sgd_group,
 )
-from efsgd.optimizers.stateful import Handling
-from efsgd.wire.transports import current_transport
+from efsgd.wire.transports import Workers
 
 
 def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
@@ -42,19 +40,19 @@ def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
                 "differentiable=True: a step cannot be differentiated through communication "
                 "between workers. Use one worker, or torch.optim.SGD."
             )
-        options: dict[str, Any] = {name: number_of(group, name) for name in ("lr", "momentum")}
-        options["weight_decay"] = number_of(group, "weight_decay") or None
-        foreach = group["foreach"]
-        on_cpu = all(parameter.is_cpu for parameter in group["params"])
-        options |= {"maximize": group["maximize"], "together": not on_cpu}
-        if foreach is not None:
-            options["together"] = foreach
+        options: dict[str, Any] = {
+            "lr": number_of(group, "lr"),
+            "momentum": number_of(group, "momentum"),
+            "weight_decay": number_of(group, "weight_decay") or None,
+            "maximize": group["maximize"],
+            "together": group["foreach"],
+        }
         function: Elementwise = descend_
         if group["momentum_form"] == "sgd":
             function = sgd_
-            options |= {name: group[name] for name in ("nesterov", "foreach", "fused")}
-            options["dampening"] = number_of(group, "dampening")
-            options["together"] = options["together"] or bool(group["fused"])
+            options["nesterov"], options["foreach"] = group["nesterov"], group["foreach"]
+            options["fused"], options["dampening"] = group["fused"], number_of(group, "dampening")
+            options["together"] = True if group["fused"] else group["foreach"]
         if group["max_grad_norm"] is not None:
             options["clip"] = 1.0
         # In the paper's form m is kept up to date even while λ is 0, as line 12 has it.
@@ -104,9 +102,11 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
     # overflowed, and the workers decide together.
     _step_supports_amp_scaling = True
 
-    _handling = Handling(
-        validate_sgd_group, validate_changes, rules_of, ("dampening", "error_feedback")
-    )
+    _keeps_momentum = True
+    _telling_settings = ("dampening", "error_feedback")
+    _validate = staticmethod(validate_sgd_group)
+    _validate_again = staticmethod(validate_changes)
+    _rules = staticmethod(rules_of)
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
         nonfinite: str = "raise",
         max_grad_norm: float | None = None,
         check_every: int = 0,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Workers = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -151,32 +151,6 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
         super().__init__(params, defaults, compressor, process_group)
         if differentiable:
             require_differentiable(self.param_groups, compressor)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Compresses, aggregates and applies the gradients of all workers.
-
-        Every worker of the group must call it, the same number of times. `p.grad` is not modified.
-
-        Args:
-            closure: computes the loss and its gradients; called once, before anything else.
-
-        Returns:
-            What `closure` returns.
-
-        Raises:
-            NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
-            WorkerMismatchError: the workers do not train the same thing; nothing has changed.
-            CollectiveError: a collective failed; nothing has changed on this worker.
-        """
-        loss = self._evaluate(closure)
-        is_alone = current_transport(self._process_group).world_size == 1
-        if is_alone and any(group.get("differentiable") for group in self.param_groups):
-            require_differentiable(self.param_groups, self._compressor)
-            step_differentiably_(self.param_groups, self.state, self._weight)
-            return loss
-        self._give_notice()
-        self._take_step()
-        return loss
 
     @classmethod
     def from_sgd(cls, sgd: SGD, **options: Any) -> Self:

@@ -1,6 +1,6 @@
 """Loading a state_dict: what is filled in, what is checked, and in which dtypes it is copied."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,45 @@ from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.parameters import PER_PARAMETER, ParameterInfo, compute_dtype, list_parameters
-from efsgd.engine.state import LOCAL_STATE, require_shape, require_tensor
-from efsgd.optimizers.settings import kind_of
+from efsgd.engine.parameters import (
+    PER_PARAMETER,
+    Groups,
+    ParameterInfo,
+    compute_dtype,
+    list_parameters,
+)
+from efsgd.engine.state import State, complete_, local_state, require_shape, require_tensor
+from efsgd.engine.update import Method
+from efsgd.optimizers.settings import kind_of, validate_groups
+
+
+def fit_(
+    state: dict[str, Any],
+    present: Mapping[str, Any],
+    validate: Callable[[Mapping[str, Any], Compressor], None],
+) -> tuple[Compressor, Mapping[str, Any], str | None]:
+    """Makes what `__setstate__` is given a state of this optimizer (modified in place).
+
+    Args:
+        state: unpickled, copied, or of torch's load_state_dict.
+        present: the optimizer's own attributes until now; may be none.
+        validate: checks a group.
+
+    Returns:
+        The compressor, the defaults of groups, and what to warn of.
+
+    Raises:
+        ValueError: a setting is out of range, or contradicts another.
+    """
+    compressor: Compressor = (state if "_compressor" in state else present)["_compressor"]
+    defaults = (state if "defaults" in state else present)["defaults"]
+    groups = state["param_groups"]
+    note = keep_other_settings(groups, compressor)
+    fill_missing_settings(groups, present.get("param_groups", []), defaults)
+    validate_groups(validate, compressor, groups)
+    if (loaded := present.get("_loading")) is not None:
+        state["state"].update(exact_copies(groups, loaded, compressor))
+    return compressor, defaults, note
 
 
 def keep_other_settings(groups: Sequence[dict[str, Any]], compressor: Compressor) -> str | None:
@@ -61,7 +97,7 @@ def fill_missing_settings(
 
 
 def exact_copies(
-    groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+    groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any], compressor: Compressor
 ) -> dict[Tensor, dict[str, Any]]:
     """The state of each parameter as `state_dict` has it, copied in this package's own dtypes.
 
@@ -71,6 +107,7 @@ def exact_copies(
     Args:
         groups: of the optimizer that loads.
         state_dict: what it loads, with as many parameters in each group.
+        compressor: of the optimizer.
 
     Raises:
         ValueError: a momentum or an error has not its parameter's shape.
@@ -78,7 +115,7 @@ def exact_copies(
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     saved = state_dict["state"]
     return {
-        info.parameter: _exact_copy(saved[keys[info.index]], info)
+        info.parameter: _exact_copy(saved[keys[info.index]], info, local_state(compressor))
         for info in list_parameters(groups)
         if keys[info.index] in saved
     }
@@ -150,17 +187,19 @@ def refuse_overwritten(saved: Mapping[Any, Any], buckets: Sequence[Bucket]) -> N
             )
 
 
-def _exact_copy(saved: Mapping[str, Any], info: ParameterInfo) -> dict[str, Any]:
+def _exact_copy(
+    saved: Mapping[str, Any], info: ParameterInfo, local: tuple[str, ...]
+) -> dict[str, Any]:
     copies: dict[str, Any] = {}
     parameter = info.parameter
     for name, value in saved.items():
         if name == "momentum_buffer" and value is None:  # as earlier versions of torch save it
             continue
-        if name in ("momentum_buffer", "momentum_started", *LOCAL_STATE):
+        if name in ("momentum_buffer", "momentum_started", *local):
             require_tensor(value, name, info.name)
         if isinstance(value, Tensor):
-            if name in ("momentum_buffer", *LOCAL_STATE):
-                shape = info.shape if name in LOCAL_STATE else parameter.shape
+            if name in ("momentum_buffer", *local):
+                shape = info.shape if name in local else parameter.shape
                 require_shape(value, shape, name, info.name)
             dtype = value.dtype
             if name == "momentum_buffer":
@@ -171,3 +210,22 @@ def _exact_copy(saved: Mapping[str, Any], info: ParameterInfo) -> dict[str, Any]
             value = value.detach().to(device=device, dtype=dtype, copy=True)
         copies[name] = value
     return copies
+
+
+def complete_states_(groups: Groups, states: MutableMapping[Tensor, State], method: Method) -> None:
+    """Adds to all parameters' states what is missing in them, and fits the rest.
+
+    Args:
+        groups: parameter groups.
+        states: of the parameters (modified in place).
+        method: how the optimizer treats its groups.
+
+    Raises:
+        TypeError: an entry is no tensor.
+        ValueError: a tensor has not the shape that its parameter asks for.
+    """
+    for info in list_parameters(groups):
+        if info.parameter.requires_grad:
+            complete_(states[info.parameter], info, method)
+    if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
+        states[groups[0]["params"][0]] = {}

@@ -1,11 +1,11 @@
 """PowerSGD in place of torch.optim.SGD."""
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from efsgd.compressors import PowerSGD
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
+from efsgd.wire.transports import Workers
 
 
 class PowerSGDOptimizer(ErrorFeedbackSGD):
@@ -100,7 +100,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         seed: int = 0,
         compile: bool = False,
         alternating: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Workers = None,
     ) -> None:
         super().__init__(
             params,

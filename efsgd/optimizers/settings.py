@@ -1,11 +1,10 @@
 """The optimizer's arguments: torch.optim.SGD's, with its errors, and this package's own."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
@@ -186,23 +185,25 @@ def _require(group: Mapping[str, Any], names: Iterable[str]) -> None:
             )
 
 
-def validate_shared(groups: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Checks that settings of the optimizer as a whole are equal in all groups.
-
-    Args:
-        groups: all of them.
-        names: of those settings.
+def validate_groups(
+    validate: Callable[[Mapping[str, Any], Compressor], None],
+    compressor: Compressor,
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Checks each group, and that settings of the optimizer as a whole are equal in all.
 
     Raises:
         ValueError: names the first setting that is not.
     """
-    for name in names:
-        values = [group[name] for group in groups]
-        if any(value != values[0] for value in values):
-            raise ValueError(
-                f"Invalid {name}: {values} in the parameter groups. It belongs to the optimizer as "
-                f"a whole and must be the same in every group; pass it to the constructor."
-            )
+    for group in groups:
+        validate(group, compressor)
+        for name in (*SHARED, *compressor.shared_settings()) if group is not groups[0] else ():
+            if group[name] != groups[0][name]:
+                raise ValueError(
+                    f"Invalid {name}: {[each.get(name) for each in groups]} in the parameter "
+                    f"groups. It belongs to the optimizer as a whole and must be the same in every "
+                    f"group; pass it to the constructor."
+                )
 
 
 def validate_compressor(compressor: object) -> None:
@@ -211,13 +212,12 @@ def validate_compressor(compressor: object) -> None:
     Raises:
         TypeError: it is not.
     """
-    needed = [name for name in vars(Compressor) if not name.startswith("_")]
     if isinstance(compressor, type):
         raise TypeError(
             f"Invalid compressor: {compressor!r}. Must be an object, not its class: write "
             f"{compressor.__name__}(...), with its settings."
         )
-    if not all(hasattr(compressor, name) for name in needed):
+    if not isinstance(compressor, Compressor):
         raise TypeError(
             f"Invalid compressor: {compressor!r}. Must be an efsgd.compressors.Compressor, for "
             f"example efsgd.PowerSGD(rank=4)."
@@ -245,23 +245,6 @@ def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None
             f"Invalid compressor: {kind_of(compressor)} has settings {clash}, which are names of "
             f"the optimizer's own. Settings live in the same parameter groups: rename them."
         )
-
-
-def validate_process_group(group: object) -> None:
-    """Checks that a process group is one, or what torch gives those that are not in it.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    if group is None or (
-        dist.is_available()
-        and (isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER)
-    ):
-        return
-    raise TypeError(
-        f"Invalid process_group: {group!r}. Must be what torch.distributed.new_group() returned, "
-        f"or None for the default group."
-    )
 
 
 def validate_parameter(parameter: Tensor, name: str) -> None:

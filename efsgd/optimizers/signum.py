@@ -1,10 +1,9 @@
 """Signum: signSGD with momentum, and a majority vote of the workers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -14,24 +13,17 @@ from efsgd.compressors.majority_vote import MajorityVote
 from efsgd.engine.update import Rule, Rules
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.optimizers.settings import number_of, validate_signum_group
-from efsgd.optimizers.stateful import Handling
+from efsgd.wire.transports import Workers
 
 
 def _rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
     rules = {}
     for group in groups:
-        gradients = [parameter.grad for parameter in group["params"]]
-        if any(g is not None and g.layout != torch.strided for g in gradients):
-            raise NotImplementedError(
-                "Signum does not take sparse gradients: it sends a sign for every element all the "
-                "same. Use dense ones, for example nn.Embedding(..., sparse=False)."
-            )
-        on_cpu = all(parameter.is_cpu for parameter in group["params"])
         options = {
             "lr": number_of(group, "lr"),
             "weight_decay": number_of(group, "weight_decay") or None,
             "maximize": group["maximize"],
-            "together": not on_cpu,
+            "together": None,
         }
         rules[id(group)] = Rule(signum_, options, keeps_momentum=False)
     return rules
@@ -93,9 +85,10 @@ class Signum(ErrorFeedbackOptimizer):
     # As in `efsgd.ErrorFeedbackSGD`: the workers decide together what is skipped.
     _step_supports_amp_scaling = True
 
-    _handling = Handling(
-        validate_signum_group, validate_signum_group, _rules_of, ("momentum_form",)
-    )
+    _telling_settings = ("momentum_form",)
+    _takes_sparse = False  # it sends a sign for every element all the same
+    _validate = _validate_again = staticmethod(validate_signum_group)
+    _rules = staticmethod(_rules_of)
 
     def __init__(
         self,
@@ -107,7 +100,7 @@ class Signum(ErrorFeedbackOptimizer):
         maximize: bool = False,
         nonfinite: str = "raise",
         check_every: int = 0,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Workers = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -122,28 +115,6 @@ class Signum(ErrorFeedbackOptimizer):
             "check_every": check_every,
         }
         super().__init__(params, defaults, MajorityVote(), process_group)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Votes with all workers, and moves by the majority.
-
-        Every worker of the group must call it, the same number of times. `p.grad` is not modified.
-
-        Args:
-            closure: computes the loss and its gradients; called once, before anything else.
-
-        Returns:
-            What `closure` returns.
-
-        Raises:
-            NonFiniteGradientError: some worker's gradient is NaN or infinite; nothing has changed.
-            NotImplementedError: a gradient is sparse; nothing has changed.
-            WorkerMismatchError: the workers do not train the same thing; nothing has changed.
-            CollectiveError: a collective failed; nothing has changed on this worker.
-        """
-        loss = self._evaluate(closure)
-        self._give_notice()
-        self._take_step()
-        return loss
 
 
 def signum_(

@@ -2,64 +2,26 @@
 
 import copy
 import functools
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeAlias
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
-import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.parameters import PER_PARAMETER, list_parameters
-from efsgd.engine.plan import Groups
-from efsgd.engine.state import State, complete_
+from efsgd.engine.parameters import PER_PARAMETER, Groups, list_parameters
 from efsgd.engine.step import Step
-from efsgd.engine.update import Rules
+from efsgd.engine.update import Method, Rules
 from efsgd.errors import warn_user
-from efsgd.optimizers.loading import (
-    exact_copies,
-    fill_missing_settings,
-    keep_other_settings,
-    refuse_overwritten,
-    validate_structure,
-    validate_type,
-)
-from efsgd.optimizers.settings import (
-    LOCAL,
-    SHARED,
-    kind_of,
-    validate_compressor,
-    validate_parameter,
-    validate_process_group,
-    validate_setting_names,
-    validate_shared,
-)
-
-Validation: TypeAlias = Callable[[Mapping[str, Any], Compressor], None]
+from efsgd.optimizers import loading, settings
+from efsgd.wire.transports import Workers, validate_workers
 
 
-@dataclass(frozen=True)
-class Handling:
-    """How an optimizer treats its parameter groups.
+class StatefulOptimizer(Optimizer):
+    """An optimizer with a compressor's settings in its groups, and complete state from the start.
 
     Attributes:
-        validate: checks a group that is new or loaded.
-        validate_again: checks it before each step, for users and schedulers change it.
-        rules: how groups are updated; see `efsgd.engine.update`.
-        telling_settings: a group that has none of them is of another kind of optimizer.
-    """
-
-    validate: Validation
-    validate_again: Validation
-    rules: Callable[[Groups], Rules]
-    telling_settings: tuple[str, ...]
-
-
-class SavableOptimizer(Optimizer):
-    """An optimizer with a compressor's settings in its groups, and complete state from the start.
+        engine: takes the steps, and keeps what is derived from the groups between them.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
@@ -68,22 +30,41 @@ class SavableOptimizer(Optimizer):
         process_group: the workers. It is neither saved nor pickled.
     """
 
-    _handling: ClassVar[Handling]
+    _keeps_momentum: ClassVar[bool] = False
+    _takes_sparse: ClassVar[bool] = True
+    #: A group that has none of these is of another kind of optimizer.
+    _telling_settings: ClassVar[tuple[str, ...]] = ("error_feedback",)
+
+    @staticmethod
+    def _validate(group: Mapping[str, Any], compressor: Compressor) -> None:
+        """Checks a group that is new or loaded."""
+        settings.validate_exchange(group, compressor)
+
+    @staticmethod
+    def _validate_again(group: Mapping[str, Any], compressor: Compressor) -> None:
+        """Checks a group before each step, for users and schedulers change it."""
+        settings.validate_exchange(group, compressor)
+
+    @staticmethod
+    def _rules(groups: Groups) -> Rules:
+        """How groups are updated; see `Method`."""
+        raise NotImplementedError
 
     def __init__(
         self,
         params: ParamsT,
         defaults: dict[str, Any],
         compressor: Compressor,
-        process_group: dist.ProcessGroup | None,
+        process_group: Workers,
     ) -> None:
-        validate_compressor(compressor)
-        validate_process_group(process_group)
-        defaults |= {"step": 0, "worker": 0, "world_size": 0, "compressor": kind_of(compressor)}
+        settings.validate_compressor(compressor)
+        validate_workers(process_group)
+        kind = settings.kind_of(compressor)
+        defaults |= {"step": 0, "worker": 0, "world_size": 0, "compressor": kind}
         defaults[PER_PARAMETER] = None
-        validate_setting_names(compressor, defaults)
+        settings.validate_setting_names(compressor, defaults)
         defaults |= compressor.settings()
-        self._handling.validate(defaults, compressor)
+        self._validate(defaults, compressor)
         self._begin(compressor, defaults, process_group)
         super().__init__(params, defaults)
 
@@ -91,16 +72,21 @@ class SavableOptimizer(Optimizer):
         self,
         compressor: Compressor,
         defaults: Mapping[str, Any],
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Workers = None,
         weight: float = 1.0,
     ) -> None:
         """Sets what is neither saved nor pickled."""
         self._compressor, self._process_group, self._weight = compressor, process_group, weight
         self._loading: dict[str, Any] | None = None
-        settings = [name for name in defaults if name not in LOCAL]
-        handling = self._handling
-        again = functools.partial(_validate_groups, handling.validate_again, compressor)
-        self._engine = Step(compressor, settings, again, handling.rules)
+        self._method = Method(
+            compressor,
+            tuple(name for name in defaults if name not in settings.LOCAL),
+            functools.partial(settings.validate_groups, self._validate_again, compressor),
+            self._rules,
+            self._keeps_momentum,
+            self._takes_sparse,
+        )
+        self.engine = Step(self._method)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
@@ -110,17 +96,17 @@ class SavableOptimizer(Optimizer):
                 belongs to the optimizer as a whole.
         """
         if self.param_groups and isinstance(param_group, dict):
-            for name in (*SHARED, *self._compressor.shared_settings()):
+            for name in (*settings.SHARED, *self._compressor.shared_settings()):
                 param_group.setdefault(name, self.param_groups[0][name])
         super().add_param_group(param_group)
         try:
-            _validate_groups(self._handling.validate, self._compressor, self.param_groups)
+            settings.validate_groups(self._validate, self._compressor, self.param_groups)
             for info in list_parameters(self.param_groups):
-                validate_parameter(info.parameter, info.name)
+                settings.validate_parameter(info.parameter, info.name)
         except Exception:
             self.param_groups.pop()
             raise
-        complete_states_(self.param_groups, self.state, self._compressor)
+        loading.complete_states_(self.param_groups, self.state, self._method)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
@@ -136,14 +122,8 @@ class SavableOptimizer(Optimizer):
             ValueError: groups do not match, settings contradict each other, or the dict's errors
                 have been overwritten by later steps. Nothing has changed then.
         """
-        validate_type(state_dict)
-
-        def keep(_: Optimizer, final: dict[str, Any]) -> None:
-            validate_structure(final, self._handling.telling_settings)
-            refuse_overwritten(final["state"], self._engine.plan.buckets)
-            self._loading = final
-
-        handle = self.register_load_state_dict_pre_hook(keep)  # the last, so it sees what is loaded
+        loading.validate_type(state_dict)
+        handle = self.register_load_state_dict_pre_hook(_keep_what_is_loaded)  # the last of them
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -162,46 +142,19 @@ class SavableOptimizer(Optimizer):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        present = self.__dict__
-        compressor: Compressor = (state if "_compressor" in state else present)["_compressor"]
-        defaults = (state if "defaults" in state else present)["defaults"]
-        groups = state["param_groups"]
-        note = keep_other_settings(groups, compressor)
-        fill_missing_settings(groups, present.get("param_groups", []), defaults)
-        _validate_groups(self._handling.validate, compressor, groups)
-        if (loading := present.get("_loading")) is not None:
-            state["state"].update(exact_copies(groups, loading))
-        if "_engine" not in present:
+        compressor, defaults, note = loading.fit_(state, self.__dict__, self._validate)
+        if "engine" not in self.__dict__:
             self._begin(compressor, defaults)
-        complete_states_(groups, state["state"], compressor)  # it raises before anything changes
+        # It raises before anything changes.
+        loading.complete_states_(state["param_groups"], state["state"], self._method)
         super().__setstate__(state)
-        self._engine.reload()
+        self.engine.reload()
         if note is not None:
             warn_user(note)
 
 
-def complete_states_(
-    groups: Groups, states: defaultdict[Tensor, State], compressor: Compressor
-) -> None:
-    """Adds to all parameters' states what is missing in them, and fits the rest.
-
-    Args:
-        groups: parameter groups.
-        states: of the parameters (modified in place).
-        compressor: decides what is compressed and how far.
-
-    Raises:
-        TypeError: an entry is no tensor.
-        ValueError: a tensor has not the shape that its parameter asks for.
-    """
-    for info in list_parameters(groups):
-        if info.parameter.requires_grad:
-            complete_(states[info.parameter], info, compressor)
-    if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
-        states[groups[0]["params"][0]] = {}
-
-
-def _validate_groups(validate: Validation, compressor: Compressor, groups: Groups) -> None:
-    for group in groups:
-        validate(group, compressor)
-    validate_shared(groups, (*SHARED, *compressor.shared_settings()))
+def _keep_what_is_loaded(optimizer: Any, final: dict[str, Any]) -> None:
+    """Before torch casts it: see `loading.exact_copies`."""
+    loading.validate_structure(final, optimizer._telling_settings)
+    loading.refuse_overwritten(final["state"], optimizer.engine.plan.buckets)
+    optimizer._loading = final

@@ -1,9 +1,10 @@
-"""Ranks, densities and bits that change as training goes on, each parameter's by itself."""
+"""Ranks, densities and bits that change during training, for each parameter by itself."""
 
 from efsgd.rank.allocation import Candidate, allocate, allocate_within
-from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.base import RankPolicy
 from efsgd.rank.costs.network import Network
 from efsgd.rank.costs.objectives import Costs, StepTime
+from efsgd.rank.layers import Layer, Value
 from efsgd.rank.policies.accordion import Accordion, is_critical
 from efsgd.rank.policies.communication_budget import CommunicationBudget
 from efsgd.rank.policies.l_greco import LGreCo

@@ -2,33 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.engine.observation import Observation
+from efsgd.rank.layers import Layer
 from efsgd.wire.collectives import AllReduceMean, Exchange
-
-
-class Accumulated(Protocol):
-    """What is known of a layer here."""
-
-    @property
-    def index(self) -> int:
-        """Its position in the optimizer."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As which it is compressed."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its sum."""
-
-    @property
-    def device(self) -> torch.device:
-        """Of its sum."""
 
 
 class Accumulator:
@@ -51,46 +32,35 @@ class Accumulator:
         self._with_errors = with_errors
         self._parts: list[tuple[Tensor, list[int]]] = []  # of each device and dtype
 
-    def begin(self, layers: Iterable[Accumulated]) -> None:
-        """Starts from zero.
-
-        Args:
-            layers: what is summed.
-        """
-        kinds: dict[tuple[torch.device, torch.dtype], list[Accumulated]] = {}
+    def begin(self, layers: Iterable[Layer]) -> None:
+        """Starts sums of these layers from zero, and frees those that were before."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[Layer]] = {}
         for layer in layers:
             kinds.setdefault((layer.device, layer.dtype), []).append(layer)
-        self.end()
-        for (device, dtype), alike in kinds.items():
-            shapes = [torch.Size(layer.shape) for layer in alike]
-            sizes = [shape.numel() for shape in shapes]
-            flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-            self._parts.append((flat, [layer.index for layer in alike]))
-            for layer, shape, part in zip(alike, shapes, flat.split(sizes), strict=True):
-                self.sums[layer.index] = part.view(shape)
-
-    def end(self) -> None:
-        """Frees the memory."""
         self.sums, self._parts, self.steps = {}, [], 0
+        for (device, dtype), own in kinds.items():
+            sizes = [math.prod(layer.shape) for layer in own]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            self._parts.append((flat, [layer.index for layer in own]))
+            for layer, part in zip(own, flat.split(sizes), strict=True):
+                self.sums[layer.index] = part.view(layer.shape)
 
     def add(self, observation: Observation) -> None:
         """Adds a step, or the part of it that has one device and dtype."""
-        summands: Mapping[int, Tensor] = observation.errors if self._with_errors else {}
-        if own := [index for index in summands if index in self.sums]:
-            torch._foreach_add_(self._views(own, summands), [summands[i] for i in own])
-        summands = observation.gradients
-        if own := [index for index in summands if index in self.sums]:
-            gradients = [summands[i] for i in own]
-            torch._foreach_add_(self._views(own, summands), gradients, alpha=observation.scale)
+        if self._with_errors:
+            self._add(observation.errors, 1.0)
+        self._add(observation.gradients, observation.scale)
+
+    def _add(self, summands: Mapping[int, Tensor], scale: float) -> None:
+        if known := [index for index in summands if index in self.sums]:
+            # A vector is compressed as one, whatever shape its parameter has.
+            sums = [self.sums[index].view(summands[index].shape) for index in known]
+            torch._foreach_add_(sums, [summands[index] for index in known], alpha=scale)
 
     def count_step(self) -> None:
         """A step is added, all parts of it."""
         if self.sums:
             self.steps += 1
-
-    def _views(self, indices: Sequence[int], like: Mapping[int, Tensor]) -> list[Tensor]:
-        """A vector is compressed as one, whatever shape its parameter has."""
-        return [self.sums[index].view(like[index].shape) for index in indices]
 
     def means(self) -> Exchange[dict[int, Tensor]]:
         """The means of the sums over the workers, by index: new tensors.
@@ -100,10 +70,9 @@ class Accumulator:
         found = {}
         for flat, indices in self._parts:
             mean = yield AllReduceMean(flat.clone(), "accumulated gradients")
-            like = [self.sums[index] for index in indices]
-            parts = mean.split([own.numel() for own in like])
-            for index, own, part in zip(indices, like, parts, strict=True):
-                found[index] = part.view(own.shape)
+            parts = mean.split([self.sums[index].numel() for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                found[index] = part.view(self.sums[index].shape)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,36 +80,23 @@ class Accumulator:
         return {"steps": self.steps, "sums": dict(self.sums)}
 
     @staticmethod
-    def validate(state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
-        """Checks what `load_state_dict` is to be given.
-
-        Raises:
-            ValueError: a sum has not the shape of its layer.
-        """
-        sums = state_dict["sums"]
-        known = {layer.index: layer for layer in layers}
-        for index, value in sums.items():
-            shape = known[index].shape if index in known else "no"
-            if index not in known or tuple(value.shape) != tuple(known[index].shape):
+    def validate(state_dict: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        """Raises a ValueError where a sum that is to be loaded has not the shape of its layer."""
+        shapes = {layer.index: layer.shape for layer in layers}
+        for index, value in state_dict["sums"].items():
+            if tuple(value.shape) != shapes.get(index):
                 raise ValueError(
                     f"Invalid state_dict: the sum of parameter {index} has shape "
-                    f"{tuple(value.shape)}, and the layer has {shape}. Load the state_dict of a "
-                    f"scheduler of the same model."
+                    f"{tuple(value.shape)}, and the layer has {shapes.get(index, 'no')}. Load the "
+                    f"state_dict of a scheduler of the same model."
                 )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], layers: Sequence[Accumulated]) -> None:
-        """Goes on from there.
-
-        Args:
-            state_dict: from `state_dict`, or the mean of several; see `validate`.
-            layers: what is summed.
-        """
+    def load_state_dict(self, state_dict: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+        """Restores what `state_dict` returned, or the mean of several; `validate` comes first."""
         sums = state_dict["sums"]
-        self.end()
-        if sums:
-            self.begin(layer for layer in layers if layer.index in sums)
-            for index, value in sums.items():
-                self.sums[index].copy_(value)
+        self.begin(layer for layer in layers if layer.index in sums)
+        for index, value in sums.items():
+            self.sums[index].copy_(value)
         self.steps = state_dict["steps"]
 
 
@@ -151,27 +107,19 @@ def mean_table(
     device: torch.device,
     purpose: str,
 ) -> Exchange[list[list[float]]]:
-    """The mean of the workers' tables, the same on all of them.
+    """The mean of the tables that all workers make, the same on all of them.
 
-    Args:
-        make: computes this worker's.
-        rows: of the table.
-        columns: of the table.
-        device: where buffers may live.
-        purpose: what the table has, for messages.
-
-    Raises:
-        Exception: what `make` raises on this worker. The others, who are waiting for its table,
-            have NaN in place of numbers.
+    What `make` raises on this worker is raised after the collective. The others, who are waiting
+    for its table, have NaN in place of numbers.
     """
-    table, obstacle = [[math.nan] * columns] * rows, None
+    table, failure = [[math.nan] * columns] * rows, None
     try:
         table = [list(row) for row in make()]
     except Exception as error:  # the other workers are waiting, so it is raised afterwards
-        obstacle = error
+        failure = error
     own = torch.tensor(table, dtype=torch.float64, device=device)
     mean = yield AllReduceMean(own, purpose)
-    if obstacle is not None:
-        raise obstacle
+    if failure is not None:
+        raise failure
     found: list[list[float]] = mean.tolist()
     return found

@@ -1,15 +1,18 @@
-"""The arguments of policies."""
+"""Checks of what policies and schedulers are given."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from efsgd.optimizers.base import ErrorFeedbackOptimizer
+from efsgd.rank.base import RankPolicy
+from efsgd.rank.layers import Layer, Value
 
 
 def require_numbers(*, above: float | None = None, **numbers: object) -> None:
-    """Checks that these are finite numbers of at least 0, or above a number.
-
-    Raises:
-        ValueError: one of them is not.
-    """
+    """Raises a ValueError unless all are finite numbers of at least 0, or above a number."""
     for name, value in numbers.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         least = 0 if above is None else above
@@ -19,21 +22,89 @@ def require_numbers(*, above: float | None = None, **numbers: object) -> None:
 
 
 def require_counts(**counts: object) -> None:
-    """Checks that these are integers of at least 1.
-
-    Raises:
-        ValueError: one of them is not.
-    """
+    """Raises a ValueError unless all are integers of at least 1."""
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"Invalid {name}: {value!r}. Must be an integer of at least 1.")
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Checks that a word is one of some.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raises a ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"Invalid {name}: {value!r}. Must be one of {list(choices)}.")
+
+
+def require_exchange(made: object, what: str) -> Generator[Any, Any, Any]:
+    """Raises a TypeError unless it is a generator, as an exchange is."""
+    if not isinstance(made, Generator):
+        raise TypeError(
+            f"Invalid {what}: {made!r}. Must be a generator: where it needs no collective, let "
+            f"`yield from ()` come before `return`."
+        )
+    return made
+
+
+def require_mapping(values: object, policy: object, method: str) -> Mapping[int, Value]:
+    """Raises a TypeError unless a policy's method has returned a dict."""
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"Invalid result of {type(policy).__name__}.{method}: {values!r}. Must be a dict from "
+            f"the indices of layers to values; an empty one changes nothing."
+        )
+    return values
+
+
+def require_known(
+    proposed: Sequence[float], layers: Sequence[Layer], policy: RankPolicy
+) -> dict[int, Value]:
+    """What was proposed, by index, as values of the policy; a ValueError where one is not."""
+    found = {}
+    for layer, number in zip(layers, proposed, strict=True):
+        known = {float(value): value for value in (*policy.values, layer.value)}
+        if number not in known:
+            raise ValueError(
+                f"Invalid {policy.setting} of {layer.name}: {number}. What "
+                f"{type(policy).__name__} proposes must be one of its values, which are "
+                f"{list(policy.values)}."
+            )
+        found[layer.index] = known[number]
+    return found
+
+
+def require_types(optimizer: object, policy: object, lr_of: object) -> None:
+    """Raises a TypeError unless these are what a scheduler can be made of."""
+    if not isinstance(optimizer, ErrorFeedbackOptimizer):
+        raise TypeError(
+            f"Invalid optimizer: {type(optimizer).__name__}. Must be one of this package, for "
+            f"example efsgd.PowerSGDOptimizer."
+        )
+    if not isinstance(policy, RankPolicy):
+        raise TypeError(
+            f"Invalid policy: {policy!r}. Must be an efsgd.rank.RankPolicy, for example "
+            f"Accordion(low=1, high=4)."
+        )
+    if lr_of is not None and not isinstance(lr_of, Optimizer):
+        raise TypeError(
+            f"Invalid lr_of: {type(lr_of).__name__}. Must be a torch.optim.Optimizer of the "
+            f"same parameters, or None for the first argument."
+        )
+
+
+def require_sole(
+    optimizer: ErrorFeedbackOptimizer,
+    policy: RankPolicy,
+    others: Iterable[tuple[ErrorFeedbackOptimizer, RankPolicy]],
+) -> None:
+    """Raises a ValueError where another scheduler has the policy, or decides on the setting."""
+    for other_s_optimizer, other in others:
+        if other is policy:
+            raise ValueError(
+                f"Invalid policy: {policy!r} belongs to another RankScheduler, and remembers what "
+                f"it has seen there. Must be a new one; or call close() of the other first."
+            )
+        if other_s_optimizer is optimizer and other.setting == policy.setting:
+            raise ValueError(
+                f"Invalid optimizer: a RankScheduler with {other!r} decides on its "
+                f"{policy.setting} already. Must be one for each setting: call close() of the "
+                f"other one first."
+            )

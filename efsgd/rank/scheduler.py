@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -14,28 +15,25 @@ from efsgd.engine.parameters import list_parameters, set_overrides_
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.layout import matrix_shape
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
-from efsgd.rank.base import Layer, RankPolicy, Value, layers_of
-from efsgd.rank.fixed_traffic import Background, background_of
-from efsgd.rank.unsupported import (
-    clear_owner_,
-    load_policy,
+from efsgd.rank.base import RankPolicy
+from efsgd.rank.checks import (
     require_exchange,
     require_known,
     require_mapping,
-    require_rates,
     require_sole,
     require_types,
-    saved,
-    set_owner_,
-    validate_saved,
 )
+from efsgd.rank.layers import Background, Layer, Value, layers_of
+from efsgd.rank.saving import load_policy, saved, validate_saved
 from efsgd.wire.collectives import AllGather, Exchange
 from efsgd.wire.compare import compare
-from efsgd.wire.transports import current_transport
+
+#: Those that decide on the settings of some optimizer.
+_OPEN: WeakSet["RankScheduler"] = WeakSet()
 
 
 class RankScheduler:
-    """Adapts ranks (or densities, or bits) as training goes on, like a learning rate scheduler.
+    """Adapts ranks (or densities, or bits) during training, like a learning rate scheduler.
 
     `step()` is called at the end of each epoch, or of any other number of steps that is the same on
     every worker, after the learning rate scheduler's::
@@ -89,22 +87,25 @@ class RankScheduler:
         lr_of: Optimizer | None = None,
     ) -> None:
         require_types(optimizer, policy, lr_of)
-        require_sole(optimizer, policy)
         self.optimizer, self.policy = optimizer, policy
+        require_sole(optimizer, policy, ((other.optimizer, other.policy) for other in _OPEN))
         self._lr_of = optimizer if lr_of is None else lr_of
         self._calls, self._last_step = 0, self._step_number
         self._seen: int | None = None
         self._is_closed = False
         layers = self._layers()
-        if lr_of is not None:
-            require_rates(lr_of, layers)
-        world_size = current_transport(optimizer.process_group).world_size
+        if lr_of is not None and all(layer.lr is None for layer in layers):
+            raise ValueError(
+                f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
+                f"compressed, and has none of them: their learning rates are not known."
+            )
+        world_size = optimizer.transport.world_size
         policy.background = self._background(layers, world_size)
         values = policy.begin(layers, optimizer.compressor)
         self._set(require_mapping(values, policy, "begin"))
         policy.commit(self._layers())
         self._stop = optimizer.watch(self._observe)
-        set_owner_(self, policy)
+        _OPEN.add(self)
 
     @property
     def _step_number(self) -> int:
@@ -121,7 +122,7 @@ class RankScheduler:
         optimizer = self.optimizer
         listed = list_parameters(optimizer.param_groups, optimizer.sparse_parameters)
         collectives = optimizer.communication_stats()["collectives"]
-        return background_of(listed, {layer.index for layer in layers}, world_size, collectives)
+        return Background.of(listed, {layer.index for layer in layers}, world_size, collectives)
 
     def _observe(self, observation: Observation) -> None:
         if self._step_number != self._seen:  # a step has a part for each device and dtype
@@ -134,7 +135,7 @@ class RankScheduler:
         if not self._is_closed:
             self._is_closed = True
             self._stop()
-            clear_owner_(self.policy)
+            _OPEN.discard(self)
 
     def step(self) -> None:
         """Ends a window: decides what the optimizer's next steps send.
@@ -169,25 +170,26 @@ class RankScheduler:
         if self._is_closed or self._step_number == self._last_step:
             return
         wanted = [float(layer.value) for layer in layers]
-        obstacle = None
+        failure = None
         try:
             self.policy.background = self._background(layers, world_size)
             proposal = self.policy.propose(layers, world_size, worker)
-            values = yield from require_exchange(proposal, self.policy)
+            kind = type(self.policy).__name__
+            values = yield from require_exchange(proposal, f"result of {kind}.propose")
             values = require_mapping(values, self.policy, "propose")
             wanted = [float(values.get(layer.index, layer.value)) for layer in layers]
         except CollectiveError:
             raise
         except Exception as error:  # the other workers are waiting, so it is raised afterwards
-            obstacle = error
-        words = [obstacle is not None, *wanted]
+            failure = error
+        words = [failure is not None, *wanted]
         own = torch.tensor(words, dtype=torch.float64, device=layers[0].device)
         try:
             gathered = (yield AllGather(own, "decisions")).cpu()
         except CollectiveError as error:
-            raise (error if obstacle is None else obstacle) from error
-        if obstacle is not None:
-            raise obstacle
+            raise (error if failure is None else failure) from error
+        if failure is not None:
+            raise failure
         if unable := gathered[:, 0].nonzero().flatten().tolist():
             numbers = ", ".join(map(str, unable))
             raise CollectiveError(f"worker {numbers} could not decide, and says itself why.")
@@ -210,8 +212,8 @@ class RankScheduler:
             lines += ["closed" if self._is_closed else "watching"]
             lines += [f"{setting} of {layer.name}: {layer.value}" for layer in layers]
             lines += [f"sums of {list(a.sums)}" for a in self.policy.accumulators]
-        except Exception as obstacle:
-            reason = " ".join(f"{type(obstacle).__name__}: {obstacle}".split())
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             with contextlib.suppress(WorkerMismatchError):
                 yield from compare([f"cannot decide: {reason}"], device)
             raise
@@ -236,10 +238,11 @@ class RankScheduler:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """All that this worker's scheduler goes on from, to be saved beside the optimizer's.
+        """The state of this worker's scheduler, a copy, to be saved beside the optimizer's.
 
-        Sums of gradients in it are this worker's own. On the same number of workers each goes on to
-        the bit from its own dict; for another number, see `consolidated_state_dict`. It is a copy.
+        Sums of gradients in it are this worker's own. With as many workers, each continues from its
+        own dict as if never interrupted, to the bit. For another number of workers, see
+        `consolidated_state_dict`.
         """
         return copy.deepcopy(self._saved([a.state_dict() for a in self.policy.accumulators]))
 
@@ -261,10 +264,10 @@ class RankScheduler:
         return copy.deepcopy(self._saved(sums))
 
     def _saved(self, sums: list[dict[str, Any]]) -> dict[str, Any]:
-        return saved(self.policy, self._layers(), (self._calls, self._last_step), sums)
+        return saved(self.policy, self._layers(), self._calls, self._last_step, sums)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` or `consolidated_state_dict` returned.
+        """Restores what `state_dict` or `consolidated_state_dict` returned.
 
         It may come before or after the optimizer's `load_state_dict`: both know the values.
 

@@ -5,52 +5,32 @@ from collections.abc import Sequence
 import torch
 
 from efsgd.compressors import Compressor
-from efsgd.testing.laws import (
-    agrees_when_alone,
-    averages_what_is_sent,
-    contracts_as_claimed,
-    decompresses_alike,
-    draws_as_claimed,
-    has_one_schedule,
-    is_unbiased_as_claimed,
-    keeps_shapes_and_dtypes,
-    keeps_workers_equal,
-    knows_the_norm,
-    leaves_deltas_alone,
-    loses_nothing,
-    refuses_without_a_trace,
-    repeats_to_the_bit,
-    resumes_to_the_bit,
-    sends_what_it_announces,
-    survives_scales,
-    survives_zeros,
-    travels_as_claimed,
-)
+from efsgd.testing import laws
 from efsgd.testing.processes import agrees_in_processes
 from efsgd.testing.trial import SHAPES, Law, Trial
 
 #: What `check_compressor` tests, in this order. Each raises a `CompressorLawError` where it does
 #: not hold; its docstring says what it asks for.
 LAWS: tuple[Law, ...] = (
-    sends_what_it_announces,
-    has_one_schedule,
-    decompresses_alike,
-    leaves_deltas_alone,
-    keeps_shapes_and_dtypes,
-    survives_zeros,
-    survives_scales,
-    keeps_workers_equal,
-    loses_nothing,
-    knows_the_norm,
-    averages_what_is_sent,
-    travels_as_claimed,
-    contracts_as_claimed,
-    is_unbiased_as_claimed,
-    repeats_to_the_bit,
-    refuses_without_a_trace,
-    resumes_to_the_bit,
-    draws_as_claimed,
-    agrees_when_alone,
+    laws.sends_what_it_announces,
+    laws.has_one_schedule,
+    laws.decompresses_alike,
+    laws.leaves_deltas_alone,
+    laws.keeps_shapes_and_dtypes,
+    laws.survives_zeros,
+    laws.survives_scales,
+    laws.keeps_workers_equal,
+    laws.loses_nothing,
+    laws.knows_the_norm,
+    laws.averages_what_is_sent,
+    laws.travels_as_claimed,
+    laws.contracts_as_claimed,
+    laws.is_unbiased_as_claimed,
+    laws.repeats_to_the_bit,
+    laws.refuses_without_a_trace,
+    laws.resumes_to_the_bit,
+    laws.draws_as_claimed,
+    laws.agrees_when_alone,
     agrees_in_processes,
 )
 

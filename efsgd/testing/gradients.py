@@ -12,12 +12,10 @@ from efsgd.randomness import generator_of
 #: By worker, and by parameter.
 Gradients: TypeAlias = list[list[Tensor | None]]
 
-
 #: What gradients may look like.
 KINDS = ("gaussian", "one_hot", "scaled", "rank_deficient", "constant", "zero")
 
-
-# Numbers that keep the draws of this package's own parts apart.
+# Keeps these draws apart from those of other parts of the package.
 _GRADIENTS = 7_001
 
 
@@ -28,16 +26,13 @@ def gaussian(shape: Sequence[int], *path: int) -> Tensor:
 
 
 def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
-    """One worker's gradient of one parameter.
+    """One worker's gradient of one parameter, float64.
 
     Args:
         kind: one of `KINDS`.
         shape: of the parameter.
         worker: whose gradient it is.
         path: integers; others make another gradient.
-
-    Returns:
-        Of this shape, float64.
 
     Example:
         >>> from efsgd.testing.gradients import made_up
@@ -75,14 +70,8 @@ def gradients(
 ) -> Gradients:
     """All workers' gradients of one step.
 
-    Args:
-        shapes: of the parameters.
-        world_size: the number of workers.
-        step: its number.
-        seed: of all steps.
-        kinds: the parameters take them in turn, another one in each step.
-        scale: gradients are multiplied by it.
-        with_missing: whether some are None, on some workers or on all.
+    The parameters take `kinds` in turn, another one in each step. With `with_missing` some are
+    None, on some workers or on all.
     """
     found: Gradients = []
     for worker in range(world_size):

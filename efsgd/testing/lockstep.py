@@ -8,17 +8,7 @@ import torch
 from torch import Tensor
 
 from efsgd.errors import CollectiveError
-from efsgd.wire.collectives import (
-    AllGather,
-    AllReduceMean,
-    AllToAll,
-    Broadcast,
-    Collective,
-    Exchange,
-    InFlight,
-    Request,
-    Start,
-)
+from efsgd.wire.collectives import Collective, Exchange, InFlight, Request, Start
 
 T = TypeVar("T")
 
@@ -159,34 +149,29 @@ class _Conductor(Generic[T]):
             return "raised", error
 
     def _serve(self, requests: list[Request]) -> list[Any]:
-        starts = [request for request in requests if isinstance(request, Start)]
-        waits = [request for request in requests if isinstance(request, InFlight)]
-        collectives = [r for r in requests if not isinstance(r, Start | InFlight)]
-        if len(starts) == len(requests):
-            number = self._begin([start.collective for start in starts])
-            return [
-                InFlight(start.collective, lambda: torch.tensor(number, device="cpu"))
-                for start in starts
-            ]
-        if len(waits) == len(requests):
-            numbers = {int(in_flight.wait()) for in_flight in waits}
-            if len(numbers) > 1:
-                raise LockstepError(f"Workers wait for different collectives: {sorted(numbers)}")
-            return self._finish(numbers.pop())
-        if len(collectives) != len(requests):
+        starts = [request.collective for request in requests if isinstance(request, Start)]
+        waits = [int(request.wait()) for request in requests if isinstance(request, InFlight)]
+        others = [request for request in requests if not isinstance(request, Start | InFlight)]
+        if len(requests) not in (len(starts), len(waits), len(others)):
             raise LockstepError(f"Workers ask for different things: {requests}")
-        return self._finish(self._begin(collectives))
+        if len(set(waits)) > 1:
+            raise LockstepError(f"Workers wait for different collectives: {sorted(set(waits))}")
+        if starts:
+            number = self._begin(starts)
+            return [InFlight(c, lambda: torch.tensor(number, device="cpu")) for c in starts]
+        return self._finish(waits[0] if waits else self._begin(others))
 
     def _begin(self, collectives: Sequence[Collective]) -> int:
         traced = [
             Traced(type(c).__name__, c.purpose, tuple(c.buffer.shape), c.buffer.dtype)
             for c in collectives
         ]
-        if any(isinstance(c, AllToAll) and len(c.buffer) != len(collectives) for c in collectives):
-            raise LockstepError(f"{traced[0]} must have a row for each of {len(collectives)}")
-        sources = {c.source for c in collectives if isinstance(c, Broadcast)}
-        if any(t != traced[0] for t in traced) or len(sources) > 1:
+        if any(t != traced[0] for t in traced) or len({c.source for c in collectives}) > 1:
             raise LockstepError(f"Workers ask for different collectives: {traced}")
+        try:
+            collectives[0].require_workers(len(collectives))
+        except ValueError as error:
+            raise LockstepError(f"{traced[0]}: {error}") from error
         number = len(self._trace)
         self._trace.append(traced[0])
         self._started[number] = [(c, c.buffer.clone()) for c in collectives]
@@ -206,23 +191,13 @@ class _Conductor(Generic[T]):
             purpose = self._trace[number].purpose
             return [CollectiveError(f"injected failure of {purpose}") for _ in started]
         buffers = [handed_over for _, handed_over in started]
-        first = started[0][0]
-        if isinstance(first, AllGather | AllToAll):
-            for collective, handed_over in started:
-                collective.buffer.copy_(handed_over)
-            gathered = torch.stack(buffers)
-            if isinstance(first, AllToAll):
-                return [gathered[:, worker].clone() for worker in range(len(started))]
-            return [gathered.clone() for _ in started]
-        if isinstance(first, Broadcast):
-            answer = buffers[first.source]
-        else:
-            assert isinstance(first, AllReduceMean)
-            answer = buffers[0].clone()
-            for buffer in buffers[1:]:
-                answer += buffer
-            answer /= len(buffers)
-        return [collective.buffer.copy_(answer) for collective, _ in started]
+        answers = started[0][0].combine(buffers)
+        if started[0][0].writes_buffer:
+            pairs = zip(started, answers, strict=True)
+            return [collective.buffer.copy_(answer) for (collective, _), answer in pairs]
+        for collective, handed_over in started:
+            collective.buffer.copy_(handed_over)
+        return [answer.clone() for answer in answers]
 
 
 def _poison_(buffer: Tensor) -> Tensor:

@@ -2,42 +2,28 @@
 
 import pickle
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
-from torch import Tensor
 
 from efsgd.compressors import Compressor
-from efsgd.testing.process_worker import (
-    Course,
-    dtype_of,
-    error_file,
-    gradients_of,
-    result_file,
-    work,
-)
-from efsgd.testing.simulation import first_difference
+from efsgd.testing.gradients import Gradients
+from efsgd.testing.simulation import Simulation, first_difference
 from efsgd.testing.trial import SHAPES, Trial, law
 from efsgd.testing.violations import CompressorLawError, Violation
 
-#: Seconds for a launch, of which loading torch takes most, and for each compressor in it.
-LIMIT, LIMIT_EACH = 90.0, 10.0
+# How long one worker waits for another, which may have to load torch first.
+_PATIENCE = timedelta(seconds=90)
 
-
-#: More than two workers are added in another order than in lockstep: rounding of float64, 2e-16,
-#: multiplied by what error feedback makes of it in a few steps.
-TOLERANCE = 1e-6
-
-
-_REMEDY = (
-    "In a process of its own a compressor has nothing but its fields, what it has received and "
-    "what it draws; and a buffer in flight belongs to its collective."
-)
+# More than two workers are added in another order than in lockstep: rounding of float64, 2e-16,
+# multiplied by what error feedback makes of it in a few steps.
+_TOLERANCE = 1e-6
 
 
 @law
@@ -47,8 +33,8 @@ def agrees_in_processes(trial: Trial) -> None:
     To the bit for two of them. With more, a process group may add in another order than lockstep:
     then, in float64, to 1e-6 of the largest value.
     """
-    for failure in failures([trial]) if trial.processes > 0 else ():
-        raise failure
+    if trial.processes > 0:
+        _require_agreement([trial])
 
 
 def check_in_processes(
@@ -71,58 +57,43 @@ def check_in_processes(
         error_feedback: whether what was not sent is kept.
 
     Raises:
-        CompressorLawError: names the compressor, and what differs.
+        CompressorLawError: names the first compressor that breaks it, and what differs.
         ValueError: an argument is out of range.
     """
     if processes < 1:
         raise ValueError(f"Invalid processes: {processes!r}. Must be at least 1.")
     own = (processes,), shapes, steps, seed, processes, error_feedback
-    for failure in failures([Trial(compressor, *own) for compressor in compressors]):
-        raise failure
+    _require_agreement([Trial(compressor, *own) for compressor in compressors])
 
 
-def failures(trials: Sequence[Trial]) -> list[CompressorLawError]:
-    """Starts worker processes, and says for each trial what is wrong, if anything is.
-
-    Args:
-        trials: all with as many processes, at least one.
-
-    Raises:
-        CompressorLawError: a compressor cannot be pickled, or fails in lockstep already.
-    """
-    found: list[CompressorLawError] = []
-    if not trials:
-        return found
-    packed = [_pickled(trial) for trial in trials]
-    limit = LIMIT + LIMIT_EACH * len(trials)
-    deadline = time.monotonic() + limit
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with _launched(trials[0].processes, folder, packed) as workers:
-            expected = [_in_lockstep(trial) for trial in trials]  # while they load torch
-            for worker in workers:
-                worker.join(max(0.0, deadline - time.monotonic()))
-            late = f"has not finished within {limit:g} seconds"
-            codes = [worker.exitcode for worker in workers]
-            states = [late if code is None else f"has exit code {code}" for code in codes]
-        for number, trial in enumerate(trials):
-            try:
-                courses = _results(folder, number, trial, states)
-                for worker, course in enumerate(courses):
-                    _compare(trial, worker, course, expected[number][worker])
-            except CompressorLawError as error:
-                found.append(error)
-    return found
+def _require_agreement(trials: Sequence[Trial]) -> None:
+    """Runs all trials in one launch of processes; raises what is wrong with the first of them."""
+    packed = [_packed(trial) for trial in trials]
+    processes: Any = torch.multiprocessing
+    with tempfile.TemporaryDirectory() as folder:
+        count = trials[0].processes if trials else 0
+        try:
+            processes.spawn(_work, (count, folder, packed), nprocs=count, daemon=True)
+        except Exception as error:
+            reports = sorted(Path(folder).glob("*.txt"))
+            texts = [report.read_text() for report in reports] or [f"{error}"]
+            number = int(reports[0].stem.partition("-")[0]) if reports else 0
+            raise _blame(trials[min(number, len(trials) - 1)], "; ".join(texts)) from error
 
 
-def _blame(trial: Trial, found: str, remedy: str = _REMEDY) -> CompressorLawError:
-    violation = Violation(found, remedy)
+def _blame(trial: Trial, found: str, remedy: str = "") -> CompressorLawError:
+    usual = (
+        "In a process of its own a compressor has nothing but its fields, what it has received and "
+        "what it draws; and a buffer in flight belongs to its collective."
+    )
+    violation = Violation(found, remedy or usual)
     return CompressorLawError(agrees_in_processes.__name__, trial.compressor, violation)
 
 
-def _pickled(trial: Trial) -> bytes:
+def _packed(trial: Trial) -> bytes:
+    """The trial, and what all workers have after each step in lockstep."""
     try:
-        return pickle.dumps(trial)
+        pickle.dumps(trial)
     except Exception as error:
         raise _blame(
             trial,
@@ -130,72 +101,52 @@ def _pickled(trial: Trial) -> bytes:
             "Define its class at the top of a module and keep functions and other local things out "
             "of its fields; or pass processes=0.",
         ) from error
-
-
-@contextmanager
-def _launched(count: int, folder: Path, packed: Sequence[bytes]) -> Iterator[list[Any]]:
-    """Worker processes, which end with this context in any case."""
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=work, args=(worker, count, str(folder), packed), daemon=True)
-        for worker in range(count)
-    ]
+    workers, every_step = _prepare(trial)
+    expected = []
     try:
-        for worker in workers:
-            worker.start()
-        yield workers
-    finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.kill()
-                worker.join()
-
-
-def _in_lockstep(trial: Trial) -> list[Course]:
-    """What each worker should find."""
-    workers = trial.simulate(trial.processes, dtype_of(trial))
-    courses: list[Course] = [[] for _ in range(trial.processes)]
-    try:
-        for step in range(trial.steps):
-            workers.step(gradients_of(trial, step))
-            for course, found in zip(courses, workers.snapshots(), strict=True):
-                course.append(found)
+        for made in every_step:
+            workers.step(made)
+            expected.append(workers.snapshots())
     except Violation as violation:
         raise _blame(trial, violation.found, violation.remedy) from violation.__cause__
-    return courses
+    return pickle.dumps((trial, expected))
 
 
-def _results(folder: Path, number: int, trial: Trial, states: Sequence[str]) -> list[Course]:
-    """What each worker has found; an error where one has not."""
-    files = [result_file(folder, number, worker) for worker in range(trial.processes)]
-    if all(file.exists() for file in files):
-        return [torch.load(file, weights_only=True) for file in files]
-    errors = [error_file(folder, worker) for worker in range(trial.processes)]
-    texts = [
-        f"worker {worker}: {file.read_text()}" if file.exists() else f"worker {worker} {state}"
-        for worker, (file, state) in enumerate(zip(errors, states, strict=True))
-    ]
-    raise _blame(trial, f"of {trial.processes} worker processes not all finished: {texts}")
+def _prepare(trial: Trial) -> tuple[Simulation, list[Gradients]]:
+    """Workers, and the gradients of each step.
+
+    Where sums depend on their order, in the dtype that has more digits, and of full rank.
+    """
+    is_exact, count = trial.processes <= 2, trial.processes
+    options: dict[str, Any] = {} if is_exact else {"kinds": ["gaussian"]}
+    workers = trial.simulate(count, torch.float32 if is_exact else torch.float64)
+    steps = range(trial.steps)
+    return workers, [workers.gradients(step, with_missing=True, **options) for step in steps]
 
 
-def _compare(trial: Trial, worker: int, found: Course, expected: Course) -> None:
-    for step, (own, other) in enumerate(zip(found, expected, strict=True)):
-        name = first_difference(own, other)
-        if name is None or (trial.processes > 2 and _is_close(own, other)):
-            continue
-        raise _blame(
-            trial,
-            f"after step {step}, {name} on worker {worker} of {trial.processes} processes is not "
-            f"what it is in lockstep",
+def _work(worker: int, world_size: int, folder: str, packed: Sequence[bytes]) -> None:
+    """One worker process: takes part in all trials, and says where it differs from lockstep."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    meeting, number = Path(folder, "store").as_uri(), 0
+    try:
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=worker, world_size=world_size, timeout=_PATIENCE
         )
-
-
-def _is_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    for name, value in expected.items():
-        own = found.get(name)
-        if own is None or own.shape != value.shape:
-            return False
-        difference, largest = (own.double() - value.double()).abs(), value.double().abs()
-        if value.numel() and not difference.max() <= TOLERANCE * max(1.0, float(largest.max())):
-            return False
-    return True
+        while number < len(packed):
+            trial, expected = pickle.loads(packed[number])
+            workers, every_step = _prepare(trial)
+            for step, made in enumerate(every_step):
+                workers.give_(made)
+                workers.optimizers[worker].step()
+                found, tolerance = workers.snapshot(worker), _TOLERANCE if world_size > 2 else 0.0
+                name = first_difference(found, expected[step][worker], tolerance)
+                if name is not None:
+                    raise AssertionError(f"after step {step}, {name} is not what it is in lockstep")
+            number += 1
+        dist.barrier()
+    except Exception as error:
+        text = f"worker {worker} of {world_size} processes: {type(error).__name__}: {error}"
+        Path(folder, f"{number:06}-{worker}.txt").write_text(text)
+        raise
+    dist.destroy_process_group()

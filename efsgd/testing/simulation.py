@@ -3,89 +3,32 @@
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from efsgd.compressors import Compressor
-from efsgd.engine.consistency import replicated
-from efsgd.engine.parameters import list_parameters
+from efsgd.engine.state import local_state
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
-from efsgd.testing.gradients import Gradients
+from efsgd.testing.gradients import Gradients, gradients
 from efsgd.testing.lockstep import Traced, step_together
 from efsgd.testing.violations import Violation
 
-
-def make_optimizer(
-    compressor: Compressor, start: Sequence[Tensor], dtype: torch.dtype, **options: Any
-) -> ErrorFeedbackSGD:
-    """One worker: parameters with these values, and an optimizer whose step is x - Δ'.
-
-    Args:
-        compressor: copied, as each worker has its own.
-        start: the parameters' values.
-        dtype: of the parameters.
-        options: of `ErrorFeedbackSGD`.
-    """
-    own = [value.to(dtype, copy=True).requires_grad_() for value in start]
-    options = {"lr": 1.0, "momentum_form": "sgd", **options}
-    return ErrorFeedbackSGD(own, compressor=copy.deepcopy(compressor), **options)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters, in order."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def give_(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> None:
-    """Sets the gradients, copied in the dtype of the parameters (modified in place)."""
-    for parameter, gradient in zip(parameters_of(optimizer), gradients, strict=True):
-        made = None if gradient is None else gradient.to(parameter.dtype, copy=True)
-        parameter.grad = made
-
-
-def snapshot(optimizer: ErrorFeedbackSGD) -> dict[str, Tensor]:
-    """All that a step may change on one worker, by name, copied."""
-    found = {
-        "the number of the step": torch.tensor(optimizer.param_groups[0]["step"], device="cpu")
-    }
-    for index, parameter in enumerate(parameters_of(optimizer)):
-        found[f"parameter {index} of shape {list(parameter.shape)}"] = parameter.detach().clone()
-        for name, value in sorted(optimizer.state[parameter].items()):
-            found[f"the {name} of parameter {index} of shape {list(parameter.shape)}"] = (
-                value.detach().clone()
-            )
-    return found
-
-
-def first_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor that is not bitwise equal in both; None where all are."""
-    for name in [*left, *(name for name in right if name not in left)]:
-        if name not in left or name not in right or not _is_same(left[name], right[name]):
-            return name
-    return None
-
-
-def _is_same(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    pair = (each.detach().contiguous().view(-1).view(torch.uint8) for each in (left, right))
-    return torch.equal(*pair)
+#: All that a step may change on one worker, by name, copied.
+Snapshot: TypeAlias = dict[str, Tensor]
 
 
 class Simulation:
-    """Some workers in one thread, all with the same compressor and the same parameters.
-
-    Attributes:
-        optimizers: of each worker.
-        world_size: the number of workers.
+    """Some workers in one thread with the same parameters, and optimizers whose step is x - Δ'.
 
     Args:
         compressor: each worker gets a copy.
-        world_size: see above.
-        start: the parameters' values.
+        world_size: the number of workers.
+        shapes: of the parameters.
         dtype: of the parameters.
+        seed: of the gradients.
+        start: all values of all parameters.
         options: of `ErrorFeedbackSGD`.
     """
 
@@ -93,13 +36,23 @@ class Simulation:
         self,
         compressor: Compressor,
         world_size: int,
-        start: Sequence[Tensor],
-        dtype: torch.dtype,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype = torch.float64,
+        *,
+        seed: int = 0,
+        start: float = 0.0,
         **options: Any,
     ) -> None:
-        self.world_size, self._dtype = world_size, dtype
+        self.world_size, self.shapes, self._dtype, self._seed = world_size, shapes, dtype, seed
+        options = {"lr": 1.0, "momentum_form": "sgd", **options}
+        values = [torch.full(torch.Size(s), start, dtype=dtype, device="cpu") for s in shapes]
         self.optimizers = [
-            make_optimizer(compressor, start, dtype, **options) for _ in range(world_size)
+            ErrorFeedbackSGD(
+                [value.clone().requires_grad_() for value in values],
+                compressor=copy.deepcopy(compressor),
+                **options,
+            )
+            for _ in range(world_size)
         ]
 
     @property
@@ -110,7 +63,7 @@ class Simulation:
     @property
     def parameters(self) -> list[Tensor]:
         """Those of worker 0, detached: live views."""
-        return [parameter.detach() for parameter in parameters_of(self.optimizers[0])]
+        return [parameter.detach() for parameter in self.parameters_of(0)]
 
     @property
     def scene(self) -> str:
@@ -118,38 +71,54 @@ class Simulation:
         workers = "1 worker" if self.world_size == 1 else f"{self.world_size} workers"
         return f"step {self.group['step']} with {workers} in {self._dtype}"
 
+    def parameters_of(self, worker: int) -> list[Tensor]:
+        """All parameters of one worker, in order."""
+        return list(self.optimizers[worker].param_groups[0]["params"])
+
     def errors(self, worker: int) -> list[Tensor]:
         """What one worker has yet to send; zeros where it keeps nothing."""
-        optimizer = self.optimizers[worker]
-        return [
-            optimizer.state[p].get("error", torch.zeros_like(p)).detach()
-            for p in parameters_of(optimizer)
-        ]
+        state = self.optimizers[worker].state
+        parameters = self.parameters_of(worker)
+        return [state[p].get("error", torch.zeros_like(p)).detach() for p in parameters]
 
-    def replicated(self, worker: int) -> dict[str, Tensor]:
-        """What one worker must have in common with all others, by name: live views."""
-        optimizer = self.optimizers[worker]
-        return replicated(list_parameters(optimizer.param_groups), optimizer.state)
+    def snapshot(self, worker: int, *, local: bool = True) -> Snapshot:
+        """All that a step may change on one worker, or of it what all workers have in common."""
+        step = torch.tensor(self.optimizers[worker].param_groups[0]["step"], device="cpu")
+        found = {"the number of the step": step}
+        for index, parameter in enumerate(self.parameters_of(worker)):
+            name = f"parameter {index} of shape {list(parameter.shape)}"
+            found[name] = parameter.detach().clone()
+            for kind, value in sorted(self.optimizers[worker].state[parameter].items()):
+                if local or kind not in local_state(self.optimizers[worker].compressor):
+                    found[f"the {kind} of {name}"] = value.detach().clone()
+        return found
 
-    def snapshots(self) -> list[dict[str, Tensor]]:
+    def snapshots(self) -> list[Snapshot]:
         """All that a step may change, by worker."""
-        return [snapshot(optimizer) for optimizer in self.optimizers]
+        return [self.snapshot(worker) for worker in range(self.world_size)]
 
-    def step(self, gradients: Gradients) -> list[Traced]:
-        """One step of all workers.
+    def gradients(self, step: int, **options: Any) -> Gradients:
+        """Those of one step; see `efsgd.testing.gradients.gradients`."""
+        return gradients(self.shapes, self.world_size, step, self._seed, **options)
 
-        Returns:
-            The collectives of the step itself, without checks before it.
+    def give_(self, made: Gradients) -> None:
+        """Sets the gradients, copied in the dtype of the parameters (modified in place)."""
+        for worker, own in enumerate(made):
+            for parameter, gradient in zip(self.parameters_of(worker), own, strict=True):
+                parameter.grad = None if gradient is None else gradient.to(self._dtype, copy=True)
+
+    def take(self, step: int, **options: Any) -> tuple[str, Gradients, list[Traced]]:
+        """One step with made-up gradients: where it was, with which, and by which collectives."""
+        scene, made = self.scene, self.gradients(step, **options)
+        return scene, made, self.step(made)
+
+    def step(self, made: Gradients) -> list[Traced]:
+        """One step of all workers: its collectives, without checks before it.
 
         Raises:
             Violation: it raised an error.
         """
-        for optimizer, own in zip(self.optimizers, gradients, strict=True):
-            give_(optimizer, own)
-        return self.step_again()
-
-    def step_again(self) -> list[Traced]:
-        """One more step with the gradients that are there."""
+        self.give_(made)
         scene = self.scene
         try:
             with warnings.catch_warnings():
@@ -162,3 +131,38 @@ class Simulation:
             ) from error
         number = self.optimizers[0].communication_stats()["collectives"]
         return trace[len(trace) - number :]
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude; 0 of an empty tensor."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def first_difference(left: Snapshot, right: Snapshot, tolerance: float = 0.0) -> str | None:
+    """The name of the first tensor that is not the same in both; None where all are.
+
+    That is, bitwise equal; or, with a tolerance, so close beside its largest element or 1.
+    """
+    for name in {**left, **right}:
+        pair = [own[name].contiguous() for own in (left, right) if name in own]
+        if len(pair) < 2 or pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+            return name
+        a, b = pair
+        if tolerance:
+            limit = tolerance * max(1.0, largest(b.double()))
+            is_same = largest(a.double() - b.double()) <= limit
+        else:
+            is_same = torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+        if not is_same:
+            return name
+    return None
+
+
+def require_equal(
+    found: Sequence[Snapshot], expected: Sequence[Snapshot], when: str, remedy: str
+) -> None:
+    """Raises a `Violation` unless each worker has to the bit what is expected."""
+    for worker, (own, other) in enumerate(zip(found, expected, strict=True)):
+        name = first_difference(own, other)
+        if name is not None:
+            raise Violation(f"{when}, {name} differs on worker {worker} of {len(found)}", remedy)

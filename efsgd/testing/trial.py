@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from efsgd.compressors import Compressor
-from efsgd.testing.gradients import Gradients, gradients
 from efsgd.testing.simulation import Simulation
 from efsgd.testing.violations import CompressorLawError, Violation
 
@@ -32,17 +30,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 
 @dataclass(frozen=True)
 class Trial:
-    """A compressor, and what it is tried with. See `efsgd.testing.check_compressor`.
-
-    Attributes:
-        compressor: to be tried.
-        world_sizes: numbers of workers.
-        shapes: of the parameters.
-        steps: of most runs.
-        seed: of all gradients.
-        processes: worker processes to start; 0 starts none.
-        error_feedback: whether what was not sent is kept.
-    """
+    """A compressor, and what it is tried with. See `efsgd.testing.check_compressor`."""
 
     compressor: Compressor
     world_sizes: Sequence[int] = (1, 2, 3, 4)
@@ -83,36 +71,23 @@ class Trial:
         world_size: int,
         dtype: torch.dtype = torch.float64,
         shapes: Sequence[Sequence[int]] | None = None,
-        *,
-        start: float = 0.0,
         **options: Any,
     ) -> Simulation:
-        """Fresh workers.
+        """Fresh workers; see `Simulation`."""
+        options = {"error_feedback": self.error_feedback, "seed": self.seed, **options}
+        chosen = self.shapes if shapes is None else shapes
+        return Simulation(self.compressor, world_size, chosen, dtype, **options)
 
-        Args:
-            world_size: their number.
-            dtype: of the parameters.
-            shapes: of the parameters, where not those of the trial.
-            start: all values of all parameters.
-            options: of `ErrorFeedbackSGD`.
-        """
-        options = {"error_feedback": self.error_feedback, **options}
-        shapes = self.shapes if shapes is None else shapes
-        values: list[Tensor] = [
-            torch.full(torch.Size(shape), start, device="cpu") for shape in shapes
-        ]
-        return Simulation(self.compressor, world_size, values, dtype, **options)
-
-    def gradients(self, world_size: int, step: int, **options: Any) -> Gradients:
-        """Those of one step; see `efsgd.testing.gradients.gradients`."""
-        return gradients(self.shapes, world_size, step, self.seed, **options)
+    def kinds_of_steps(self, steps: int) -> dict[Hashable, list[int]]:
+        """The numbers of the first steps, by their kinds."""
+        group, found = dict(self.simulate(1).group), dict[Hashable, list[int]]()
+        for step in range(steps):
+            found.setdefault(self.compressor.step_kind(step, group), []).append(step)
+        return found
 
     def first_steps(self) -> list[int]:
         """The first step of each kind, of those that are among the steps of a run and four more."""
-        group, first = dict(self.simulate(1).group), dict[Hashable, int]()
-        for step in range(self.steps + 4):
-            first.setdefault(self.compressor.step_kind(step, group), step)
-        return list(first.values())
+        return [steps[0] for steps in self.kinds_of_steps(self.steps + 4).values()]
 
     def compressed_shapes(self) -> list[torch.Size]:
         """The shapes that are compressed, each once, the smallest first."""

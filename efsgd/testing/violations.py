@@ -20,11 +20,6 @@ class CompressorLawError(AssertionError):
     Attributes:
         law: the name of the law, a function in `efsgd.testing.LAWS`.
         compressor: that breaks it.
-
-    Args:
-        law: see above.
-        compressor: see above.
-        violation: what was found.
     """
 
     def __init__(self, law: str, compressor: object, violation: Violation) -> None:

@@ -13,75 +13,142 @@ received; in between it is neither read nor written.
 
 The same exchange runs over a torch.distributed group (`efsgd.wire.transports.ProcessGroup`), over
 nobody (`efsgd.wire.transports.Alone`) and, with many workers in one thread, in
-`efsgd.testing.lockstep`.
+`efsgd.testing.lockstep`. A new collective is a subclass of `Collective`, and nothing else.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class AllReduceMean:
-    """The mean of `buffer` over all workers, written into `buffer`, bitwise equal everywhere.
-
-    Attributes:
-        buffer: contiguous floating-point tensor, of equal shape and dtype on every worker.
-        purpose: what is sent, for error messages and traces.
-    """
-
-    buffer: Tensor
-    purpose: str
-
-
-@dataclass(frozen=True, eq=False)
-class AllGather:
-    """The buffers of all workers, stacked in worker order: shape `[world_size, *buffer.shape]`.
+class Collective:
+    """What workers do together: how it is launched, and what every worker gets.
 
     Attributes:
         buffer: contiguous tensor, of equal shape and dtype on every worker.
         purpose: what is sent, for error messages and traces.
-    """
-
-    buffer: Tensor
-    purpose: str
-
-
-@dataclass(frozen=True, eq=False)
-class AllToAll:
-    """Row w of the answer is the row that worker w has for this worker; shape `buffer.shape`.
-
-    Attributes:
-        buffer: contiguous tensor, of equal shape and dtype on every worker: a row for each worker,
-            its own one too. Not written to.
-        purpose: what is sent, for error messages and traces.
-    """
-
-    buffer: Tensor
-    purpose: str
-
-
-@dataclass(frozen=True, eq=False)
-class Broadcast:
-    """The buffer of worker `source`, written into `buffer` on every worker.
-
-    Attributes:
-        buffer: contiguous tensor, of equal shape and dtype on every worker.
-        purpose: what is sent, for error messages and traces.
-        source: the sending worker, counted within the group.
+        source: a worker, counted within the group, where the collective has one.
+        writes_buffer: whether the answer is written into `buffer`; otherwise that is left alone.
     """
 
     buffer: Tensor
     purpose: str
     source: int = 0
+    writes_buffer: ClassVar[bool] = True
+
+    @property
+    def nbytes(self) -> int:
+        """The size of what this worker hands over, in bytes."""
+        return self.buffer.numel() * self.buffer.element_size()
+
+    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+        """Starts it on a torch.distributed group; the returned function waits for the answer."""
+        raise NotImplementedError
+
+    def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """The answer of each worker, from the buffers of all in worker order; none is modified."""
+        raise NotImplementedError
+
+    def require_workers(self, count: int) -> None:
+        """Raises ValueError where the buffer does not fit so many workers."""
 
 
-#: What workers do together.
-Collective: TypeAlias = AllReduceMean | AllGather | AllToAll | Broadcast
+class AllReduceMean(Collective):
+    """The mean of `buffer` over all workers, written into `buffer`, bitwise equal everywhere.
+
+    Its buffer is a floating-point tensor.
+    """
+
+    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+        """A sum that is divided later: gloo has no mean."""
+        work = dist.all_reduce(self.buffer, group=group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return self.buffer.div_(dist.get_world_size(group))
+
+        return wait
+
+    def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """One worker after the other is added, so that the sum is the same on all."""
+        if len(buffers) == 1:
+            return list(buffers)
+        mean = buffers[0].clone()
+        for buffer in buffers[1:]:
+            mean += buffer
+        return [mean.div_(len(buffers))] * len(buffers)
+
+
+class AllGather(Collective):
+    """The buffers of all workers, stacked in worker order: shape `[world_size, *buffer.shape]`."""
+
+    writes_buffer = False
+
+    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+        """Gathers into new memory."""
+        gathered = self.buffer.new_empty((dist.get_world_size(group), *self.buffer.shape))
+        parts = list(gathered.unbind(0))
+        work = dist.all_gather(parts, self.buffer, group=group, async_op=True)
+        return _awaited(work, gathered)
+
+    def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """A stack for each worker; of one buffer it is a view."""
+        if len(buffers) == 1:
+            return [buffers[0].unsqueeze(0)]
+        return [torch.stack(list(buffers)) for _ in buffers]
+
+
+class AllToAll(Collective):
+    """Row w of the answer is the row that worker w has for this worker; shape `buffer.shape`.
+
+    Its buffer has a row for each worker, its own one too.
+    """
+
+    writes_buffer = False
+
+    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+        """Receives into new memory."""
+        rows = self.buffer.new_empty(self.buffer.shape)
+        return _awaited(dist.all_to_all_single(rows, self.buffer, group=group, async_op=True), rows)
+
+    def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Column w of the table of all rows is what worker w receives."""
+        if len(buffers) == 1:
+            return list(buffers)
+        return [torch.stack([rows[worker] for rows in buffers]) for worker in range(len(buffers))]
+
+    def require_workers(self, count: int) -> None:
+        """There must be a row for each worker."""
+        if len(self.buffer) != count:
+            raise ValueError(f"{self.purpose} must have a row for each of {count} workers")
+
+
+class Broadcast(Collective):
+    """The buffer of worker `source`, written into `buffer` on every worker."""
+
+    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+        """Overwrites the buffer, except on the source."""
+        work = dist.broadcast(self.buffer, group_src=self.source, group=group, async_op=True)
+        return _awaited(work, self.buffer)
+
+    def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """That of the source, for all."""
+        return [buffers[self.source]] * len(buffers)
+
+
+def _awaited(work: Any, answer: Tensor) -> Callable[[], Tensor]:
+    def wait() -> Tensor:
+        work.wait()
+        return answer
+
+    return wait
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +184,7 @@ class Transport(Protocol):
 
     Law: `start` may return before the collective is done; the function it returns waits and
     gives the answer. Collectives that are started in one order on every worker complete.
+    A collective that fails raises a `CollectiveError`, from `start` or from that function.
     """
 
     @property
@@ -135,7 +203,6 @@ def intercept(
     exchange: Exchange[T],
     outgoing: Callable[[Collective], None],
     incoming: Callable[[Tensor], None] | None = None,
-    asking: Callable[[Request], None] | None = None,
 ) -> Exchange[T]:
     """The same exchange, watched.
 
@@ -143,7 +210,6 @@ def intercept(
         exchange: the exchange to pass on.
         outgoing: called with each collective before it is handed over; may change its buffer.
         incoming: called with each answer before `exchange` receives it.
-        asking: called with each request as it is passed on.
 
     Returns:
         The result of `exchange`.
@@ -157,12 +223,8 @@ def intercept(
             result: T = end.value
             return result
         answer = failure = None
-        if isinstance(request, Start):
-            outgoing(request.collective)
-        elif not isinstance(request, InFlight):
-            outgoing(request)
-        if asking is not None:
-            asking(request)
+        if not isinstance(request, InFlight):
+            outgoing(request.collective if isinstance(request, Start) else request)
         try:
             answer = yield request
         except Exception as error:
@@ -171,10 +233,7 @@ def intercept(
             incoming(answer)
 
 
-def run(
-    exchange: Exchange[T],
-    transport: Transport,
-) -> T:
+def run(exchange: Exchange[T], transport: Transport) -> T:
     """Drives `exchange` over `transport` and returns its result.
 
     An error of the transport is raised inside the exchange, at the line that asked.

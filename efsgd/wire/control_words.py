@@ -8,9 +8,9 @@ depends on them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from efsgd.errors import CollectiveError
 from efsgd.layout import real_view
 from efsgd.wire.collectives import Collective, Exchange, intercept
-from efsgd.wire.replay import Schedule
 
 T = TypeVar("T")
 
@@ -56,11 +55,19 @@ class Verdict:
         return self if is_finite else dataclasses.replace(self, overflowed=True)
 
 
+#: Why a worker takes part with zeros: it met an error, or trains something else than before.
+Abstention: TypeAlias = Literal["unable", "changed"]
+
+# What a worker writes in its own word, after the positions of parameters.
+_UNABLE, _CHANGED, _OVERFLOWED, _SCALED = 2, 3, 4, 5
+
+
 class ControlWords:
     """The control words of one worker for the parameters of one bucket.
 
     Attributes:
         world_size: the number of workers.
+        has_sent: whether the exchange that they were last attached to has asked for a collective.
 
     Args:
         indices: the parameters' indices, in the order of their words.
@@ -69,8 +76,10 @@ class ControlWords:
     """
 
     def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
-        self.world_size = world_size
+        self.world_size, self.has_sent = world_size, False
         self._indices, self._worker = tuple(indices), worker
+        # The mean of the words where all workers have dense, finite gradients: nothing to report.
+        self._usual = [1.0] * len(self._indices) + [0.0] * world_size
 
     @staticmethod
     def count(parameters: int, world_size: int) -> int:
@@ -82,16 +91,17 @@ class ControlWords:
         exchange: Exchange[T],
         words: Tensor,
         gradients: Sequence[Tensor | None],
+        record: Callable[[Collective], None],
         *,
         has_overflowed: bool = False,
-        is_unable: bool = False,
         is_scaled: bool = False,
+        abstains: Abstention | None = None,
     ) -> Exchange[tuple[T, Verdict]]:
-        """Passes on what `exchange` asks for, with the control words aboard.
+        """Passes on what `exchange` asks for, with the control words in its first buffer.
 
-        A worker whose first buffer is not finite, or which cannot take part, sends zeros for the
-        whole step and says so: NaN never enters another worker's arithmetic, nobody waits for
-        this worker, and the schedule stays as it is.
+        A worker whose first buffer is not finite, or which abstains, sends zeros for the whole step
+        and says so: NaN never enters another worker's arithmetic, nobody waits for this worker, and
+        the schedule stays as it is.
 
         Args:
             exchange: the collectives of one bucket; its first buffer begins with the words and
@@ -99,108 +109,91 @@ class ControlWords:
             words: holds the words' mean once the exchange has returned; may be the head of that
                 first buffer.
             gradients: this worker's gradients, in the order of the words.
+            record: called with each collective.
             has_overflowed: it is known already that a gradient of this worker is not finite.
-            is_unable: this worker has met an error and cannot take part.
             is_scaled: its gradients are those of a scaled loss.
+            abstains: why this worker takes part with zeros alone, if it does.
 
         Returns:
             The result of `exchange`, and the verdict.
         """
-        own = self._own_words(gradients)
-        own[len(self._indices) + self._worker] = self._scaled if is_scaled else 0
-        is_first, is_good, mean_is_finite = True, not is_unable, True
+        self.has_sent, is_good, mean_is_finite = False, abstains is None, True
+        is_checked = False
 
         def outgoing(collective: Collective) -> None:
-            nonlocal is_first, is_good
-            head = collective.buffer[: len(words)]
-            if is_first:
+            nonlocal is_good, is_checked
+            buffer, head = collective.buffer, collective.buffer[: len(words)]
+            if not self.has_sent:
                 head.zero_()  # what the last step has left there is not this worker's
-                is_good = is_good and not has_overflowed and all_finite(collective.buffer)
-                if not is_good:
-                    code = self._overflowed if is_scaled else self._first_nonfinite(gradients)
-                    code = self._unable if is_unable else code
-                    own[len(self._indices) + self._worker] = code
+                is_good = is_good and not has_overflowed and all_finite(buffer)
+                is_checked = self.world_size == 1  # the answer is the same buffer
             if not is_good:
-                collective.buffer.zero_()
-            if is_first:
-                head.copy_(own)
-            is_first = False
+                buffer.zero_()
+            if not self.has_sent:
+                code = self._code(_SCALED) if is_scaled else 0
+                if abstains is not None:
+                    code = self._code(_UNABLE if abstains == "unable" else _CHANGED)
+                elif not is_good:
+                    code = self._overflow(gradients, is_scaled=is_scaled)
+                head.copy_(self._own_words(gradients, code))
+            self.has_sent = True
+            record(collective)
 
         def incoming(answer: Tensor) -> None:
-            nonlocal mean_is_finite
-            mean_is_finite = mean_is_finite and all_finite(answer)
+            nonlocal mean_is_finite, is_checked
+            mean_is_finite = mean_is_finite and (is_checked or all_finite(answer))
+            is_checked = False
 
         result = yield from intercept(exchange, outgoing, incoming)
-        return result, self._read(words, overflowed=not mean_is_finite)
+        return result, self._read(words.tolist(), overflowed=not mean_is_finite)
 
-    def announce(self, schedule: Schedule, *, is_unable: bool = False) -> Exchange[Verdict]:
-        """Takes part in a step of the others with zeros, to say that this worker has changed.
-
-        Args:
-            schedule: of the bucket that these words are for.
-            is_unable: says instead that it has met an error and cannot take part.
-
-        Returns:
-            The verdict; `changed` has the workers that have changed.
-        """
-        count = len(self._indices) + self.world_size
-        words = torch.zeros(count, dtype=torch.float64, device="cpu")
-        code = self._unable if is_unable else self._changed
-        words[len(self._indices) + self._worker] = code
-        answer = yield from schedule.replay(words)
-        return self._read(answer[: len(words)], overflowed=False)
-
-    def _own_words(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        words = [0.0] * (len(self._indices) + self.world_size)
+    def _own_words(self, gradients: Sequence[Tensor | None], code: int) -> Tensor:
+        words = [0.0] * len(self._usual)
         for position, gradient in enumerate(gradients):
             if gradient is not None:  # any number of dense ones counts less than one sparse one
                 is_dense = gradient.layout == torch.strided
                 words[position] = 1.0 if is_dense else 1.0 + self.world_size
+        words[len(self._indices) + self._worker] = code
         return torch.tensor(words, dtype=torch.float64, device="cpu")
 
-    @property
-    def _unable(self) -> int:
-        """What a worker that cannot take part writes in its word."""
-        return len(self._indices) + 2
+    def _code(self, kind: int) -> int:
+        """What a worker writes in its word that has something else to say than a position."""
+        return len(self._indices) + kind
 
-    @property
-    def _changed(self) -> int:
-        """What a worker writes in its word that trains something else than before."""
-        return len(self._indices) + 3
-
-    @property
-    def _overflowed(self) -> int:
-        """What a worker writes in its word whose scaled gradients are not all finite."""
-        return len(self._indices) + 4
-
-    @property
-    def _scaled(self) -> int:
-        """What a worker writes in its word whose scaled gradients are finite."""
-        return len(self._indices) + 5
-
-    def _first_nonfinite(self, gradients: Sequence[Tensor | None]) -> int:
+    def _overflow(self, gradients: Sequence[Tensor | None], *, is_scaled: bool) -> int:
         """1 + the position of the first gradient that is not finite; past the last if none."""
+        if is_scaled:
+            return self._code(_OVERFLOWED)
         for position, gradient in enumerate(gradients):
             if gradient is not None and not all_finite(real_view(gradient)):
                 return 1 + position
         return 1 + len(gradients)
 
-    def _read(self, words: Tensor, *, overflowed: bool) -> Verdict:
-        sums = [round(mean * self.world_size) for mean in words.tolist()]
+    def _read(self, words: Sequence[float], *, overflowed: bool) -> Verdict:
+        if words == self._usual:
+            return Verdict(frozenset(), {}, overflowed)
+        sums = [round(mean * self.world_size) for mean in words]
         # One worker alone wrote each of the last words, so their sums are what it wrote.
-        presence, positions = sums[: len(self._indices)], sums[len(self._indices) :]
+        presence, codes = sums[: len(self._indices)], sums[len(self._indices) :]
+        unable, changed, overflown, scaled = (
+            tuple(worker for worker, code in enumerate(codes) if code == self._code(kind))
+            for kind in (_UNABLE, _CHANGED, _OVERFLOWED, _SCALED)
+        )
         nonfinite = {
-            worker: self._indices[position - 1] if position <= len(self._indices) else None
-            for worker, position in enumerate(positions)
-            if 0 < position < self._unable or position == self._overflowed
+            worker: self._indices[code - 1] if code <= len(self._indices) else None
+            for worker, code in enumerate(codes)
+            if 0 < code < self._code(_UNABLE) or worker in overflown
         }
-        is_scaled = any(position in (self._overflowed, self._scaled) for position in positions)
-        unable = tuple(w for w, position in enumerate(positions) if position == self._unable)
-        changed = tuple(w for w, position in enumerate(positions) if position == self._changed)
         counts = dict(zip(self._indices, presence, strict=True))
-        absent = frozenset(index for index, count in counts.items() if count == 0)
-        sparse = frozenset(i for i, count in counts.items() if count > self.world_size)
-        return Verdict(absent, nonfinite, overflowed, unable, changed, sparse, is_scaled)
+        return Verdict(
+            absent=frozenset(index for index, count in counts.items() if count == 0),
+            nonfinite=nonfinite,
+            overflowed=overflowed,
+            unable=unable,
+            changed=changed,
+            sparse=frozenset(index for index, n in counts.items() if n > self.world_size),
+            is_scaled=bool(overflown or scaled),
+        )
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -1,19 +1,22 @@
 """Who carries collectives: a torch.distributed process group, or nobody."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.errors import CollectiveError
-from efsgd.wire.collectives import AllGather, AllReduceMean, AllToAll, Broadcast, Collective
+from efsgd.wire.collectives import Collective, Transport
 
 if dist.is_available():
     # torch imports this by itself when the first optimizer is made. If that is after
     # init_process_group, its functions keep the group as a default argument: it then outlives
     # destroy_process_group, and its threads may abort the process at exit.
     import torch.distributed.nn.functional  # noqa: F401 (imported for its effect)
+
+#: What is accepted as the workers: a process group, a transport, or None for the default group.
+Workers: TypeAlias = "dist.ProcessGroup | Transport | None"
 
 
 class Alone:
@@ -28,13 +31,10 @@ class Alone:
 
     world_size = 1
     worker = 0
-    group: dist.ProcessGroup | None = None
 
     def start(self, collective: Collective) -> Callable[[], Tensor]:
-        """Answers at once with the buffer itself (stacked, for an `AllGather`)."""
-        if isinstance(collective, AllGather):
-            return lambda: collective.buffer.unsqueeze(0)
-        return lambda: collective.buffer
+        """Answers at once, from the buffer itself."""
+        return lambda: collective.combine([collective.buffer])[0]
 
 
 class ProcessGroup:
@@ -49,17 +49,17 @@ class ProcessGroup:
         group: the process group; None is the default group.
 
     Raises:
-        ValueError: this process is not a info of `group`.
+        ValueError: this process is not a member of `group`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         self.group: dist.ProcessGroup | None = dist.group.WORLD if group is None else group
         self.world_size: int = dist.get_world_size(group)
         self.worker: int = dist.get_rank(group)
         if self.worker < 0:
             raise ValueError(
                 "process_group does not contain this process. Construct the optimizer only on "
-                "the infos of its group, or pass the group that this process belongs to."
+                "the members of its group, or pass the group that this process belongs to."
             )
 
     def start(self, collective: Collective) -> Callable[[], Tensor]:
@@ -69,37 +69,17 @@ class ProcessGroup:
             CollectiveError: (also from the returned function) the collective failed or timed out.
         """
         try:
-            answer, work = self._launch(collective)
+            wait_for_answer = collective.launch(self.group)
         except RuntimeError as error:
             raise self._failure(collective, error) from error
 
         def wait() -> Tensor:
             try:
-                work.wait()
+                return wait_for_answer()
             except RuntimeError as error:
                 raise self._failure(collective, error) from error
-            if isinstance(collective, AllReduceMean):
-                answer.div_(self.world_size)
-            return answer
 
         return wait
-
-    def _launch(self, collective: Collective) -> tuple[Tensor, Any]:
-        buffer, group = collective.buffer, self.group
-        match collective:
-            case AllReduceMean():
-                # A sum that is divided later: gloo has no mean.
-                return buffer, dist.all_reduce(buffer, group=group, async_op=True)
-            case AllGather():
-                gathered = buffer.new_empty((self.world_size, *buffer.shape))
-                parts = list(gathered.unbind(0))
-                return gathered, dist.all_gather(parts, buffer, group=group, async_op=True)
-            case AllToAll():
-                rows = buffer.new_empty(buffer.shape)
-                return rows, dist.all_to_all_single(rows, buffer, group=group, async_op=True)
-            case Broadcast(source=source):
-                work = dist.broadcast(buffer, group_src=source, group=group, async_op=True)
-                return buffer, work
 
     def _failure(self, collective: Collective, error: RuntimeError) -> CollectiveError:
         return CollectiveError(
@@ -109,22 +89,56 @@ class ProcessGroup:
         )
 
 
-def current_transport(group: dist.ProcessGroup | None = None) -> Alone | ProcessGroup:
-    """The transport in force: `ProcessGroup` where there are several workers, else `Alone`.
+def transport_of(workers: Workers = None) -> Transport:
+    """The transport in force, wherever a process group is accepted.
 
     Args:
-        group: the process group; None is the default group.
+        workers: a transport is returned as it is, if there are several workers. A process group,
+            or None for the default group, gives a `ProcessGroup` where it has several workers.
+
+    Returns:
+        `Alone` where there is one worker.
 
     Raises:
         RuntimeError: a group is given, but torch.distributed is not initialised any more.
     """
-    if group is not None and not dist.is_initialized():
-        raise RuntimeError(
-            "The optimizer has a process_group, but torch.distributed is not initialised: the "
-            "group is gone. Assign another one, or None for the default group, to "
-            "optimizer.process_group."
-        )
-    if not (dist.is_available() and dist.is_initialized()):
-        return Alone()
-    transport = ProcessGroup(group)
-    return transport if transport.world_size > 1 else Alone()
+    transport: Transport
+    if workers is not None and is_transport(workers):
+        transport = cast(Transport, workers)
+    elif not (dist.is_available() and dist.is_initialized()):
+        if workers is not None:
+            raise RuntimeError(
+                "The optimizer has a process_group, but torch.distributed is not initialised: the "
+                "group is gone. Assign another one, or None for the default group, to "
+                "optimizer.process_group."
+            )
+        return _ALONE
+    else:
+        transport = ProcessGroup(cast("dist.ProcessGroup | None", workers))
+    return transport if transport.world_size > 1 else _ALONE
+
+
+def is_transport(workers: object) -> bool:
+    """Whether this is a `Transport` and no process group, which has no `start`."""
+    return hasattr(workers, "start") and hasattr(workers, "world_size")
+
+
+def validate_workers(workers: object) -> None:
+    """Checks what is given as `process_group`, or what torch gives those that are not in it.
+
+    Raises:
+        TypeError: it is neither a process group nor a `Transport`.
+    """
+    if workers is None or is_transport(workers):
+        return
+    if dist.is_available() and (
+        isinstance(workers, dist.ProcessGroup) or workers is dist.GroupMember.NON_GROUP_MEMBER
+    ):
+        return
+    raise TypeError(
+        f"Invalid process_group: {workers!r}. Must be what torch.distributed.new_group() returned, "
+        f"an efsgd.wire.collectives.Transport, or None for the default group."
+    )
+
+
+_ALONE = Alone()

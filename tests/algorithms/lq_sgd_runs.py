@@ -8,6 +8,7 @@ import torch
 from efsgd import ErrorFeedbackSGD
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.testing import Traced
+from tests.compressors.made_compressors import make_workers
 from tests.simulation import step_with
 from tests.strategies import Gradients, make_gradient
 
@@ -22,16 +23,8 @@ def workers_of(
     dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> list[ErrorFeedbackSGD]:
-    """Workers that subtract the mean of what was sent: one is the learning rate."""
-    options = {"lr": 1.0, "momentum_form": "sgd", **options}
-    return [
-        ErrorFeedbackSGD(
-            [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes],
-            compressor=compressor,
-            **options,
-        )
-        for _ in range(world_size)
-    ]
+    zeros = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    return make_workers(zeros, world_size, compressor, **options)
 
 
 def gradients(

@@ -1,4 +1,4 @@
-"""Working piece by piece covers every element once, needs little memory, and changes no result."""
+"""Working chunk by chunk covers every element once, needs little memory, and changes no result."""
 
 import itertools
 from typing import Any
@@ -23,13 +23,13 @@ from tests.strategies import gaussian
     floats=st.integers(1, 200),
     wanted=st.lists(st.booleans(), min_size=1, max_size=7),
 )
-def test_pieces_cover_what_is_wanted_once_and_nothing_else(
+def test_chunks_cover_what_is_wanted_once_and_nothing_else(
     n: int, m: int, floats: int, wanted: list[bool]
 ) -> None:
     entries = tuple(Entry(10 + index, (n, m), 1) for index in range(len(wanted)))
     batch = Batch(n, m, 1, entries)
     covered = torch.zeros(len(wanted), n, dtype=torch.int64)
-    for matrices, rows in batch.pieces({10 + i for i, is_in in enumerate(wanted) if is_in}, floats):
+    for matrices, rows in batch.chunks({10 + i for i, is_in in enumerate(wanted) if is_in}, floats):
         covered[matrices, rows] += 1
         size = covered[matrices, rows].numel() * m
         assert 0 < size <= max(floats, m)
@@ -44,7 +44,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_size_of_the_pieces_does_not_matter(
+def test_the_size_of_the_chunks_does_not_matter(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = [(12, 10), (6, 5, 3, 3), (12, 10), (30,), (12, 10)]
@@ -105,5 +105,5 @@ def test_memory_is_momenta_errors_scratch_and_factors(options: dict[str, Any]) -
             optimizer.step()
     peak = max(itertools.accumulate(changes_of(profiler)))
     everything = sum(4 * p.numel() for p in ps)
-    pieces = 4 * products.FLOATS_AT_ONCE / everything
-    assert 3.0 < peak / everything - pieces <= 3.1
+    chunk = 4 * products.FLOATS_AT_ONCE / everything
+    assert 3.0 < peak / everything - chunk <= 3.1

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efsgd import PowerSGD
+from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.algorithms.low_rank.products import LowRank
 from efsgd.algorithms.powersgd import PowerIteration
 from efsgd.layout import Blocks, Entry, Layout, matrix_shape
-from efsgd.testing import lockstep
-from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
 from tests.simulation import difference, make_workers, parameters_of, step_with
 from tests.strategies import gaussian, seeds, shape_lists, with_layout
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def power_iteration(matrices: torch.Tensor, rank: int, seed: int = 0) -> PowerIteration:
     """Algorithm 1 for a batch [b, n, m], with the Q of a fresh optimizer."""
     entries = [Entry(i, tuple(matrix.shape), rank) for i, matrix in enumerate(matrices)]
-    aggregator = PowerIteration(Layout.plan(entries), matrices.dtype, CPU)
+    aggregator = PowerIteration(Layout.plan(entries), Placement(matrices.dtype, CPU))
     for index, state in aggregator.state().items():
         state["q"].copy_(initial_query(seed, index, matrices.shape[2], rank))
     return aggregator
@@ -104,44 +104,6 @@ def test_one_cold_step_is_worse_than_the_best_and_repetition_never_hurts() -> No
     assert errors[0] > 1.01 * best
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(errors))
     assert errors[-1] < 1.01 * best
-
-
-@settings(max_examples=60)
-@given(
-    n=sizes, m=sizes, rank=st.integers(1, 4), world_size=st.sampled_from([2, 3, 4, 8]), seed=seeds()
-)
-def test_many_workers_are_one_with_their_mean(
-    n: int, m: int, rank: int, world_size: int, seed: int
-) -> None:
-    rank = min(n, m, rank)
-    deltas = gaussian((world_size, n, m), seed, 1)
-    exchanges, aggregators = [], []
-    for w in range(world_size):
-        aggregator = power_iteration(deltas[:1], rank, seed)
-        blocks = Blocks(aggregator.layout, torch.float64, CPU)
-        blocks.batches[0].copy_(deltas[w : w + 1])
-        aggregators.append(aggregator)
-        exchanges.append(_exchange(aggregator, blocks))
-    results = lockstep(exchanges).results
-    _, _, alone = compress(power_iteration(deltas[:1], rank, seed), deltas.mean(0, keepdim=True))
-    for _, out in results:
-        assert torch.equal(out, results[0][1])
-    # Linear but for rounding, times the condition of P (two columns may be nearly parallel).
-    assert difference(results[0][1], alone) < 1e-9
-    # And the local parts average to the whole: what all keep is what was not applied.
-    local_mean = torch.stack([local for local, _ in results]).mean(0)
-    assert difference(local_mean, results[0][1]) < 1e-12
-
-
-def _exchange(
-    aggregator: PowerIteration, blocks: Blocks
-) -> Exchange[tuple[torch.Tensor, torch.Tensor]]:
-    local = yield from aggregator.compress(blocks)
-    own = Blocks(aggregator.layout, torch.float64, CPU)
-    local.decompress_with_(write_, own.views)
-    mean = yield from aggregator.aggregate(local)
-    mean.decompress_with_(write_, blocks.views)
-    return own.batches[0], blocks.batches[0]
 
 
 def test_the_split_of_a_batch_over_workers_does_not_matter() -> None:

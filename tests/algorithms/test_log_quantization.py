@@ -1,7 +1,6 @@
 """Logarithmic codes: the laws of the codec, against its definition written out."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -105,7 +104,7 @@ def test_codes_are_odd_monotone_and_do_not_see_powers_of_two(
     st.sampled_from([1.0, 0.7, 3e-30, 5e30]),
     seeds(),
 )
-def test_what_codes_stand_for_has_the_same_codes(
+def test_what_codes_decode_to_has_the_same_codes(
     setting: tuple[int, float, torch.dtype], scale: float, seed: int
 ) -> None:
     bits, alpha, dtype = setting
@@ -145,7 +144,7 @@ def test_codes_are_those_of_the_definition(bits: int) -> None:
 
 
 @given(st.sampled_from(BITS), st.sampled_from(ALPHAS), seeds())
-def test_packed_codes_stand_for_the_same(bits: int, alpha: float, seed: int) -> None:
+def test_packed_codes_decode_to_the_same(bits: int, alpha: float, seed: int) -> None:
     quantizer, scale = LogQuantizer(bits, alpha), torch.tensor(0.7, dtype=torch.float64)
     codes = some_codes(quantizer, seed)
     arrived = unpack(pack(codes & (2**bits - 1), bits), len(codes), bits)
@@ -171,15 +170,3 @@ def test_zeros_and_sixty_orders_of_magnitude_survive(bits: int, dtype: torch.dty
         step = 1 if bits <= 17 else (256 if dtype == torch.float32 else 1)
         assert int((codes - expected).abs().max()) <= step
         assert bool(quantizer.decode(codes, scale_of(scaled)).isfinite().all())
-
-
-@pytest.mark.parametrize("bits", [0, 1, 33, 8.0, True, "8", None])
-def test_bits_out_of_range_are_an_error(bits: Any) -> None:
-    with pytest.raises(ValueError, match=r"Invalid bits: .* from 2 to 32"):
-        LogQuantizer(bits=bits)
-
-
-@pytest.mark.parametrize("alpha", [-1.0, math.nan, math.inf, 10**400, True, "10", None])
-def test_an_alpha_out_of_range_is_an_error(alpha: Any) -> None:
-    with pytest.raises(ValueError, match=r"Invalid alpha: .* at least 0"):
-        LogQuantizer(alpha=alpha)

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from docs.counter_example import A, descend
-from efsgd import PowerSGD
-from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd import ErrorFeedbackSGD, PowerSGD
 from efsgd.algorithms.powersgd_plus import leading_left_singular_vectors
 from efsgd.compressors.powersgd_plus import PowerSGDPlus
-from examples.models import CifarResNet18
-from tests.algorithms.powersgd_plus_runs import LR, PLAIN, SHAPES, a_run, make_workers, workers_of
+from tests.algorithms.runs import SHAPES, a_run
+from tests.compressors.made_compressors import make_workers
 from tests.simulation import (
     difference,
     errors_of,
@@ -26,80 +25,11 @@ from tests.simulation import (
 from tests.strategies import (
     FULL_RANK_KINDS,
     KINDS,
-    Scenario,
     gaussian,
     generator,
     make_gradient,
-    matrix_dimensions,
-    scenarios,
     seeds,
 )
-
-# ---- as naively as it can be written -------------------------------------------------------------
-
-
-class Naive:
-    """One parameter on all workers: float64, one matrix at a time, projectors in place of bases."""
-
-    def __init__(self, scenario: Scenario, index: int, variant: dict[str, Any]) -> None:
-        hyper, shape = scenario.hyperparameters, scenario.shapes[index]
-        n, m = matrix_dimensions(shape)
-        r = min(n, m, hyper["rank"])
-        self.is_matrix = n * m > hyper["min_compression_rate"] * r * (n + m)
-        self.rank, self.form, self.every = r, (n, m), variant["refresh_every"]
-        self.is_exact = variant["refresh_update"] == "exact"
-        self.start = hyper["start_compressing_at"]
-        self.x = scenario.parameters()[index]
-        self.errors = [torch.zeros(shape, dtype=torch.float64) for _ in range(scenario.world_size)]
-        self.q = initial_query(0, index, m, r) if self.is_matrix else None
-
-    def step(self, number: int, gradients: list[Tensor]) -> None:
-        deltas = [g + e for g, e in zip(gradients, self.errors, strict=True)]
-        mean = torch.stack(deltas).mean(0)
-        if self.q is None or number < self.start:
-            self.x = self.x - LR * mean
-            return
-        matrix = mean.reshape(self.form)
-        is_refresh = (number - self.start) % self.every == 0
-        if is_refresh:
-            basis = torch.linalg.svd(matrix).U[:, : self.rank]
-        else:
-            basis = torch.linalg.qr(matrix @ self.q).Q
-        self.q = matrix.mT @ basis
-        send = [basis @ (basis.mT @ d.reshape(self.form)) for d in (*deltas, mean)]
-        if is_refresh and self.is_exact:
-            send = [*deltas, mean]
-        *local, update = (sent.reshape(mean.shape) for sent in send)
-        self.errors = [delta - own for delta, own in zip(deltas, local, strict=True)]
-        self.x = self.x - LR * update
-
-
-@settings(max_examples=40)
-@given(
-    scenarios(kinds=FULL_RANK_KINDS, layouts=["contiguous", "transposed"], max_steps=5,
-              with_missing=False, warm_start=True, **PLAIN),
-    st.integers(1, 3), st.sampled_from(["low_rank", "exact"]),
-)  # fmt: skip
-def test_steps_are_those_of_a_naive_reference(
-    scenario: Scenario, every: int, refresh_update: str
-) -> None:
-    variant = {"refresh_every": every, "refresh_update": refresh_update}
-    workers = workers_of(scenario, **variant)
-    naive = [Naive(scenario, index, variant) for index in range(len(scenario.shapes))]
-    for step in range(scenario.steps):
-        gradients = scenario.gradients(step)
-        step_with(workers, gradients)
-        for index, reference in enumerate(naive):
-            reference.step(step, [own[index] for own in gradients])
-    for index, reference in enumerate(naive):
-        # Float64, times the condition of a few orthogonalizations and of the gap below the last
-        # singular value that is kept.
-        assert difference(parameters_of(workers[0])[index], reference.x) < 1e-8
-        for optimizer, error in zip(workers, reference.errors, strict=True):
-            scale = 1 + (float(reference.x.abs().max()) if error.numel() else 0.0)
-            ours = errors_of(optimizer)[index]
-            assert error.numel() == 0 or (ours - error).abs().max() < 1e-8 * scale
-
 
 # ---- what a refresh is ---------------------------------------------------------------------------
 
@@ -117,7 +47,7 @@ def test_a_refresh_applies_the_best_approximation_of_the_mean(
     workers = make_workers([torch.zeros(n, m).double()], world_size, compressor)
     step_with(workers, [[gradient] for gradient in gradients])
     mean = torch.stack(gradients).mean(0)
-    update = -parameters_of(workers[0])[0].detach() / LR
+    update = -parameters_of(workers[0])[0].detach()
     r, values = min(rank, n, m), torch.linalg.svdvals(mean)
     left, size = float((mean - update).norm()), float(mean.norm())
     # Of both norms: the singular value decomposition is exact to rounding.
@@ -143,7 +73,7 @@ def test_an_exact_refresh_applies_the_mean_and_leaves_no_errors() -> None:
         errors = [errors_of(optimizer)[0] for optimizer in workers]
         if step % 3 == 0:
             assert all(not error.any() for error in errors)
-            expected = before - LR * (torch.stack(gradients).mean(0) + owed)
+            expected = before - (torch.stack(gradients).mean(0) + owed)
             assert difference(parameters_of(workers[0])[0], expected) < 1e-6  # float32
             assert len(own) == 1
         else:
@@ -219,8 +149,8 @@ def test_refreshes_come_on_time_and_bytes_are_those_announced(
     refresh_update: str, start: int
 ) -> None:
     options = {"refresh_every": 3, "refresh_update": refresh_update}
-    workers, scenario = a_run(start_compressing_at=start, **options)
     compressor = PowerSGDPlus(rank=2, **options)
+    workers, scenario = a_run(compressor, start_compressing_at=start)
     everything = sum(math.prod(shape) for shape in SHAPES)
     words = 8 * (len(SHAPES) + len(workers))
     sent = []
@@ -239,26 +169,6 @@ def test_refreshes_come_on_time_and_bytes_are_those_announced(
     assert sent[start : start + 4] == [refresh, ordinary, ordinary, refresh]
 
 
-@pytest.mark.parametrize(
-    ("rank", "every", "floats", "ratio"),
-    [
-        (1, 50, 269_126, 41.5), (1, 100, 157_530, 70.9), (1, 200, 101_733, 109.8),
-        (1, 500, 68_254, 163.7), (1, 1000, 57_094, 195.7),
-        (2, 50, 305_355, 36.6), (2, 200, 138_034, 81.0), (2, 1000, 93_415, 119.6),
-        (4, 50, 377_812, 29.6), (4, 200, 210_636, 53.0), (4, 1000, 166_055, 67.3),
-    ],
-)  # fmt: skip
-def test_what_is_sent_of_a_resnet_in_the_mean(
-    rank: int, every: int, floats: int, ratio: float
-) -> None:
-    shapes = [p.shape for p in CifarResNet18().parameters()]
-    compressor = PowerSGDPlus(rank=rank, refresh_every=every)
-    total = sum(compressor.payload_bytes(shapes, step=step) for step in (0, 1))
-    total += (every - 2) * compressor.payload_bytes(shapes, step=every - 1)
-    assert abs(total / every / 4 - floats) < 1
-    assert round(11_173_962 / (total / every / 4), 1) == ratio
-
-
 def test_of_one_decomposition_only_what_is_needed_outlives_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -273,3 +183,20 @@ def test_of_one_decomposition_only_what_is_needed_outlives_it(
     monkeypatch.setattr(torch.linalg, "svd", watched)
     assert leading_left_singular_vectors(gaussian((3, 6, 5), 1), 2).shape == (3, 6, 2)
     assert len(earlier_ones) == 3
+
+
+def test_alternating_is_not_for_it() -> None:
+    with pytest.raises(TypeError):
+        PowerSGDPlus(alternating=True)
+    [worker] = make_workers([torch.zeros(9, 8)], 1, PowerSGDPlus())
+    worker.param_groups[0]["alternating"] = True
+    with pytest.raises(ValueError, match="Invalid alternating: True"):
+        step_with([worker], [[torch.ones(9, 8)]])
+
+
+def test_groups_share_what_decides_the_schedule() -> None:
+    for setting, value in {"refresh_every": 7, "svd": "randomized"}.items():
+        groups: list[dict[str, Any]] = [{"params": [torch.zeros(9, 8)]} for _ in range(2)]
+        groups[1][setting] = value
+        with pytest.raises(ValueError, match=f"Invalid {setting}"):
+            ErrorFeedbackSGD(groups, compressor=PowerSGDPlus())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +15,8 @@ from efsgd.compressors.majority_vote import MajorityVote
 from efsgd.optimizers.signum import Signum
 from efsgd.wire.bits import majority
 from examples.models import CifarResNet18, LSTMLanguageModel
-from tests.simulation import bits, parameters_of, replicated, step_with
-from tests.strategies import Gradients, Scenario, gaussian, scenarios
+from tests.simulation import bits, parameters_of, replicated, step_with, train
+from tests.strategies import Gradients, Scenario, examples, gaussian, scenarios
 
 # A multiply-add that rounds once differs from two numerics by a unit in the last place of float64,
 # 1e-16 of numbers of about ten; there are a few of them in a row.
@@ -68,8 +68,7 @@ def a_run(world_size: int = 3, **options: Any) -> tuple[list[Signum], Scenario]:
 
 def trained(steps: int = 3, **options: Any) -> tuple[list[Signum], Scenario]:
     workers, scenario = a_run(**options)
-    for step in range(steps):
-        step_with(workers, scenario.gradients(step))
+    train(scenario, range(steps), workers)
     return workers, scenario
 
 
@@ -88,7 +87,7 @@ def all_options() -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(scenario=scenarios(), options=all_options(), at_once=st.sampled_from([8, 16, 2**18]))
 def test_it_is_the_definition(scenario: Scenario, options: dict[str, Any], at_once: int) -> None:
     workers = workers_of(scenario.parameters(), scenario.world_size, **options)

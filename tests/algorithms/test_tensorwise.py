@@ -1,6 +1,5 @@
 """Compressors of one tensor at a time, in error-feedback SGD: beside a naive loop over tensors."""
 
-import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd import CollectiveError, ErrorFeedbackSGD, NonFiniteGradientError, TensorCompressor
-from efsgd.algorithms.operators import Payload
+from efsgd import ErrorFeedbackSGD, TensorCompressor
 from efsgd.randomness import Draws
-from efsgd.testing import LockstepError
+from efsgd.testing import check_compressor
 from efsgd.wire.payload import Format
 from tests.compressors.made_compressors import Mask, Signs, make_workers
-from tests.simulation import bits, parameters_of, replicated, snapshot, step_with
+from tests.simulation import parameters_of, replicated, step_with
 from tests.strategies import LAYOUTS, Scenario, gaussian, scenarios
 
 
@@ -83,23 +81,10 @@ def test_steps_are_those_of_a_loop_over_tensors(
     assert_equals_naive(compressor, scenario)
 
 
-@pytest.mark.parametrize(
-    ("compressor", "kinds"),
-    [(Mask(), ["AllReduceMean"]), (Signs(), ["AllReduceMean", "AllGather"])],
-    ids=["averaged", "gathered"],
-)
-def test_a_step_sends_what_is_announced_in_one_or_two_collectives(
-    compressor: TensorCompressor, kinds: list[str]
-) -> None:
+@pytest.mark.parametrize("compressor", [Mask(), Signs(), Signs(all_at_once=True)], ids=repr)
+def test_the_laws_hold(compressor: TensorCompressor) -> None:
     shapes = [(4, 5), (7,), (3,), (), (2, 3, 2), (0, 4)]
-    workers = make_workers([gaussian(shape, 1) for shape in shapes], 3, compressor)
-    for step in range(3):
-        trace = step_with(workers, [[gaussian(s, w, step) for s in shapes] for w in range(3)])
-    assert [traced.kind for traced in trace] == kinds
-    control_words = len(shapes) + 3
-    sent = workers[0].communication_stats()["bytes_sent"]
-    assert sent == sum(traced.nbytes for traced in trace)
-    assert sent == 8 * control_words + compressor.payload_bytes(shapes, torch.float64)
+    check_compressor(compressor, world_sizes=(1, 3), shapes=shapes, processes=0)
 
 
 @given(world_size=st.integers(1, 3), seed=st.integers(0, 1000))
@@ -155,49 +140,6 @@ def test_settings_may_differ_between_groups_and_change_between_steps() -> None:
     optimizer.param_groups[0]["factor"] = 0.5
     optimizer.step()  # the first error was 0 but for the largest element, the second's is 6
     assert own[0][1, 1].item() < -8.0 < -4.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Moody(Signs):
-    """Raises for tensors whose first element is 13."""
-
-    def compress(self, delta: Tensor, draws: Draws) -> Payload:
-        if delta.view(-1)[0] == 13:
-            raise ArithmeticError("not today")
-        return super().compress(delta, draws)
-
-
-def test_an_error_of_one_worker_s_compressor_is_an_error_on_all() -> None:
-    workers = make_workers([torch.zeros(4, 4)], 3, Moody(), error_feedback=False)
-    step_with(workers, [[gaussian((4, 4), worker)] for worker in range(3)])
-    before = snapshot(workers)
-    gradients = [[gaussian((4, 4), worker)] for worker in range(3)]
-    gradients[1][0][0, 0] = 13
-    with pytest.raises(Exception) as caught:
-        step_with(workers, gradients)
-    assert not isinstance(caught.value, LockstepError)
-    assert isinstance(caught.value, CollectiveError)
-    assert "worker 1" in str(caught.value)
-    assert any("not today" in note for note in caught.value.__notes__)
-    assert bits(snapshot(workers)) == bits(before)
-
-
-@pytest.mark.parametrize("compressor", [Mask(), Signs()], ids=["averaged", "gathered"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_never_compressed_and_refused_by_all(
-    compressor: TensorCompressor, value: float
-) -> None:
-    workers = make_workers([torch.zeros(4, 4), torch.zeros(5)], 2, compressor)
-    good = [[gaussian((4, 4), worker), gaussian((5,), worker)] for worker in range(2)]
-    trace = step_with(workers, good)
-    trace = step_with(workers, good)
-    before = snapshot(workers)
-    bad = [[each.clone() for each in own] for own in good]
-    bad[1][1][2] = value
-    with pytest.raises(NonFiniteGradientError, match="worker 1 the gradient of parameter 1"):
-        step_with(workers, bad)
-    assert bits(snapshot(workers)) == bits(before)
-    assert step_with(workers, good) == trace
 
 
 def test_what_workers_sent_is_unpacked_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from efsgd import PowerSGDOptimizer
-from efsgd.checkpoint import average_errors_
-from efsgd.checkpoint.distributed import ElasticLoadPlanner, OptimizerState
+from efsgd.checkpoint import ElasticLoadPlanner, OptimizerState, average_errors_
 
 examples = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "checkpoints.py"))
 

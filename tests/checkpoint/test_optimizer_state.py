@@ -1,6 +1,8 @@
 """Optimizers in checkpoints of torch.distributed.checkpoint, without processes."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from efsgd import GradientAverager, PowerSGD, PowerSGDOptimizer
-from efsgd.checkpoint import average_errors_
-from efsgd.checkpoint.distributed import ElasticLoadPlanner, OptimizerState
+from efsgd.checkpoint import ElasticLoadPlanner, OptimizerState, average_errors_
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from tests.simulation import bits
 
@@ -52,64 +53,48 @@ def load(folder: Path, model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> N
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A checkpoint, and what it should hold."""
-    model = make_model()
-    optimizer = make(model)
-    train(model, optimizer)
+    model, optimizer = made()
     save(tmp_path, model, optimizer)
     return tmp_path, copy.deepcopy(optimizer.state_dict())
 
 
-def other_sizes() -> Any:
-    model = make_model((8, 10, 7))
-    return model, make(model)
+def made(sizes: tuple[int, ...] = (8, 10, 6), **options: Any) -> tuple[Any, PowerSGDOptimizer]:
+    """A model and its optimizer, trained."""
+    model = make_model(sizes)
+    optimizer = make(model, **options)
+    train(model, optimizer)
+    return model, optimizer
 
 
-def more_layers() -> Any:
-    model = make_model((8, 10, 6, 6))
-    return model, make(model)
-
-
-def fewer_layers() -> Any:
-    model = make_model((8, 10))
-    return model, make(model)
-
-
-def other_settings(**options: Any) -> Callable[[], Any]:
-    def made() -> Any:
-        model = make_model()
-        return model, make(model, **options)
-
-    return made
-
-
-def other_groups() -> Any:
+def with_other_groups() -> tuple[Any, PowerSGDOptimizer]:
     model = make_model()
     groups = [{"params": layer.parameters()} for layer in model]
     return model, PowerSGDOptimizer(groups, **OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("other", "words"),
     [
         (
-            other_sizes,
+            lambda: made((8, 10, 7)),
             ["own.state.1.weight.", "[6, 10] there and [7, 10]", "Make model and optimizer as"],
         ),
-        (more_layers, ["lacks own.state.2.", "and 3 more"]),
-        (fewer_layers, ["it has own.", ".1.weight", "unlike the optimizer"]),
-        (other_settings(momentum=0), ["momentum_buffer, unlike the optimizer", "momentum"]),
-        (other_groups, ["1.weight in group 0, where", "1.weight in group 1. Make the optimizer"]),
+        (lambda: made((8, 10, 6, 6)), ["lacks own.state.2.", "and 3 more"]),
+        (lambda: made((8, 10)), ["it has own.", ".1.weight", "unlike the optimizer"]),
+        (lambda: made(momentum=0), ["momentum_buffer, unlike the optimizer", "momentum"]),
+        (
+            with_other_groups,
+            ["1.weight in group 0, where", "1.weight in group 1. Make the optimizer"],
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(
-    saved: tuple[Path, Any], made: Callable[[], Any], words: list[str]
+    saved: tuple[Path, Any], other: Callable[[], Any], words: list[str]
 ) -> None:
-    model, optimizer = made()
-    train(model, optimizer)
+    model, optimizer = other()
     before = bits(copy.deepcopy(optimizer.state_dict()))
-    planner = ElasticLoadPlanner()
     with pytest.raises((CheckpointException, ValueError)) as caught:
-        dcp.load({"own": OptimizerState(model, optimizer)}, checkpoint_id=saved[0], planner=planner)
+        load(saved[0], model, optimizer)
     error = caught.value
     if isinstance(error, CheckpointException):
         [(error, _)] = error.failures.values()
@@ -126,10 +111,8 @@ def test_ranks_and_what_is_compressed_come_from_the_checkpoint(
     saved: tuple[Path, Any], options: dict[str, Any]
 ) -> None:
     folder, expected = saved
-    model, optimizer = other_settings(**options)()
-    train(model, optimizer)
-    state = {"model": model, "own": OptimizerState(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder, planner=ElasticLoadPlanner())
+    model, optimizer = made(**options)
+    load(folder, model, optimizer)
     assert bits(optimizer.state_dict()["state"]) == bits(expected["state"])
     loaded = {name: optimizer.param_groups[0][name] for name in options}
     assert loaded == {name: expected["param_groups"][0][name] for name in options}
@@ -139,13 +122,10 @@ def test_a_file_that_cannot_be_read_changes_nothing(saved: tuple[Path, Any]) -> 
     [file] = saved[0].glob("*.distcp")
     content = file.read_bytes()
     file.write_bytes(content[:-400] + bytes(400))  # of the last item: the others can be read
-    model = make_model()
-    optimizer = make(model)
-    train(model, optimizer)
+    model, optimizer = made()
     before = bits(copy.deepcopy(optimizer.state_dict()))
-    state, planner = {"own": OptimizerState(model, optimizer)}, ElasticLoadPlanner()
     with pytest.raises(CheckpointException):
-        dcp.load(state, checkpoint_id=saved[0], planner=planner)
+        load(saved[0], model, optimizer)
     assert bits(optimizer.state_dict()) == before
 
 
@@ -208,9 +188,8 @@ def test_a_gradient_averager_is_saved_like_an_optimizer(tmp_path: Path) -> None:
 
 
 def test_errors_that_were_averaged_stay_nobody_s(tmp_path: Path) -> None:
-    model = make_model()
-    optimizer, other = make(model), make(model)
-    train(model, optimizer)
+    model, optimizer = made()
+    other = make(model)
     average_errors_(optimizer)
     save(tmp_path, model, optimizer)
     load(tmp_path, model, other)
@@ -243,20 +222,15 @@ def test_settings_that_the_checkpoint_lacks_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [0, 2])
 def test_it_may_lie_anywhere_in_what_is_saved(tmp_path: Path, depth: int) -> None:
     # DCP asks only the objects at the top for their state; a program may do so below.
-    model = make_model()
-    optimizer, other = make(model), make(model)
-    train(model, optimizer)
-    states = [OptimizerState(model, optimizer).state_dict(), OptimizerState(model, other)]
-    own = states[1].state_dict()
-    nested = [states[0], own]
+    model, optimizer = made()
+    other = make(model)
+    own = OptimizerState(model, other).state_dict()
+    nested = [OptimizerState(model, optimizer).state_dict(), own]
     for _ in range(depth):
         nested = [{"inner": each} for each in nested]
     dcp.save(nested[0], checkpoint_id=tmp_path)
     dcp.load(nested[1], checkpoint_id=tmp_path, planner=ElasticLoadPlanner())
-    loaded = nested[1]
-    for _ in range(depth):
-        loaded = loaded["inner"]
-    states[1].load_state_dict(loaded)
+    OptimizerState(model, other).load_state_dict(own)  # which DCP has filled
     assert bits(other.state_dict()) == bits(optimizer.state_dict())
 
 
@@ -275,6 +249,16 @@ def test_two_optimizers_of_one_model_lie_side_by_side(tmp_path: Path) -> None:
     dcp.load(others, checkpoint_id=tmp_path, planner=ElasticLoadPlanner())
     for optimizer, other in zip(optimizers, loaded, strict=True):
         assert bits(other.state_dict()) == bits(optimizer.state_dict())
+
+
+def test_dcp_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, efsgd, efsgd.checkpoint\n"
+        "assert 'torch.distributed.checkpoint' not in sys.modules\n"
+        "assert efsgd.checkpoint.OptimizerState.state_dict\n"
+        "assert 'torch.distributed.checkpoint' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_cannot_be_saved_or_loaded_says_so() -> None:

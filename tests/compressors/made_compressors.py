@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from efsgd import ErrorFeedbackSGD, Field, TensorCompressor
+from efsgd import Claims, ErrorFeedbackSGD, Field, TensorCompressor
 from efsgd.algorithms.operators import Payload
 from efsgd.randomness import Draws
 
@@ -19,6 +19,9 @@ class Mask(TensorCompressor):
     keep: float = 0.5
     seed: int = 3
     averages: ClassVar[bool] = True
+
+    def claims(self) -> Claims:
+        return Claims(self.averages, is_random=True)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
         return (Field(shape.numel()),)

@@ -19,7 +19,7 @@ from efsgd.compressors.top_k import largest
 from efsgd.randomness import Draws
 from tests.strategies import generator, seeds
 
-# With these settings sampling, its fall-backs and work piece by piece happen in small tensors.
+# With these settings sampling, its fall-backs and work chunk by chunk happen in small tensors.
 SMALL = {"FEW": 20, "SAMPLES": 120, "AT_ONCE": 70}
 
 

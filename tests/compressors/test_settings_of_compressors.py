@@ -2,9 +2,13 @@
 
 import copy
 import dataclasses
+import math
+import re
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +19,12 @@ from efsgd import (
     Field,
     GradientAverager,
     PowerSGD,
+    PowerSGDPlus,
     RandomK,
     SpectralAtomo,
     TensorCompressor,
     TopK,
+    UniformQuantized,
     WorkerMismatchError,
 )
 from efsgd.algorithms.operators import Payload
@@ -111,6 +117,67 @@ def test_workers_with_different_compressors_are_told_which() -> None:
 def test_a_class_is_no_compressor() -> None:
     with pytest.raises(TypeError, match=r"not its class: write TopK\(\.\.\.\)"):
         an_optimizer(TopK)
+
+
+AT_LEAST_1, BOOL = "an integer of at least 1", "a bool"
+OUT_OF_RANGE: list[tuple[Any, str, Any, str]] = [
+    *((PowerSGD, name, "yes", BOOL) for name in ("alternating", "compile", "warm_start")),
+    *((PowerSGDPlus, "refresh_every", value, AT_LEAST_1) for value in (0, 2.0, True)),
+    (PowerSGDPlus, "svd", "fast", "'exact' or 'randomized'"),
+    (PowerSGDPlus, "refresh_update", None, "'low_rank' or 'exact'"),
+    (PowerSGDPlus, "rank", 0, AT_LEAST_1),
+    (LQSGD, "rank", 0, AT_LEAST_1),
+    *((LQSGD, "bits", b, "an integer from 2 to 32. 8 is us") for b in (0, 1, 33, 8.0, True, "8")),
+    *(
+        (LQSGD, "alpha", value, "a finite number of at least 0")
+        for value in (-1.0, math.nan, math.inf, 10**400, True, "10", None)
+    ),
+    (LQSGD, "min_compression_rate", -1.0, "a number of at least 0"),
+    (LQSGD, "warm_start", 1, BOOL),
+    (LQSGD, "aggregation", "reduce", "'gather' or 'scatter'"),
+    *((SpectralAtomo, "rank", value, AT_LEAST_1) for value in (0, 2.0, True)),
+    (SpectralAtomo, "sampling", "all", "'atomo' or 'rejection'"),
+    *((UniformQuantized, "bits", b, "an integer from 1 to 16") for b in (0, 17, 4.0, True)),
+    (UniformQuantized, "stochastic", 1, BOOL),
+    *((kind, "seed", -1, "an integer of at least 0") for kind in (LQSGD, SpectralAtomo)),
+    *((kind, "seed", None, "an integer of at least 0") for kind in (PowerSGD, UniformQuantized)),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "words"), OUT_OF_RANGE)
+def test_settings_out_of_range_are_refused(kind: Any, name: str, value: Any, words: str) -> None:
+    text = re.escape(f"Invalid {name}: {value!r}. Must be {words}")
+    with pytest.raises(ValueError, match=text):
+        kind(**{name: value})
+    with pytest.raises(ValueError, match=text):
+        ErrorFeedbackSGD([{"params": [a_parameter()], name: value}], compressor=kind())
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (PowerSGD(np.int64(2), torch.tensor(1.0), np.bool_(True), seed=torch.tensor(3)),
+         PowerSGD(2, seed=3)),
+        (LQSGD(torch.tensor(2), np.int32(4), np.float32(10)), LQSGD(2, 4)),
+        (TopK(density=np.float64(0.25)), TopK(density=0.25)),
+        (UniformQuantized(np.uint8(3), torch.tensor(True)), UniformQuantized(3, True)),
+        (RandomK(rank=np.int64(1), seed=np.int64(5)), RandomK(rank=1, seed=5)),
+    ],
+)  # fmt: skip
+def test_scalars_of_numpy_and_torch_are_numbers(given: Any, same: Any) -> None:
+    ends = []
+    for compressor, settings in ((given, {}), (same, {}), (same, dataclasses.asdict(given))):
+        x = a_parameter()
+        optimizer = ErrorFeedbackSGD([{"params": [x], **settings}], compressor=compressor)
+        for _ in range(3):
+            optimizer.step()
+        ends.append(x.detach())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[2], ends[1])
+    assert given.settings() == same.settings()
+    assert all(
+        type(value) in (int, float, bool, str, NoneType) for value in given.settings().values()
+    )
+    assert given.payload_bytes([(8, 6)]) == same.payload_bytes([(8, 6)])
 
 
 class TestMistakesOfAuthors:

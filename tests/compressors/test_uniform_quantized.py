@@ -1,7 +1,6 @@
 """UniformQuantized: each element becomes the nearest of some values, or is right in the mean."""
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from efsgd.randomness import Draws
 from tests.compressors.test_quantized_compressors import (
     DTYPES,
     EXTREMES,
-    PerGroup,
     a_dtype,
     decompressed,
     largest,
@@ -135,22 +133,3 @@ def test_each_worker_rounds_by_numbers_of_its_own_and_anew_at_each_step() -> Non
     assert all(not torch.equal(a, b) for a, b in pairwise([*codes, codes[0]]))
     assert torch.equal(compressor.compress(delta, sources[0])[0], codes[0])
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"bits": 0}, "Invalid bits: 0. Must be an integer from 1 to 16"),
-        ({"bits": 17}, "Invalid bits: 17"),
-        ({"bits": 4.0}, "Invalid bits: 4.0"),
-        ({"bits": True}, "Invalid bits: True"),
-        ({"stochastic": 1}, "Invalid stochastic: 1. Must be a bool"),
-        ({"seed": -1}, "Invalid seed: -1. Must be an integer, at least 0"),
-    ],
-)
-def test_impossible_settings_are_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        UniformQuantized(**options)
-    if "seed" not in options:
-        with pytest.raises(ValueError, match=words):
-            PerGroup(UniformQuantized(), 1, **options)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from docs.your_own_compressor import Sketch
+from docs.tutorials.your_own_compressor import Sketch
 from efsgd import ErrorFeedbackSGD
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.testing import check_compressor, step_together
 
-SOURCE = Path(__file__).parents[2] / "docs" / "your_own_compressor.py"
+SOURCE = Path(__file__).parents[2] / "docs" / "tutorials" / "your_own_compressor.py"
 NO_CODE = (
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING, tokenize.ENDMARKER),
     *(tokenize.INDENT, tokenize.DEDENT),

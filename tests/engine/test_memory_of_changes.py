@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import NonFiniteGradientError, PowerSGDOptimizer
+from tests.strategies import examples
 
 # Three of as many elements, so that one fits where another was; the first and the third share a
 # batch where they share a rank, and then lie side by side.
@@ -57,7 +58,7 @@ levels = st.tuples(*[st.sampled_from([1, 2, 3, None])] * 3, st.just(None))
 
 
 @example([((1, 1, 1, None), 0), ((1, 1, 2, None), 0)])  # another order in the buffer
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(st.tuples(levels, st.integers(0, 2**3 - 1)), min_size=2, max_size=5))
 def test_nothing_differs_from_an_optimizer_that_is_loaded_and_has_new_memory(
     changes: Sequence[tuple[Sequence[int | None], int]],

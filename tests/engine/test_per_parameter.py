@@ -8,7 +8,7 @@ import torch
 
 from efsgd import GradientAverager, PowerSGD, PowerSGDOptimizer, Signum, WorkerMismatchError
 from tests.rank.rank_changes import OWN, matrices, ranks, set_own
-from tests.simulation import a_run, bits, parameters_of, snapshot, step_with
+from tests.simulation import a_run, parameters_of, step_with, unchanged
 
 
 def test_it_is_none_unless_it_is_given() -> None:
@@ -64,6 +64,17 @@ def test_the_group_s_own_value_is_that_of_all_others() -> None:
     assert ranks(optimizer) == [1, None, 4]
 
 
+def test_a_parameter_that_is_appended_to_a_group_needs_a_value() -> None:
+    [optimizer], scenario = a_run(1)
+    set_own([optimizer], OWN)
+    step_with([optimizer], scenario.gradients(0))
+    optimizer.param_groups[0]["params"].append(matrices(1)[0])
+    with pytest.raises(ValueError, match="'rank' has 3 values for 4 parameters"):
+        optimizer.step()
+    optimizer.param_groups[0]["per_parameter"] = {"rank": (*OWN["rank"], 4)}
+    optimizer.step()
+
+
 def test_other_optimizers_have_it_too() -> None:
     compressor = PowerSGD(rank=2, min_compression_rate=0.0)
     averager = GradientAverager(
@@ -107,11 +118,9 @@ def test_workers_that_disagree_about_it_name_the_parameter(
         step_with(workers, scenario.gradients(0))
     for worker, each in zip(workers, own, strict=True):
         worker.param_groups[0]["per_parameter"] = each
-    before = bits(snapshot(workers))
-    with pytest.raises(WorkerMismatchError, match=words) as caught:
+    with unchanged(workers), pytest.raises(WorkerMismatchError, match=words) as caught:
         step_with(workers, scenario.gradients(1))
     assert caught.value.__notes__ == [f"worker 1: WorkerMismatchError: {caught.value}"]
-    assert bits(snapshot(workers)) == before
     set_own(workers, OWN)
     step_with(workers, scenario.gradients(1))
 

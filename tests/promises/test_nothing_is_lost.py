@@ -1,20 +1,20 @@
 """Promise 2, conservation: Σ_t Δ'_t + mean_w e_w(T) = Σ_t mean_w g_w(t)."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep
-from tests.simulation import errors_of, make_workers, parameters_of, replicated, step_with
-from tests.strategies import Gradients, Scenario, scenarios
+from tests.simulation import errors_of, make_workers, parameters_of, replicated, step_with, train
+from tests.strategies import Gradients, Scenario, examples, scenarios
 
 LR = 0.5
 # What is lost to rounding in float64: 2e-16 for each of some dozen sums.
@@ -55,7 +55,7 @@ class Balance:
             assert lost.numel() == 0 or lost.abs().max() <= TOLERANCE * self.scale[index]
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(scenarios(**PLAIN, momentum_form="sgd", maximize=False, error_feedback=True))
 def test_conservation(scenario: Scenario) -> None:
     workers = make_workers(scenario.parameters(), scenario.world_size, **scenario.hyperparameters)
@@ -74,7 +74,7 @@ CHANGES = st.fixed_dictionaries(
 MANY_STEPS = 12
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     scenarios(**PLAIN, momentum_form="sgd", maximize=False, error_feedback=True,
               min_steps=6, max_steps=MANY_STEPS),
@@ -105,31 +105,9 @@ def a_run(world_size: int = 4, **options: object) -> tuple[list[PowerSGDOptimize
     return make_workers(scenario.parameters(), world_size, **own), scenario
 
 
-def set_rank(rank: int) -> Callable[[dict[str, object]], None]:
-    return lambda group: group.update(rank=rank)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [set_rank(1), set_rank(5), lambda group: group.update(min_compression_rate=float("inf"))],
-    ids=["lower rank", "higher rank", "no compression any more"],
-)
-def test_conservation_through_changes_of_rank(
-    change: Callable[[dict[str, object]], None],
-) -> None:
-    workers, scenario = a_run()
-    balance = Balance(workers)
-    for step in range(scenario.steps):
-        if step == 4:
-            for optimizer in workers:
-                change(optimizer.param_groups[0])
-        balance.step(workers, scenario.gradients(step))
-
-
 def test_what_was_left_is_sent_when_compression_ends() -> None:
     workers, scenario = a_run()
-    for step in range(3):
-        step_with(workers, scenario.gradients(step))
+    train(scenario, range(3), workers)
     assert all(errors_of(optimizer)[0].abs().max() > 0 for optimizer in workers)
     for optimizer in workers:
         optimizer.param_groups[0]["min_compression_rate"] = float("inf")

@@ -12,13 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import strategies
 from tests.promises.reference import Reference, mean, orthogonalize
-from tests.strategies import Scenario, assert_close, gaussian, make_gradient, mean_gradient
+from tests.strategies import (
+    Scenario,
+    assert_close,
+    examples,
+    gaussian,
+    make_gradient,
+    mean_gradient,
+)
 
 EXACT_SUMS = 1e-13
 SIZES = st.integers(1, 12)
@@ -44,7 +51,7 @@ def of_scenario(run: Scenario) -> Reference:
 
 
 @given(SIZES, SIZES, strategies.seeds(), st.sampled_from(strategies.KINDS))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_orthogonalize_gives_orthonormal_columns(n: int, r: int, seed: int, kind: str) -> None:
     p = make_gradient((n, min(n, r)), kind, 0, seed)
     p_hat = orthogonalize(p)
@@ -124,7 +131,7 @@ def test_by_hand() -> None:
 
 
 @given(strategies.scenarios(error_feedback=True))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_nothing_is_lost(run: Scenario) -> None:
     """Sum of Delta' + mean error = sum of mean gradients, and in each step mean error = mean Delta
     - Delta'. One worker's gradient may be 1e5 times the mean, so the scale is the Deltas'."""
@@ -151,7 +158,7 @@ def test_nothing_is_lost(run: Scenario) -> None:
         kinds=strategies.FULL_RANK_KINDS, layouts=["contiguous"], with_missing=False
     )
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_many_workers_are_one_with_the_mean(run: Scenario) -> None:
     many, one = of_scenario(run), of_scenario(replace(run, world_size=1))
     for step in range(run.steps):

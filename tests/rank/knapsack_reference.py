@@ -1,4 +1,4 @@
-"""All choices of one candidate per layer, tried one by one."""
+"""The best choice of one candidate per layer: by trying all, and by the textbook's programme."""
 
 import itertools
 import math
@@ -38,6 +38,20 @@ def best_of_all(table: Table, budget: float) -> list[int]:
     # Rounding keeps the order, so that the least is among them; exact sums then tell which it is.
     close = [choice for choice in within if total_size(table, choice) == least]
     return list(min(close, key=lambda choice: (*exact_totals(table, choice), choice)))
+
+
+def textbook(table: Table, budget: float) -> float:
+    """Least size, for errors that are integers: the least size of every total error in turn."""
+    sizes = {0.0: 0.0}
+    for layer in table:
+        longer: dict[float, float] = {}
+        for spent, size in sizes.items():
+            for candidate in layer:
+                error = spent + candidate.error
+                if error <= budget:
+                    longer[error] = min(longer.get(error, math.inf), size + candidate.size)
+        sizes = longer
+    return min(sizes.values())
 
 
 def random_table(random: Random, layers: int, candidates: int) -> list[list[Candidate]]:

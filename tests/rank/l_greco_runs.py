@@ -12,9 +12,10 @@ from torch import Tensor
 from efsgd import PowerSGDOptimizer, TensorCompressor
 from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
-from efsgd.rank import RankPolicy, RankScheduler, Value
-from efsgd.testing import Traced, lockstep
-from tests.simulation import errors_of, parameters_of, step_with
+from efsgd.rank import RankPolicy, Value
+from efsgd.testing import Traced
+from tests.rank.rank_runs import Team
+from tests.simulation import errors_of
 from tests.strategies import gaussian
 
 Shape = tuple[int, ...]
@@ -29,24 +30,15 @@ def decaying(shape: Shape, decay: float, *seed: int) -> Tensor:
     return (left @ torch.diag(values) @ right.mT + noise).reshape(shape)
 
 
-class Workers:
-    """Some workers, each with an optimizer and a scheduler; gradients are made from seeds.
+class Workers(Team):
+    """Some workers with L-GreCo, all of whose parameters are in one group.
 
     Each parameter's gradients are the same matrix all the time, and a smaller one that is new in
-    each step and on each worker.
+    each step and on each worker; all are made from a seed.
 
     Attributes:
-        optimizers: of each worker.
-        schedulers: of each worker.
         count: how many steps were taken.
-        seen: Δ_w = g_w + e_w of each step since `forget`, as `seen[step][w][i]`.
-
-    Args:
-        policies: makes a worker's policy.
-        world_size: the number of workers.
-        shapes: of the parameters.
-        make: makes a worker's optimizer.
-        seed: of the gradients.
+        seen: Δ_w = g_w + e_w of each step, as `seen[step][w][i]`.
     """
 
     def __init__(
@@ -57,21 +49,14 @@ class Workers:
         make: Callable[..., Any] = PowerSGDOptimizer,
         *,
         seed: int = 0,
-        dtype: torch.dtype = torch.float64,
         **options: Any,
     ) -> None:
+        super().__init__(policies, world_size, shapes, make, **{"lr": 0.01, **options})
         self.shapes, self._seed, self.count = shapes, seed, 0
-        self.optimizers: list[Any] = []
-        for _ in range(world_size):
-            own = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-            self.optimizers.append(make(own, **options))
-        self.schedulers = [RankScheduler(each, policies()) for each in self.optimizers]
         self.seen: list[list[list[Tensor]]] = []
 
-    @property
-    def values(self) -> list[Value]:
-        """Of worker 0, for each parameter that is decided on."""
-        return list(self.schedulers[0].get_last_ranks().values())
+    def groups(self, parameters: list[Tensor]) -> list[Any]:
+        return parameters
 
     @property
     def sums(self) -> list[dict[int, Tensor]]:
@@ -99,18 +84,12 @@ class Workers:
                 for pair in zip(own, errors, strict=True)
             ]
         )
-        return step_with(self.optimizers, own)
+        return super().step(own)
 
     def steps(self, count: int) -> None:
         """Some of them."""
         for _ in range(count):
             self.step()
-
-    def decide(self, fail_at: int | None = None) -> list[Traced]:
-        """Ends a window."""
-        count = len(self.schedulers)
-        exchanges = [each.exchange(count, w) for w, each in enumerate(self.schedulers)]
-        return lockstep(exchanges, fail_at=fail_at).trace
 
     def sent(self) -> int:
         """The bytes of an ordinary step, counted; the first one after a change is left out."""
@@ -171,8 +150,3 @@ def least_total(
 def purposes(trace: Sequence[Traced]) -> list[str]:
     """Of a decision: what L-GreCo itself has sent."""
     return [each.purpose for each in trace if "accumulated gradients" in each.purpose]
-
-
-def parameters_and_sums(workers: Workers) -> list[Any]:
-    """All that training has come to."""
-    return [[parameters_of(each) for each in workers.optimizers], workers.sums, workers.values]

@@ -1,12 +1,13 @@
 """Workers with rank schedulers, all in one thread, and gradients of exact norms."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
+from efsgd import PowerSGDOptimizer
 from efsgd.rank import Accordion, RankPolicy, RankScheduler
 from efsgd.testing import Traced, lockstep
 from tests.simulation import bits, parameters_of, snapshot, step_with
@@ -52,22 +53,31 @@ class Team:
         policies: Callable[[], RankPolicy],
         world_size: int = 1,
         shapes: Sequence[Sequence[int]] = (SQUARE,),
-        make: Callable[..., ErrorFeedbackSGD] = PowerSGDOptimizer,
+        make: Callable[..., Any] = PowerSGDOptimizer,
         dtype: torch.dtype = torch.float64,
         **options: Any,
     ) -> None:
-        options = {"lr": 1.0, **options}
-        self.optimizers, self.schedulers = [], []
+        self.optimizers: list[Any] = []
         for _ in range(world_size):
             own = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-            self.optimizers.append(make([{"params": [each]} for each in own], **options))
-        for optimizer in self.optimizers:
-            self.schedulers.append(RankScheduler(optimizer, policies()))
+            given = {"lr": 1.0, **options}
+            given = {name: value for name, value in given.items() if value is not None}
+            self.optimizers.append(make(self.groups(own), **given))
+        self.schedulers = [RankScheduler(each, policies()) for each in self.optimizers]
+
+    def groups(self, parameters: list[Tensor]) -> list[Any]:
+        """What an optimizer is given."""
+        return [{"params": [each]} for each in parameters]
 
     @property
     def ranks(self) -> list[Any]:
         """Those of worker 0, in the order of the parameters, as they stand in the groups."""
         return individual(self.optimizers[0], self.schedulers[0].policy.setting)
+
+    @property
+    def values(self) -> list[Any]:
+        """Those of worker 0, for each parameter that is decided on."""
+        return list(self.schedulers[0].get_last_ranks().values())
 
     def step(self, gradients: Sequence[Sequence[Tensor | None]]) -> list[Traced]:
         """A step with `gradients[w][i]`."""
@@ -106,6 +116,26 @@ def all_of(team: Team) -> Any:
     """All that a decision may change, as bits."""
     saved = [scheduler.state_dict() for scheduler in team.schedulers]
     return bits([snapshot(team.optimizers), saved])
+
+
+def ready(policies: Callable[[], RankPolicy] = accordion, world_size: int = 2) -> Team:
+    """Workers on `SHAPES` that have taken a step."""
+    team = Team(policies, world_size, SHAPES)
+    step_once(team)
+    return team
+
+
+def step_once(team: Team) -> list[Traced]:
+    """A step in which all gradients have a norm of 4."""
+    return team.step_alike(*[4.0] * len(SHAPES))
+
+
+@contextlib.contextmanager
+def nothing_changes(team: Team) -> Iterator[None]:
+    """Checks that all is as before at the end."""
+    before = all_of(team)
+    yield
+    assert all_of(team) == before
 
 
 def run_windows(team: Team, first: int, last: int, seed: int = 0) -> list[Any]:

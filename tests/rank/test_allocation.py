@@ -2,21 +2,22 @@
 
 import math
 import re
+import statistics
 from collections.abc import Sequence
-from itertools import pairwise
 from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks.tables import made_table
-from efsgd.rank.allocation import Candidate, allocate, allocate_within
+from efsgd.rank import Candidate, allocate, allocate_within, allocation
 from tests.rank.knapsack_reference import (
     best_of_all,
     exact_totals,
     random_table,
+    textbook,
     total_error,
     total_size,
 )
@@ -125,12 +126,83 @@ def test_powers_of_two_as_units_make_no_difference(factor: float) -> None:
         assert allocate(errors, budget * factor) == expected
 
 
-def test_a_network_of_200_layers_is_made_smaller_with_no_more_error() -> None:
-    table = made_table(layers=200, candidates=16, seed=0)
+@pytest.mark.parametrize("layers", [60, 200])
+def test_a_network_of_many_layers_is_made_smaller_with_no_more_error(layers: int) -> None:
+    table = made_table(layers=layers, candidates=16, seed=0)
     uniform = [3] * len(table)
     found = allocate_within(table, uniform)
     assert total_size(table, found) < 0.5 * total_size(table, uniform)
     assert total_error(table, found) <= total_error(table, uniform)
+
+
+def unrelated(random: Random) -> list[list[Candidate]]:
+    return [
+        [Candidate(random.randint(0, 500), error) for error in random.sample(range(40), 8)]
+        for _ in range(40)
+    ]
+
+
+def straight(random: Random) -> list[list[Candidate]]:
+    """Sizes that fall almost linearly with the errors: all partial choices are about as good."""
+    return [
+        [Candidate(40 * (40 - c.error) + c.size % 50, c.error) for c in layer]
+        for layer in unrelated(random)
+    ]
+
+
+def of_a_network(random: Random) -> list[list[Candidate]]:
+    """Errors of decaying spectra, rounded to integers."""
+    table = made_table(layers=60, candidates=8, seed=random.randrange(1000))
+    return [[Candidate(c.size, round(100 * c.error)) for c in layer] for layer in table]
+
+
+@pytest.mark.parametrize("make", [unrelated, straight, of_a_network])
+def test_of_more_partial_choices_than_are_kept_the_result_is_nearly_the_best(make: Any) -> None:
+    excess = []
+    for seed in range(10):
+        table = make(Random(seed))
+        reference = [3] * len(table)
+        budget = total_error(table, reference)
+        found = allocate(table, budget)
+        assert total_error(table, found) <= budget
+        excess.append(total_size(table, found) / textbook(table, budget) - 1)
+    assert min(excess) >= 0
+    assert statistics.median(excess) <= 0.0005
+    assert max(excess) <= 0.002
+
+
+@pytest.mark.parametrize("cells", [(1,), (2, 4)])
+def test_however_few_partial_choices_are_kept_the_result_is_no_worse_than_the_reference(
+    cells: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "CELLS", cells)
+    random, worse = Random(4), 0
+    for _ in range(100):
+        table = random_table(random, 5, 4)
+        some = [random.randrange(4) for _ in table]
+        best = best_of_all(table, total_error(table, some))
+        # From the best choice, which cannot be made smaller, and from another.
+        assert total_size(table, allocate_within(table, best)) == total_size(table, best)
+        found = allocate_within(table, some)
+        assert total_size(table, found) <= total_size(table, some)
+        assert total_error(table, found) <= total_error(table, some)
+        worse += total_size(table, found) > total_size(table, best)
+    assert worse > 0
+
+
+# Halfway between two floats: the nearest is 1, then 1 + 2^-51.
+@example([1.0, 2.0**-53], 0)
+@example([1 + 2.0**-52, 2.0**-53], -1)
+@given(st.lists(st.floats(0, 1e308 / 8), min_size=1, max_size=8), st.integers(-2, 2))
+def test_the_budget_allows_what_fsum_does(numbers: list[float], steps: int) -> None:
+    budget = math.fsum(numbers)
+    for _ in range(abs(steps)):
+        budget = math.nextafter(budget, math.inf if steps > 0 else 0.0)
+    rest = math.fsum(numbers[1:])
+    if rest <= budget:
+        first = [Candidate(2, 0.0), Candidate(1, numbers[0])]
+        found = allocate([first, *([Candidate(1, number)] for number in numbers[1:])], budget)
+        assert found[0] == (1 if math.fsum(numbers) <= budget else 0)
 
 
 def test_one_layer_has_its_smallest_candidate_within_the_budget() -> None:
@@ -157,17 +229,6 @@ def test_equal_candidates_are_chosen_by_the_lowest_index() -> None:
 def test_an_infinite_product_of_tolerance_and_error_is_no_limit() -> None:
     table = [[Candidate(2, 1e300), Candidate(1, 1e307)]]
     assert allocate_within(table, [0], tolerance=1e300) == [1]
-
-
-def test_made_tables_are_of_decaying_spectra_and_depend_on_the_seed_alone() -> None:
-    table = made_table(layers=20, candidates=40, seed=3)
-    assert table == made_table(layers=20, candidates=40, seed=3)
-    assert table != made_table(layers=20, candidates=40, seed=4)
-    for layer in table:
-        sides = layer[0].size  # of rank 1
-        for rank, (candidate, following) in enumerate(pairwise(layer), 1):
-            assert candidate.size == min(rank * sides, layer[-1].size)
-            assert (candidate.error > following.error) == (candidate.size < following.size)
 
 
 GOOD = [Candidate(1, 2.0), Candidate(2, 1.0)]

@@ -203,7 +203,7 @@ def test_worker_0_may_decide_by_its_own_gradients(spectrum: str) -> None:
 
 def test_an_averager_s_ranks_are_chosen_as_an_optimizer_s() -> None:
     options: Any = {"compressor": PowerSGD(rank=3, min_compression_rate=0.0)}
-    averagers = Workers(lambda: LGreCo(3), 2, SHAPES, GradientAverager, **options)
+    averagers = Workers(lambda: LGreCo(3), 2, SHAPES, GradientAverager, lr=None, **options)
     optimizers = Workers(lambda: LGreCo(3), 2, SHAPES, ErrorFeedbackSGD, lr=0.1, **options)
     for workers in (averagers, optimizers):
         workers.steps(3)

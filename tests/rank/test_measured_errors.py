@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd import ErrorFeedbackSGD, RandomK, TensorCompressor, TopK, UniformQuantized
+from efsgd import RandomK, TopK, UniformQuantized
 from efsgd.algorithms.operators import Payload
 from efsgd.randomness import Draws
 from efsgd.rank import Layer, Value
-from efsgd.rank.approximation.measured import measured_errors
-from efsgd.rank.base import layers_of
+from efsgd.rank.approximation.tables import ErrorTables
 from efsgd.testing import Lockstep, lockstep
 from efsgd.wire.collectives import AllReduceMean
+from tests.rank.l_greco_runs import missed
+from tests.rank.test_costs import layers_with
 from tests.simulation import bits
 from tests.strategies import gaussian, seeds
 
@@ -35,9 +36,7 @@ ROUNDING = 1e-13
 
 
 def layers_for(compressor: Any, setting: str, values: Sequence[Value]) -> list[Layer]:
-    parameters = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
-    optimizer = ErrorFeedbackSGD(parameters, lr=0.1, compressor=compressor)
-    return layers_of(optimizer.param_groups, compressor, setting, values, optimizer)
+    return layers_with(compressor, setting, values, SHAPES, torch.float64)
 
 
 def measured(
@@ -47,18 +46,10 @@ def measured(
     layers = layers_for(*case)
     return lockstep(
         [
-            measured_errors(compressor, layers, setting, values, own, worker)
+            ErrorTables(setting, values).tried(compressor, layers, own, worker)
             for worker, own in enumerate(tensors)
         ]
     )
-
-
-def missed(own: TensorCompressor, tensor: Tensor, draws: Draws) -> float:
-    """By the definition: the norm of what decompressing does not give back."""
-    if not own.compresses(tensor.shape):
-        return 0.0
-    found = own.decompress(own.compress(tensor, draws), tensor.shape, draws)
-    return float((tensor - found).norm())
 
 
 def tensors_of(world_size: int, *seed: int) -> list[dict[int, Tensor]]:
@@ -83,11 +74,8 @@ def test_the_table_is_that_of_a_loop_over_layers_values_and_workers(
     for row, layer in zip(done.results[0], layers_for(*case), strict=True):
         for found, value in zip(row, values, strict=True):
             own = dataclasses.replace(compressor, **{setting: value})
-            norms = [
-                missed(own, each[layer.index], Draws(own.seed_of_draws, layer.index, 0, worker))
-                for worker, each in enumerate(tensors)
-            ]
-            assert found == pytest.approx(math.fsum(norms) / world_size, rel=ROUNDING, abs=1e-13)
+            expected = missed(own, layer.index, tensors)
+            assert found == pytest.approx(expected, rel=ROUNDING, abs=1e-13)
 
 
 def test_layers_that_are_sent_whole_lose_nothing() -> None:
@@ -135,7 +123,7 @@ def test_what_a_compressor_raises_comes_after_the_collective() -> None:
     compressor, setting, values = case
     asked = []
     for worker, own in enumerate(tensors):
-        exchange = measured_errors(compressor, layers_for(*case), setting, values, own, worker)
+        exchange = ErrorTables(setting, values).tried(compressor, layers_for(*case), own, worker)
         asked.append((exchange, next(exchange)))
     assert [type(request) for _, request in asked] == [AllReduceMean, AllReduceMean]
     with pytest.raises(RuntimeError, match="seven"):

@@ -74,8 +74,3 @@ def test_impossible_networks_are_refused(name: str, value: float) -> None:
     numbers = {"latency": 1.0, "seconds_per_byte": 1.0, name: value}
     with pytest.raises(ValueError, match=f"Invalid {name}: {value}. Must be a finite number"):
         Network(**numbers)
-
-
-def test_a_measurement_needs_repeats() -> None:
-    with pytest.raises(ValueError, match=r"Invalid repeats: 0\. Must be at least 1"):
-        measured(2, lambda *_: 1.0, repeats=0)

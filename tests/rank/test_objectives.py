@@ -1,5 +1,6 @@
 """What L-GreCo makes least: bytes, milliseconds, or anything else."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -8,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from efsgd import ErrorFeedbackSGD, PowerSGD, TopK
+from efsgd import CollectiveError, Field, PowerSGD, TensorCompressor, TopK
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.rank import Layer, LGreCo, Network, StepTime, Value
-from efsgd.rank.base import layers_of
+from efsgd.rank import LGreCo, Network, StepTime, Value
+from efsgd.rank.costs.objectives import compression_seconds
+from efsgd.rank.costs.volumes import with_value
 from efsgd.testing import Lockstep, lockstep
 from efsgd.wire.collectives import AllReduceMean, Exchange
 from tests.rank.l_greco_runs import Shape, Workers, least_total, low_rank_error, mean_of
+from tests.rank.made_time import MadeClock
+from tests.rank.test_costs import CASES, layers_with
 
 SHAPES: list[Shape] = [(16, 12), (12, 20), (10, 4, 3)]
 OPTIONS: dict[str, Any] = {"lr": 0.01, "min_compression_rate": 0.0, "rank": 3}
@@ -27,19 +31,16 @@ def ticking(seconds: float) -> Callable[[], float]:
 
 
 def tables(
-    costs: Sequence[StepTime], compressor: Compressor, setting: str, values: Sequence[Value]
+    costs: Sequence[StepTime], compressor: Compressor, setting: str, values: tuple[float, ...]
 ) -> Lockstep[list[list[float]]]:
     """By a worker for each of these."""
-    parameters = [torch.zeros(shape, requires_grad=True) for shape in SHAPES]
-    optimizer = ErrorFeedbackSGD(parameters, lr=0.1, compressor=compressor)
-    layers = layers_of(optimizer.param_groups, compressor, setting, values, optimizer)
-    count = len(costs)
+    layers, count = layers_with(compressor, setting, values, SHAPES), len(costs)
     return lockstep([own(compressor, layers, setting, values, count) for own in costs])
 
 
 def test_modelled_milliseconds_are_latency_and_bytes_and_nothing_is_sent_for_them() -> None:
     own = StepTime(NETWORK, compression=False)
-    done = tables([own, own], PowerSGD(rank=2), "rank", [1, 2])
+    done = tables([own, own], PowerSGD(rank=2), "rank", (1, 2))
     lengths = [16 + 12, 12 + 20, 10 + 12]
     latency = 2 * 0.5 / 3  # of two collectives, a third for each layer
     expected = [[1000 * (latency + 0.001 * 4 * r * own) for r in (1, 2)] for own in lengths]
@@ -53,7 +54,7 @@ def test_what_is_gathered_counts_once_for_each_worker_beside_half_an_all_reduce(
     workers: int,
 ) -> None:
     own = StepTime(Network(0.0, 0.001), compression=False)
-    (row, *_), *_ = tables([own] * workers, TopK(density=0.1), "density", [0.1]).results
+    (row, *_), *_ = tables([own] * workers, TopK(density=0.1), "density", (0.1,)).results
     # 19 of 192 elements: a value and a position of 4 bytes each.
     assert row == pytest.approx([19 * 8 * workers / 2], rel=1e-14)  # float64 products
 
@@ -61,7 +62,7 @@ def test_what_is_gathered_counts_once_for_each_worker_beside_half_an_all_reduce(
 def test_compression_is_timed_and_added_where_there_is_any() -> None:
     costs = [StepTime(NETWORK, clock=ticking(0.25 * (1 + 2 * w))) for w in range(2)]
     modelled = StepTime(NETWORK, compression=False)
-    compressor, values = PowerSGD(rank=2, min_compression_rate=1.0), [2, 12]
+    compressor, values = PowerSGD(rank=2, min_compression_rate=1.0), (2, 12)
     done = tables(costs, compressor, "rank", values)
     plain = tables([modelled] * 2, compressor, "rank", values).results[0]
     # 250 ms on one worker and 750 ms on the other; at rank 12 nothing is compressed.
@@ -72,7 +73,7 @@ def test_compression_is_timed_and_added_where_there_is_any() -> None:
 
 def test_the_network_is_measured_where_none_is_given() -> None:
     costs = [StepTime(compression=False, repeats=2, clock=ticking(0.25)) for _ in range(2)]
-    done = tables(costs, PowerSGD(rank=2), "rank", [1, 2])
+    done = tables(costs, PowerSGD(rank=2), "rank", (1, 2))
     # All-reduces of any size take 250 ms on this clock: a third of two of them for each layer.
     assert done.results == [[pytest.approx([500 / 3] * 2, rel=1e-14)] * 3] * 2
     assert len(done.trace) == 2 * (2 + 1) + 1
@@ -106,21 +107,9 @@ def test_ranks_by_modelled_time_are_those_by_bytes_where_only_bytes_take_time() 
     assert by_time.values == by_bytes.values != [3, 3, 3]
 
 
-def test_by_measured_time_workers_choose_alike() -> None:
-    workers, _ = chosen_by(lambda _: StepTime(repeats=1))
-    ranks = [each.get_last_ranks() for each in workers.schedulers]
-    assert ranks[0] == ranks[1]
-
-
 def test_costs_may_come_of_what_workers_tell_each_other() -> None:
     def costs(worker: int) -> Any:
-        def own(
-            compressor: Compressor,
-            layers: Sequence[Layer],
-            setting: str,
-            values: Sequence[Value],
-            world_size: int,
-        ) -> Exchange[list[list[float]]]:
+        def own(_: Any, __: Any, ___: str, values: Any, ____: int) -> Exchange[list[list[float]]]:
             # A worker's cost of a rank in each layer; neither decides by itself.
             prices = torch.tensor([[1.0, 9.0], [9.0, 1.0], [2.0, 30.0]], dtype=torch.float64)
             mean = yield AllReduceMean(prices[:, worker].clone(), "prices")
@@ -152,3 +141,84 @@ def test_costs_must_be_a_table_of_numbers(table: Any, message: str) -> None:
 
     with pytest.raises(ValueError, match=message):
         chosen_by(lambda _: costs)
+
+
+# ---- the time of compression ---------------------------------------------------------------------
+
+CLOCK = MadeClock()
+CALLS: list[float] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(TensorCompressor):
+    """Takes `size` seconds for each element, and a hundred more where it is new."""
+
+    size: int = 1
+
+    def fields(self, shape: torch.Size) -> tuple[Field, ...]:
+        return (Field(1),)
+
+    def compress(self, delta: torch.Tensor, draws: Any) -> tuple[torch.Tensor, ...]:
+        CLOCK.now += self.size * delta.numel() + (100 if self.size not in CALLS else 0)
+        CALLS.append(self.size)
+        return (delta.sum().view(1),)
+
+    def decompress(self, payload: Any, shape: torch.Size, draws: Any) -> torch.Tensor:
+        return torch.zeros(shape)
+
+    def compresses(self, shape: torch.Size) -> bool:
+        return self.size < 9
+
+
+def durations(clocks: list[Callable[[], float]], repeats: int = 3) -> Any:
+    CALLS.clear()
+    compressor, values = Slow(), (1, 2, 9)
+    layers = layers_with(compressor, "size", values, [(2, 3), (5,), (2, 3)])
+    return lockstep(
+        [
+            compression_seconds(compressor, layers, "size", values, repeats=repeats, clock=clock)
+            for clock in clocks
+        ]
+    )
+
+
+def test_measured_seconds_are_medians_and_the_mean_of_the_workers() -> None:
+    assert durations([CLOCK]).results[0][0] == [6.0, 12.0, 0.0]
+    found = durations([CLOCK, lambda: 2 * CLOCK.now])
+    expected = [[9.0, 18.0, 0.0], [7.5, 15.0, 0.0], [9.0, 18.0, 0.0]]
+    assert found.results == [expected, expected]
+    assert [traced.kind for traced in found.trace] == [AllReduceMean.__name__]
+    assert found.trace[0].shape == (3, 3)
+
+
+def test_equal_layers_are_measured_once() -> None:
+    durations([CLOCK], repeats=4)
+    assert len(CALLS) == 2 * 2 * (4 + 1)
+
+
+def test_a_worker_that_cannot_measure_leaves_none_waiting() -> None:
+    def broken() -> float:
+        raise RuntimeError("no clock")
+
+    with pytest.raises(CollectiveError, match="another worker could not measure") as caught:
+        durations([CLOCK, broken])
+    assert caught.value.__notes__ == ["worker 1: RuntimeError: no clock"]
+
+
+@pytest.mark.parametrize(("compressor", "setting", "values"), CASES)
+def test_every_compressor_can_be_measured(
+    compressor: Any, setting: str, values: tuple[float, ...]
+) -> None:
+    layers = layers_with(compressor, setting, values)
+    torch.set_default_device("meta")
+    try:
+        found = lockstep(
+            [compression_seconds(compressor, layers, setting, values, repeats=1) for _ in range(2)]
+        )
+    finally:
+        torch.set_default_device(None)
+    assert found.results[0] == found.results[1]
+    for layer, row in zip(layers, found.results[0], strict=True):
+        for value, seconds in zip(values, row, strict=True):
+            own = with_value(compressor, layer.settings, setting, value)
+            assert (seconds > 0) == (own.level(layer.shape, own.settings()) is not None)

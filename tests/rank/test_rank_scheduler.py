@@ -23,6 +23,7 @@ from tests.rank.rank_runs import (
     individual,
     of_norm,
     run_windows,
+    step_once,
 )
 from tests.simulation import a_run, bits, step_with
 
@@ -84,11 +85,11 @@ def test_a_change_that_was_decided_need_not_be_announced() -> None:
     team = Team(accordion, 2, SHAPES)
     changed = []
     for _ in range(3):
-        ordinary = len(team.step_alike(*[4.0] * len(SHAPES)))
+        ordinary = len(step_once(team))
         before = team.schedulers[0].get_last_ranks()
         team.decide()
         if team.schedulers[0].get_last_ranks() != before:
-            trace = team.step_alike(*[4.0] * len(SHAPES))
+            trace = step_once(team)
             changed.append([purposes(trace).count(COMPARISON), len(trace) - ordinary])
     # Two comparisons, of settings and of how products are rounded, and no step of zeros.
     assert changed and all(each == [2, 2] for each in changed)
@@ -126,10 +127,10 @@ def test_a_scheduler_that_is_closed_neither_watches_nor_decides() -> None:
         scheduler.close()
         scheduler.close()
     before = [scheduler.state_dict() for scheduler in team.schedulers]
-    team.step_alike(*[4.0] * len(SHAPES))
+    step_once(team)
     assert purposes(team.decide()) == [COMPARISON]
     assert bits([scheduler.state_dict() for scheduler in team.schedulers]) == bits(before)
-    assert team.optimizers[0]._engine.watchers == []
+    assert team.optimizers[0].engine.watchers == []
 
 
 def test_two_schedulers_decide_on_two_settings() -> None:

@@ -9,45 +9,44 @@ import torch
 from efsgd import CollectiveError, WorkerMismatchError
 from efsgd.rank import LGreCo
 from tests.rank.rank_policies import Odd
-from tests.rank.rank_runs import SHAPES, SQUARE, Team, accordion, all_of, run_windows
+from tests.rank.rank_runs import (
+    SHAPES,
+    SQUARE,
+    Team,
+    accordion,
+    all_of,
+    nothing_changes,
+    ready,
+    run_windows,
+    step_once,
+)
 
 
 @pytest.mark.parametrize("worker", [0, 1, 2])
 def test_what_a_policy_raises_on_one_worker_is_an_error_on_all(worker: int) -> None:
-    team = Team(lambda: Odd(worker, RuntimeError("a policy's own words")), 3, SHAPES)
-    team.step_alike(*[4.0] * len(SHAPES))
-    before = all_of(team)
+    team = ready(lambda: Odd(worker, RuntimeError("a policy's own words")), 3)
     expected = RuntimeError if worker == 0 else CollectiveError
-    with pytest.raises(expected) as caught:
+    with nothing_changes(team), pytest.raises(expected) as caught:
         team.decide()
     told = f"worker {worker} could not decide, and says itself why."
     words = [str(caught.value), *caught.value.__notes__]
     assert sum("a policy's own words" in text for text in words) == 1
     assert sum(told in text for text in words) == 2
-    assert all_of(team) == before
 
 
 @pytest.mark.parametrize("proposal", [7, 2.5, float("nan"), 0])
 def test_a_proposal_that_is_none_of_the_policy_s_values_is_refused_by_all(proposal: Any) -> None:
-    team = Team(lambda: Odd(0, proposal), 2, SHAPES)
-    team.step_alike(*[4.0] * len(SHAPES))
-    before = all_of(team)
-    with pytest.raises(
-        ValueError, match=r"must be one of its values, which are \[1, 4\]"
-    ) as caught:
+    team, words = ready(lambda: Odd(0, proposal)), r"must be one of its values, which are \[1, 4\]"
+    with nothing_changes(team), pytest.raises(ValueError, match=words) as caught:
         team.decide()
     assert f"Invalid rank of parameter 0: {float(proposal)}" in str(caught.value)
     assert caught.value.__notes__ == [f"worker 1: ValueError: {caught.value}"]
-    assert all_of(team) == before
 
 
 def test_a_proposal_that_is_no_number_is_an_error_on_all() -> None:
-    team = Team(lambda: Odd(1, "high"), 2, SHAPES)
-    team.step_alike(*[4.0] * len(SHAPES))
-    before = all_of(team)
-    with pytest.raises(CollectiveError, match="worker 1"):
+    team = ready(lambda: Odd(1, "high"))
+    with nothing_changes(team), pytest.raises(CollectiveError, match="worker 1"):
         team.decide()
-    assert all_of(team) == before
 
 
 @pytest.mark.parametrize(
@@ -64,14 +63,13 @@ def test_a_collective_that_fails_changes_nothing_and_the_next_try_decides_the_sa
     for team, twin in zip(teams, twins, strict=True):
         for each in (team, twin):
             run_windows(each, 0, 2)
-            each.step_alike(*[4.0] * len(SHAPES))
+            step_once(each)
         count = len(twin.decide())
         assert count == 3  # the comparison, norms, and the decision
         before = all_of(team)
         for position in range(count):
-            with pytest.raises(CollectiveError, match="injected"):
+            with nothing_changes(team), pytest.raises(CollectiveError, match="injected"):
                 team.decide(fail_at=position)
-            assert all_of(team) == before
         team.decide()
         assert all_of(team) == all_of(twin)
         assert all_of(team) != before
@@ -80,22 +78,19 @@ def test_a_collective_that_fails_changes_nothing_and_the_next_try_decides_the_sa
 def test_workers_with_different_values_do_not_decide() -> None:
     team = Team(accordion, 3, SHAPES)
     run_windows(team, 0, 1)
-    team.step_alike(*[4.0] * len(SHAPES))
+    step_once(team)
     team.optimizers[1].param_groups[1]["per_parameter"] = {"rank": (2,)}
-    before = all_of(team)
-    with pytest.raises(WorkerMismatchError) as caught:
+    with nothing_changes(team), pytest.raises(WorkerMismatchError) as caught:
         team.decide()
     text = str(caught.value)
     assert "workers 0, 2: rank of parameter 1: 3; worker 1: rank of parameter 1: 2" in text
     assert len(caught.value.__notes__) == 2
-    assert all_of(team) == before
     team.optimizers[1].param_groups[1]["per_parameter"] = {"rank": (3,)}
     team.decide()
 
 
 def test_a_worker_that_cannot_even_say_what_it_has_is_an_error_on_all() -> None:
-    team = Team(accordion, 2, SHAPES)
-    team.step_alike(*[4.0] * len(SHAPES))
+    team = ready()
     team.optimizers[1].param_groups[0]["min_compression_rate"] = -1
     with pytest.raises(WorkerMismatchError, match="worker 1: cannot decide: ValueError") as caught:
         team.decide()
@@ -106,7 +101,7 @@ def test_workers_in_different_windows_or_with_other_parameters_do_not_decide() -
     team = Team(accordion, 2, SHAPES)
     early = team.schedulers[1].state_dict()
     run_windows(team, 0, 1)
-    team.step_alike(*[4.0] * len(SHAPES))
+    step_once(team)
     now = team.schedulers[1].state_dict()
     team.schedulers[1].load_state_dict(early)
     with pytest.raises(WorkerMismatchError, match="window 1 of ranks; worker 1: window 0 of ranks"):
@@ -152,12 +147,12 @@ def test_policies_read_alike_where_they_are_alike_and_nowhere_else(change: dict[
 def test_workers_with_other_policies_do_not_decide() -> None:
     for other in (accordion(interval=2), accordion(sketch=64), LGreCo(3)):
         policies = [accordion(), other]
-        team = Team(policies.pop, 2, SHAPES)
-        team.step_alike(*[4.0] * len(SHAPES))
-        before = all_of(team)
-        with pytest.raises(WorkerMismatchError, match="decisions by Accordion"):
+        team = ready(policies.pop)
+        with (
+            nothing_changes(team),
+            pytest.raises(WorkerMismatchError, match="decisions by Accordion"),
+        ):
             team.decide()
-        assert all_of(team) == before
 
 
 @pytest.mark.parametrize(
@@ -165,8 +160,7 @@ def test_workers_with_other_policies_do_not_decide() -> None:
     [(lambda *_: {}, "Must be a generator"), (None, "Must be a dict from the indices of layers")],
 )
 def test_a_policy_of_ones_own_is_told_what_it_lacks(proposal: Any, words: str) -> None:
-    team = Team(accordion, 2, SHAPES)
-    team.step_alike(*[4.0] * len(SHAPES))
+    team = ready()
 
     def nothing(*_: object) -> Any:
         yield from ()

@@ -1,105 +1,30 @@
 """Every broken compressor, with the law that it breaks."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from tests.testing.broken_runs import (
-    AveragesAndGathers,
-    ClaimsTooMuch,
-    ClaimsTooMuchInTheMean,
-    Counts,
-    DrawsFromRandom,
-    DrawsGlobally,
-    DrawsInSilence,
-    DrawsNothing,
-    DrawsWhatItKeeps,
-    Expands,
-    Forgetful,
-    GathersAndAverages,
-    GrowsAtRandom,
-    Hasty,
-    HastyAtRefreshes,
-    HastyFromTheFirst,
-    Hiding,
-    RoundsDown,
-    RoundsToNearest,
-    Shrinks,
-    Tidy,
-)
-from tests.testing.broken_sending import (
-    Beatless,
-    DecompressesAtRandom,
-    Greedy,
-    IgnoresAlpha,
-    Normalizing,
-    OtherShape,
-    SendsAView,
-    SendsNonzeros,
-    WritesToDelta,
-    WritesToPayload,
-    WrongBytes,
-    ZeroIsSomething,
-)
-from tests.testing.broken_values import (
-    AveragesRoots,
-    AveragesSigns,
-    CodesTooLarge,
-    DividesByTheNorm,
-    Guessing,
-    Mortal,
-    Overflowing,
-    Partial,
-    Scratching,
-)
+from efsgd.algorithms.powersgd import PowerIteration
+from efsgd.algorithms.tensorwise import Tensorwise
+from tests.testing.good_compressors import LowRankOf, TensorwiseOf
 
-#: The law that each breaks.
-BROKEN: list[tuple[str, Any]] = [
-    ("sends_what_it_announces", WrongBytes()),
-    ("has_one_schedule", SendsNonzeros()),
-    ("has_one_schedule", Greedy(rank=1)),
-    ("has_one_schedule", Beatless(rank=1)),
-    ("sends_what_it_announces", OtherShape()),
-    ("decompresses_alike", DecompressesAtRandom()),
-    ("decompresses_alike", IgnoresAlpha()),
-    ("decompresses_alike", WritesToPayload()),
-    ("decompresses_alike", ZeroIsSomething()),
-    ("leaves_deltas_alone", WritesToDelta()),
-    ("leaves_deltas_alone", SendsAView()),
-    ("leaves_deltas_alone", Normalizing(rank=1)),
-    ("keeps_shapes_and_dtypes", Scratching(rank=1)),
-    ("survives_zeros", DividesByTheNorm()),
-    ("survives_zeros", Mortal()),
-    ("survives_scales", Overflowing()),
-    ("keeps_workers_equal", Partial()),
-    ("loses_nothing", AveragesRoots()),
-    ("loses_nothing", AveragesSigns()),
-    ("loses_nothing", CodesTooLarge()),
-    ("knows_the_norm", Guessing()),
-    ("travels_as_claimed", GathersAndAverages()),
-    ("travels_as_claimed", AveragesAndGathers(rank=1)),
-    ("contracts_as_claimed", ClaimsTooMuch()),
-    ("contracts_as_claimed", Expands()),
-    ("contracts_as_claimed", ClaimsTooMuchInTheMean()),
-    ("contracts_as_claimed", GrowsAtRandom()),
-    ("is_unbiased_as_claimed", RoundsToNearest()),
-    ("is_unbiased_as_claimed", RoundsDown()),
-    ("is_unbiased_as_claimed", Shrinks()),
-    ("repeats_to_the_bit", DrawsGlobally()),
-    ("repeats_to_the_bit", DrawsFromRandom()),
-    ("repeats_to_the_bit", Counts()),
-    ("refuses_without_a_trace", Hasty(rank=1)),
-    ("refuses_without_a_trace", HastyFromTheFirst(rank=1)),
-    ("refuses_without_a_trace", HastyAtRefreshes(rank=1, refresh_every=2)),
-    ("refuses_without_a_trace", Hiding()),
-    ("resumes_to_the_bit", Forgetful()),
-    ("draws_as_claimed", DrawsInSilence(density=0.1)),
-    ("draws_as_claimed", DrawsWhatItKeeps(rank=1, refresh_every=2, svd="randomized")),
-    ("draws_as_claimed", DrawsNothing()),
-    ("agrees_when_alone", Tidy()),
-]
-#: The law that each breaks when it is tried with other options than usual.
-BROKEN_WITH: list[tuple[str, Any, dict[str, Any]]] = [
-    ("averages_what_is_sent", AveragesRoots(), {"error_feedback": False}),
-    ("averages_what_is_sent", AveragesSigns(), {"error_feedback": False}),
-    ("refuses_without_a_trace", HastyFromTheFirst(rank=1), {"steps": 1}),
-    ("refuses_without_a_trace", HastyAtRefreshes(rank=1, refresh_every=2), {"steps": 1}),
-]
+Kind = TypeVar("Kind", bound=type)
+
+#: The law that each breaks, and the options of `check_compressor` with which it does.
+BROKEN: list[tuple[str, Any, dict[str, Any]]] = []
+
+
+def breaks(
+    law: str, *, options: dict[str, Any] | None = None, **settings: Any
+) -> Callable[[Kind], Kind]:
+    """Lists a compressor in `BROKEN`, made with some settings: of this class, or around one of
+    aggregators."""
+
+    def listed(kind: Kind) -> Kind:
+        made: Any = kind
+        for around, of in ((LowRankOf, PowerIteration), (TensorwiseOf, Tensorwise)):
+            if issubclass(kind, of):
+                made = type(kind.__name__, (around,), {"kind": kind})
+        BROKEN.append((law, made(**settings), options or {}))
+        return kind
+
+    return listed

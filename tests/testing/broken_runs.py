@@ -19,16 +19,19 @@ from efsgd.algorithms.tensorwise import Dense, Sent, Tensorwise
 from efsgd.layout import Blocks
 from efsgd.randomness import Draws
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange
-from tests.testing.good_compressors import Half, Largest, LowRankOf, Rounded, TensorwiseOf
+from tests.testing.broken_compressors import breaks
+from tests.testing.good_compressors import Half, Largest, Rounded, TensorwiseOf
 
 # ---- claims --------------------------------------------------------------------------------------
 
 
+@breaks("contracts_as_claimed")
 class ClaimsTooMuch(Largest):
     def claims(self) -> Claims:
         return Claims(False, contraction=lambda shape: 0.4)
 
 
+@breaks("contracts_as_claimed")
 class Expands(Largest):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         return super().decompress((payload[0] * 2.5, payload[1]), shape, draws)
@@ -37,11 +40,13 @@ class Expands(Largest):
         return Claims(False, contraction=lambda shape: 0.0)
 
 
+@breaks("contracts_as_claimed")
 class ClaimsTooMuchInTheMean(Half):
     def claims(self) -> Claims:
         return Claims(True, is_random=True, contraction=lambda shape: 0.7)
 
 
+@breaks("is_unbiased_as_claimed")
 class RoundsToNearest(Rounded):
     """Almost without bias: it keeps to zero."""
 
@@ -49,41 +54,49 @@ class RoundsToNearest(Rounded):
         return 0.4 + 0.2 * super().noise(delta, draws)
 
 
+@breaks("is_unbiased_as_claimed")
 class RoundsDown(Rounded):
     def noise(self, delta: Tensor, draws: Draws) -> Tensor:
         return 0.9 * super().noise(delta, draws)
 
 
+@breaks("is_unbiased_as_claimed")
 class Shrinks(Rounded):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         return 0.96 * super().decompress(payload, shape, draws)
 
 
+@breaks("travels_as_claimed")
 class GathersAndAverages(SignNorm):
     def claims(self) -> Claims:
         return Claims(averages=True)
 
 
+@breaks("travels_as_claimed", rank=1)
 class AveragesAndGathers(PowerSGD):
     def claims(self) -> Claims:
         return Claims(averages=False)
 
 
+@breaks("draws_as_claimed", density=0.1)
 class DrawsInSilence(RandomK):
     def claims(self) -> Claims:
         return Claims(averages=True, is_random=False)
 
 
+@breaks("draws_as_claimed", rank=1, refresh_every=2, svd="randomized")
 class DrawsWhatItKeeps(PowerSGDPlus):
     def claims(self) -> Claims:
         return Claims(averages=True, is_random=False)
 
 
+@breaks("draws_as_claimed")
 class DrawsNothing(SignNorm):
     def claims(self) -> Claims:
         return Claims(averages=False, is_random=True)
 
 
+@breaks("contracts_as_claimed")
 class GrowsAtRandom(Half):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         return 2.5 * super().decompress(payload, shape, draws)
@@ -95,16 +108,19 @@ class GrowsAtRandom(Half):
 # ---- runs ----------------------------------------------------------------------------------------
 
 
+@breaks("repeats_to_the_bit")
 class DrawsGlobally(Rounded):
     def noise(self, delta: Tensor, draws: Draws) -> Tensor:
         return torch.rand(delta.shape, dtype=delta.dtype)
 
 
+@breaks("repeats_to_the_bit")
 class DrawsFromRandom(Rounded):
     def noise(self, delta: Tensor, draws: Draws) -> Tensor:
         return torch.full_like(delta, random.random())
 
 
+@breaks("repeats_to_the_bit")
 class Counts(Rounded):
     """Draws from a count of its own, in place of the number of the step."""
 
@@ -115,6 +131,7 @@ class Counts(Rounded):
         return super().noise(delta, own)
 
 
+@breaks("refuses_without_a_trace", rank=1)
 class KeepsTooEarly(PowerIteration):
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         found = yield from super().aggregate(local)
@@ -122,20 +139,14 @@ class KeepsTooEarly(PowerIteration):
         return found
 
 
-class Hasty(LowRankOf):
-    kind = KeepsTooEarly
-
-
+@breaks("refuses_without_a_trace", rank=1)
+@breaks("refuses_without_a_trace", rank=1, options={"steps": 1})
 class KeepsBeforeAll(PowerIteration):
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         found = yield from super().compress(deltas, step)
         for query in self.queries:
             query.mul_(1.5)
         return found
-
-
-class HastyFromTheFirst(LowRankOf):
-    kind = KeepsBeforeAll
 
 
 class KeepsAtRefreshes(RefreshedPowerIteration):
@@ -147,18 +158,18 @@ class KeepsAtRefreshes(RefreshedPowerIteration):
         return found
 
 
+@breaks("refuses_without_a_trace", rank=1, refresh_every=2)
+@breaks("refuses_without_a_trace", rank=1, refresh_every=2, options={"steps": 1})
 class HastyAtRefreshes(PowerSGDPlus):
-    def aggregator(
-        self, layout: Any, settings: Any, dtype: Any, device: Any, *_: Any, **__: Any
-    ) -> RefreshedPowerIteration:
-        every = settings["refresh_every"]
-        return KeepsAtRefreshes(layout, dtype, device, refresh_every=every)
+    def aggregator(self, layout: Any, settings: Any, placement: Any) -> RefreshedPowerIteration:
+        return KeepsAtRefreshes(layout, placement, refresh_every=settings["refresh_every"])
 
 
 class HidesNonfinite(Tensorwise):
     shows_nonfinite = True
 
 
+@breaks("refuses_without_a_trace")
 class Hiding(TensorwiseOf):
     kind = HidesNonfinite
 
@@ -176,21 +187,14 @@ class CountsCommits(Tensorwise):
         return super()._draws(unit, self.count, *others)
 
 
+@breaks("resumes_to_the_bit")
 @dataclasses.dataclass(frozen=True)
 class Forgetful(Half):
-    def aggregator(
-        self,
-        layout: Any,
-        settings: Any,
-        dtype: Any,
-        device: Any,
-        worker: int = 0,
-        *_: Any,
-        **__: Any,
-    ) -> Tensorwise:
-        return CountsCommits(layout, dtype, device, worker, averages=True)
+    def aggregator(self, layout: Any, settings: Any, placement: Any) -> Tensorwise:
+        return CountsCommits(layout, placement, averages=True)
 
 
+@breaks("agrees_when_alone")
 class CleansUpEarly(Tensorwise):
     def aggregate(self, local: Sent) -> Exchange[Dense]:
         if not self._format.nbytes:
@@ -201,11 +205,7 @@ class CleansUpEarly(Tensorwise):
         flat = self._mean.flat.zero_()
         for own in answer.unbind():
             self.add_(flat, self._format.unpack(own), local.step, 1 / len(answer))
-        return Dense(self.layout, self._mean)
-
-
-class Tidy(TensorwiseOf):
-    kind = CleansUpEarly
+        return Dense(self._mean)
 
 
 class KnowsTheProcess(Largest):

@@ -15,7 +15,8 @@ from efsgd.algorithms.tensorwise import Dense, Sent, Tensorwise
 from efsgd.layout import Elementwise
 from efsgd.randomness import Draws
 from efsgd.wire.collectives import Exchange
-from tests.testing.good_compressors import LowRankOf, Rounded, TensorwiseOf
+from tests.testing.broken_compressors import breaks
+from tests.testing.good_compressors import Rounded
 
 
 class ScratchInGradients(LowRank):
@@ -28,6 +29,7 @@ class ScratchInGradients(LowRank):
                 parameter.grad.zero_()
 
 
+@breaks("keeps_shapes_and_dtypes", rank=1)
 class UsesGradients(PowerIteration):
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         found = yield from super().aggregate(local)
@@ -35,10 +37,7 @@ class UsesGradients(PowerIteration):
         return ScratchInGradients(**fields)
 
 
-class Scratching(LowRankOf):
-    kind = UsesGradients
-
-
+@breaks("survives_zeros")
 class DividesByTheNorm(Rounded):
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         scale = delta.abs().max().view(1)
@@ -46,6 +45,7 @@ class DividesByTheNorm(Rounded):
         return codes.long().flatten() + 7, scale / scale * scale
 
 
+@breaks("survives_scales")
 @dataclasses.dataclass(frozen=True)
 class Overflowing(TensorCompressor):
     """All elements, and a norm that overflows."""
@@ -61,6 +61,7 @@ class Overflowing(TensorCompressor):
         return (payload[0] * payload[1]).view(shape)
 
 
+@breaks("survives_zeros")
 class DiesOfZeros(Tensorwise):
     """Sends nothing if the last step had nothing."""
 
@@ -80,21 +81,16 @@ class DiesOfZeros(Tensorwise):
         self.gain = float((self._mean.flat != 0).any())
 
 
-class Mortal(TensorwiseOf):
-    kind = DiesOfZeros
-
-
+@breaks("keeps_workers_equal")
 class KnowsTheWorker(Tensorwise):
     def aggregate(self, local: Sent) -> Exchange[Dense]:
         found = yield from super().aggregate(local)
-        found.blocks.flat.mul_(1 + 1e-6 * self._worker)
+        found.blocks.flat.mul_(1 + 1e-6 * self.placement.worker)
         return found
 
 
-class Partial(TensorwiseOf):
-    kind = KnowsTheWorker
-
-
+@breaks("loses_nothing")
+@breaks("averages_what_is_sent", options={"error_feedback": False})
 @dataclasses.dataclass(frozen=True)
 class AveragesRoots(TensorCompressor):
     """Says that the mean of roots is the root of the mean."""
@@ -111,6 +107,8 @@ class AveragesRoots(TensorCompressor):
         return (payload[0].sign() * payload[0].square()).view(shape)
 
 
+@breaks("loses_nothing")
+@breaks("averages_what_is_sent", options={"error_feedback": False})
 @dataclasses.dataclass(frozen=True)
 class AveragesSigns(TensorCompressor):
     """Says that the mean of products is the product of means."""
@@ -127,6 +125,7 @@ class AveragesSigns(TensorCompressor):
         return (payload[0] * payload[1]).view(shape)
 
 
+@breaks("loses_nothing")
 class CodesTooLarge(Rounded):
     """On the wire the codes lose their highest bit; here they do not."""
 
@@ -139,11 +138,8 @@ class GuessesTheNorm(Dense):
         return [norm * 1.01 for norm in super().squared_norms(wanted)]
 
 
+@breaks("knows_the_norm")
 class Guesses(Tensorwise):
     def aggregate(self, local: Sent) -> Exchange[Dense]:
         found = yield from super().aggregate(local)
-        return GuessesTheNorm(found.layout, found.blocks)
-
-
-class Guessing(TensorwiseOf):
-    kind = Guesses
+        return GuessesTheNorm(found.blocks)

@@ -1,7 +1,7 @@
 """Compressors as others would write them: good ones."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -111,11 +111,9 @@ class LowRankOf(PowerSGD):
 
     kind: ClassVar[type[PowerIteration]] = PowerIteration
 
-    def aggregator(
-        self, layout: Any, settings: Mapping[str, Any], dtype: Any, device: Any, *_: Any, **__: Any
-    ) -> PowerIteration:
+    def aggregator(self, layout: Any, settings: Any, placement: Any) -> PowerIteration:
         options = {"seed": settings["seed"], "warm_start": settings["warm_start"]}
-        return self.kind(layout, dtype, device, **options)
+        return self.kind(layout, placement, **options)
 
 
 class TensorwiseOf(Largest):
@@ -123,14 +121,5 @@ class TensorwiseOf(Largest):
 
     kind: ClassVar[type[Tensorwise]] = Tensorwise
 
-    def aggregator(
-        self,
-        layout: Any,
-        settings: Any,
-        dtype: Any,
-        device: Any,
-        worker: int = 0,
-        *_: Any,
-        **__: Any,
-    ) -> Tensorwise:
-        return self.kind(layout, dtype, device, worker, averages=self.averages)
+    def aggregator(self, layout: Any, settings: Any, placement: Any) -> Tensorwise:
+        return self.kind(layout, placement, averages=self.averages)

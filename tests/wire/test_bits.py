@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd.wire.bits import MAX_BITS, pack, packed_size, unpack
 from efsgd.wire.payload import Field, Format, position_dtype
-from tests.strategies import generator, seeds
+from tests.strategies import examples, generator, seeds
 
 ALL_BITS = range(1, MAX_BITS + 1)
 COUNTS = st.integers(0, 70)
@@ -33,7 +33,7 @@ def as_number(packed: Tensor) -> int:
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-@settings(max_examples=20)
+@examples(20)
 @given(count=COUNTS, seed=seeds())
 def test_what_is_packed_is_unpacked(bits: int, count: int, seed: int) -> None:
     codes = some_codes(count, bits, seed)
@@ -152,7 +152,7 @@ def size_of(announced: list[list[Field]], dtype: torch.dtype) -> int:
     return size
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(announcements, st.sampled_from([torch.float32, torch.float64]), seeds())
 def test_payloads_come_out_of_the_buffer_as_they_went_in(
     announced: list[list[Field]], dtype: torch.dtype, seed: int

@@ -1,7 +1,6 @@
 """Real processes over gloo: the same as in lockstep, and clear errors in place of hangs."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,32 +12,11 @@ import torch
 
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep, step_together
+from tests.launcher import LIMIT, environment, launch
 from tests.wire import process_worker as script
 
 # One process of pytest runs them all: they share launches, and several would crowd the cores.
 pytestmark = pytest.mark.xdist_group("processes")
-
-ROOT = Path(__file__).parents[2]
-LIMIT = 120  # seconds for a whole launch, of which loading torch takes most
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def results_of(folder: Path) -> dict[int, dict[str, Any]]:
-    return {int(file.stem): json.loads(file.read_text()) for file in folder.glob("*.json")}
-
-
-def launch(task: str, world_size: int, folder: Path) -> list[dict[str, Any]]:
-    """What each worker of a torchrun launch reports."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world_size}", script.__file__, task, str(folder)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    found = results_of(folder)
-    assert len(found) == world_size
-    return [found[worker] for worker in range(world_size)]
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 workers", "4 workers"])
@@ -46,7 +24,7 @@ def agreed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """What the workers report of the task "agree"."""
-    return launch("agree", request.param, tmp_path_factory.mktemp("agree"))
+    return launch(script.__file__, request.param, tmp_path_factory.mktemp("agree"), "agree")
 
 
 def test_workers_are_bitwise_equal_after_50_steps(agreed: list[dict[str, Any]]) -> None:
@@ -124,7 +102,7 @@ def test_a_group_ends_with_destroy_process_group(agreed: list[dict[str, Any]]) -
 def test_what_is_made_and_loaded_before_the_group_trains_like_what_is_made_after_it(
     tmp_path: Path,
 ) -> None:
-    workers = launch("early", 2, tmp_path)
+    workers = launch(script.__file__, 2, tmp_path, "early")
     for worker in workers:
         assert worker["early"] == worker["late"]
         assert worker["early"]["parameters"] != worker["start"]["parameters"]
@@ -153,7 +131,7 @@ def test_a_worker_that_dies_leaves_the_others_intact(world_size: int, tmp_path: 
         for worker in workers:
             worker.kill()
     assert codes == [3 if rank == 1 else 0 for rank in range(world_size)]
-    found = results_of(tmp_path)
+    found = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
     assert sorted(found) == [rank for rank in range(world_size) if rank != 1]
     for rank, report in found.items():
         assert report["error"]["type"] == "CollectiveError"

@@ -12,8 +12,6 @@ from efsgd.randomness import generator_of
 # Columns that nothing is known of count less than any that was learned, should the rank shrink
 # again before a step has been taken.
 _UNKNOWN = 2.0**-10
-
-
 # What a column of zeros may become by rotation, in float64, beside the longest.
 _ROUNDING = 2.0**-44
 
@@ -34,14 +32,6 @@ def resized(kept: Tensor, fresh: Tensor) -> Tensor:
         [m, r'] float64, on the CPU; the same bits for the same values, whatever their strides, on
         workers of one kind. Between processors of several kinds it may differ by rounding, which
         the mean of the next step takes away.
-
-    Example:
-        >>> from efsgd.algorithms.low_rank.factors import resized
-        >>> kept = torch.tensor([[0.0, 3.0, 4.0], [5.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-        >>> resized(kept, torch.ones(3, 1)).norm(dim=0)  # one of length 5 in place of 3 and 4
-        tensor([5.], dtype=torch.float64)
-        >>> resized(kept, torch.ones(3, 4)).shape
-        torch.Size([3, 4])
     """
     # Contiguous, as sums of other strides have other bits: a state in training is a view, a loaded
     # one is not.
@@ -82,8 +72,8 @@ def _rotated(known: Tensor) -> Tensor:
 def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
     """Q for one parameter before anything is known of it: i.i.d. standard normal.
 
-    The same on every worker and in every run, whatever else draws random numbers; the global
-    generator is not touched. Source: Algorithm 1, line 1.
+    The same on every worker and in every run, whatever else draws random numbers. Source: Algorithm
+    1, line 1.
 
     Args:
         seed: of the optimizer.
@@ -94,13 +84,6 @@ def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Te
 
     Returns:
         [m, r], float64, on the CPU.
-
-    Example:
-        >>> from efsgd.algorithms.low_rank.factors import initial_query
-        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 5, 3, 2))
-        True
-        >>> torch.equal(initial_query(0, 5, 3, 2), initial_query(0, 6, 3, 2))
-        False
     """
     generator = generator_of(seed, index, step)
     return torch.randn(m, r, dtype=torch.float64, generator=generator, device="cpu")

@@ -28,13 +28,6 @@ class Fusion:
     """Compiles, once for each function, shape and set of flags, and applies.
 
     Numbers are passed as tensors, so that a new learning rate compiles nothing.
-
-    Example:
-        >>> from efsgd.algorithms.low_rank.products import subtract_
-        >>> from efsgd.algorithms.low_rank.fusion import Fusion
-        >>> p_hat, q, x = torch.ones(512, 1), torch.ones(1, 512), torch.ones(512, 512)
-        >>> if Fusion().apply_(subtract_, p_hat, q, [x], {}):
-        ...     assert not x.any()
     """
 
     #: Up to this rank a sum of outer products is faster than a product of matrices, and from this
@@ -46,13 +39,7 @@ class Fusion:
 
     @classmethod
     def gains(cls, n: int, m: int, r: int, device: str) -> bool:
-        """Whether a product [n, r] by [r, m] is faster fused than multiplied out in pieces.
-
-        Example:
-            >>> from efsgd.algorithms.low_rank.fusion import Fusion
-            >>> Fusion.gains(768, 3072, 4, "cpu"), Fusion.gains(768, 3072, 32, "cpu")
-            (True, False)
-        """
+        """Whether a product [n, r] by [r, m] is faster fused than multiplied out in chunks."""
         if device != "cpu":  # nothing was measured there yet; a launch saved is a launch saved
             return r <= cls.MAX_RANK
         return r <= cls.MAX_RANK and n * m >= cls.MIN_FLOATS and r * m <= cls.MAX_Q_FLOATS
@@ -69,14 +56,7 @@ class Fusion:
     ) -> bool:
         """Compiles what `apply_` will need, on zeros of the same shapes; nothing is modified.
 
-        Args:
-            function: see `apply_`.
-            factors: P̂ and Q, see `apply_`.
-            operands: see `apply_`; their values do not matter.
-            options: see `apply_`.
-
-        Returns:
-            Whether `apply_` will find it compiled, or will not want it compiled.
+        Returns whether `apply_` will find it compiled, or will not want it compiled.
         """
         P_hat, Q = factors
         if not self.gains(P_hat.shape[0], Q.shape[1], Q.shape[0], P_hat.device.type):
@@ -105,8 +85,7 @@ class Fusion:
             options: floats become tensors of no dimension; all else is compiled in.
 
         Returns:
-            Whether it was done. If not, nothing has changed: the matrix is too small to gain, or
-            the compiler has failed, which a warning has said.
+            Whether it was done. If not, nothing has changed.
         """
         (n, r), m = P_hat.shape, Q.shape[1]
         if not self.gains(n, m, r, P_hat.device.type):

@@ -22,40 +22,42 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement, subtract_
 from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.algorithms.low_rank.fusion import Fusion
 from efsgd.layout import Batch, Blocks, Elementwise, Layout
-from efsgd.profiling import Phases
 from efsgd.wire.collectives import InFlight
 
 # What is multiplied out at once on a CPU: 2 MiB in float32. Large enough that starting an operation
 # costs little beside it, small enough to be in the cache still when the next operation reads it.
 FLOATS_AT_ONCE = 2**19
-
-
-# Unlike sums, products gain by pieces that stay in a core's own cache.
+# Unlike sums, products gain by chunks that stay in a core's own cache.
 FLOATS_OF_A_PRODUCT = 2**16
 
 
-class LowRankAggregator:
+class LowRankAggregator(Aggregator):
     """What aggregators have in common whose results are products P Q^T.
 
-    Attributes:
-        layout: the plan; the level of an entry is its rank.
-        phases: names the phases of a step.
-
     Args:
-        layout: see above.
-        dtype: of factors and buffers.
-        device: of factors and buffers.
+        layout: the plan; the level of an entry is its rank.
+        placement: dtype and device of factors and buffers.
+        seed: with `warm_start=False`, the seed from which factors are drawn at every step.
+        warm_start: whether a step starts from the factors of the step before it.
         fusion: multiplies products of small rank out where they are used; None: never.
     """
 
     def __init__(
-        self, layout: Layout, dtype: torch.dtype, device: torch.device, fusion: Fusion | None
+        self,
+        layout: Layout,
+        placement: Placement,
+        *,
+        seed: int = 0,
+        warm_start: bool = True,
+        fusion: Fusion | None = None,
     ) -> None:
-        self.layout, self.phases = layout, Phases()
-        self._dtype, self._device, self._fusion = dtype, device, fusion
+        super().__init__(layout, placement)
+        self.seed, self.warm_start, self._fusion = seed, warm_start, fusion
+        self._dtype, self._device = dtype, device = placement.dtype, placement.device
         self._P_shapes = [(len(b.entries), b.rows, rank_of(b)) for b in layout.batches]
         self._Q_shapes = [(len(b.entries), rank_of(b), b.columns) for b in layout.batches]
         at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
@@ -117,14 +119,14 @@ class LowRankAggregator:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Compressed):
     """The compressed representation (P̂, Q) of matrices, not yet multiplied out.
 
-    With P̂ a projection has orthonormal columns, which is Algorithm 1; nothing here relies on it.
+    In Algorithm 1 the columns of P̂ are orthonormal; nothing here relies on it.
 
     Attributes:
         layout: whose matrices these are.
-        scratch: memory for the pieces that are multiplied out.
+        scratch: memory for the chunks that are multiplied out.
         fusion: multiplies out where the product is used, without `scratch`; None: never.
         P_hat: [b, n, r] for each batch.
         Q: [b, r, m] for each batch (the paper's Q, transposed).
@@ -138,18 +140,10 @@ class LowRank:
     Q: Sequence[Tensor]
     in_flight: InFlight | None = None
 
-    @property
-    def is_finite(self) -> bool:
-        """The factors are, if what was sent is."""
-        return True
-
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
-        """Hands P̂Q^T to `function`, a few rows or matrices at a time.
-
-        See `efsgd.compressors.Compressed`.
-        """
+        """Hands P̂Q^T to `function`, a few rows or matrices at a time."""
         for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
             done: set[int] = set()
             if self.fusion is not None:
@@ -158,7 +152,7 @@ class LowRank:
                     factors = P_hat[position], Q[position]
                     if own and self.fusion.apply_(function, *factors, own, options):
                         done.add(index)
-            for matrices, rows in batch.pieces(operands[0].keys() - done, self.scratch.numel()):
+            for matrices, rows in batch.chunks(operands[0].keys() - done, self.scratch.numel()):
                 entries = batch.entries[matrices]
                 shape = (len(entries), rows.stop - rows.start, batch.columns)
                 values = self.scratch[: math.prod(shape)].view(shape)
@@ -182,7 +176,7 @@ class LowRank:
                 others |= views
                 continue
             floats = FLOATS_OF_A_PRODUCT if M.is_cpu else batch.floats
-            for matrices, rows in batch.pieces(views, floats):
+            for matrices, rows in batch.chunks(views, floats):
                 M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
         self.decompress_with_(subtract_, others)
 
@@ -197,12 +191,6 @@ class LowRank:
         return found
 
 
-def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
-    """Subtracts each of `values` from its minuend (modified in place)."""
-    for value, minuend in zip(values, minuends, strict=True):
-        minuend.sub_(value)
-
-
 def adopt_(
     kept: Sequence[Tensor],
     means: Sequence[Tensor],
@@ -213,14 +201,8 @@ def adopt_(
     """Keeps averaged factors for the next step (modified in place).
 
     A column that is exactly zero (a layer without gradient, a matrix of lower rank) keeps its last
-    value instead: from a zero column nothing could ever be learned again.
-
-    Args:
-        kept: of each batch (modified in place).
-        means: of each batch.
-        layout: whose batches these are.
-        absent: parameters that take no part in the step and keep theirs.
-        dim: along which the columns lie.
+    value instead: from a zero column nothing could ever be learned again. So do `absent`
+    parameters. Columns lie along `dim`.
     """
     for batch, own, mean in zip(layout.batches, kept, means, strict=True):
         keep = (mean == 0).all(dim=dim, keepdim=True)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.wire.bits import pack, packed_size, unpack
-from efsgd.wire.collectives import AllGather, AllToAll, Exchange
+from efsgd.wire.collectives import AllGather, AllToAll, Collective, Exchange
 
 
 @dataclass(frozen=True)
@@ -37,76 +38,60 @@ class Coded:
     scales: Tensor
 
 
-class Coding:
-    """Turns matrices that lie one after the other in a flat buffer into codes, and back.
-
-    Attributes:
-        quantizer: makes the codes.
-        sizes: the number of elements of each matrix.
-        matrix_of: [numbers] int64: to which matrix each element belongs.
-
-    Args:
-        quantizer: makes the codes.
-        sizes: the number of elements of each matrix, none of them zero.
-        device: of the buffers.
-    """
-
-    def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], device: torch.device) -> None:
-        self.quantizer, self.sizes = quantizer, tuple(sizes)
-        counts = torch.tensor(self.sizes, dtype=torch.int64, device=device)
-        self.matrix_of = torch.arange(len(counts), device=device).repeat_interleave(counts)
-
-    def encode(self, flat: Tensor) -> Coded:
-        """The codes of all matrices, with one scale for each.
-
-        Args:
-            flat: [numbers], finite.
-        """
-        parts = list(flat.split(self.sizes))
-        scales = torch.stack(torch._foreach_norm(parts, math.inf)) if parts else flat.new_zeros(0)
-        return Coded(self.quantizer.encode(flat, scales[self.matrix_of]), scales)
-
-    def decode(self, coded: Coded) -> Tensor:
-        """What codes stand for: [numbers], of the dtype of the scales."""
-        return self.quantizer.decode(coded.codes, coded.scales[self.matrix_of])
-
-
 class GatheredMean:
     """All codes and scales go to all workers: what one receives grows with their number.
 
     Args:
-        coding: of the matrices.
+        quantizer: makes the codes.
+        sizes: the number of elements of each matrix, none of them zero. They lie one after the
+            other in a flat buffer.
+        placement: dtype and device of the buffer.
     """
 
-    def __init__(self, coding: Coding) -> None:
-        self._coding = coding
+    def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], placement: Placement) -> None:
+        self._quantizer, self._sizes, self._dtype = quantizer, tuple(sizes), placement.dtype
+        counts = torch.tensor(self._sizes, dtype=torch.int64, device=placement.device)
+        # [numbers]: to which matrix each element belongs.
+        self._matrix_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
 
-    @staticmethod
-    def nbytes(sizes: Sequence[int], bits: int, itemsize: int) -> int:
+    @classmethod
+    def nbytes(cls, sizes: Sequence[int], bits: int, itemsize: int, world_size: int) -> int:
         """What one worker hands over: its scales, and its codes without gaps between them."""
         return len(sizes) * itemsize + packed_size(sum(sizes), bits)
 
-    def send(self, coded: Coded, purpose: str) -> AllGather:
+    def encode(self, flat: Tensor) -> Coded:
+        """The codes of finite numbers, with one scale for each matrix."""
+        scales = torch.stack(torch._foreach_norm(list(flat.split(self._sizes)), math.inf))
+        return Coded(self._quantizer.encode(flat, scales[self._matrix_of]), scales)
+
+    def decode(self, coded: Coded) -> Tensor:
+        """What codes decode to: [numbers], of the dtype of the scales."""
+        return self._quantizer.decode(coded.codes, coded.scales[self._matrix_of])
+
+    def send(self, coded: Coded, purpose: str) -> Collective:
         """The collective to start, which `mean` is given the answer of."""
-        packed = pack(coded.codes & _mask(self._coding), self._coding.quantizer.bits)
+        packed = pack(self._unsigned(coded), self._quantizer.bits)
         return AllGather(torch.cat([coded.scales.view(torch.uint8), packed]), purpose)
 
-    def mean(self, received: Tensor, dtype: torch.dtype, purpose: str) -> Exchange[Tensor]:
-        """The mean of what the workers have sent, in worker order: [numbers].
+    def mean(self, received: Tensor, purpose: str) -> Exchange[Tensor]:
+        """The mean, [numbers], of what the workers have sent, which is the answer to `send`."""
+        yield from ()
+        return self._average(received, self._matrix_of)
 
-        Args:
-            received: the answer to `send`.
-            dtype: of the numbers.
-            purpose: makes no difference.
-        """
-        coding, bits = self._coding, self._coding.quantizer.bits
-        count, head = sum(coding.sizes), len(coding.sizes) * dtype.itemsize
-        scales = _scales(received[:, :head], dtype)
-        total = torch.zeros(count, dtype=dtype, device=received.device)
+    def _unsigned(self, coded: Coded) -> Tensor:
+        return coded.codes & int(2**self._quantizer.bits - 1)
+
+    def _average(self, received: Tensor, matrix_of: Tensor) -> Tensor:
+        """The mean of scales and codes, [workers, bytes], in worker order."""
+        count, bits = len(matrix_of), self._quantizer.bits
+        head = received.shape[1] - packed_size(count, bits)
+        # Copied, since they need not be aligned.
+        scales = received[:, :head].clone(memory_format=torch.contiguous_format).view(self._dtype)
+        total = torch.zeros(count, dtype=self._dtype, device=received.device)
         for own, packed in zip(scales, received[:, head:], strict=True):
             # Dividing first, so that a sum of finite numbers stays finite.
-            total += coding.decode(Coded(unpack(packed, count, bits), own)) / len(received)
-        yield from ()
+            codes = unpack(packed, count, bits)
+            total += self._quantizer.decode(codes, own[matrix_of]) / len(received)
         return total
 
 
@@ -126,13 +111,7 @@ class Parts:
 
     @classmethod
     def cut(cls, sizes: Sequence[int], world_size: int) -> Parts:
-        """Cuts them.
-
-        Example:
-            >>> from efsgd.algorithms.quantization.coded_mean import Parts
-            >>> Parts.cut([4, 2, 5], world_size=3)
-            Parts(size=4, first=(0, 1, 2), width=2)
-        """
+        """Cuts them."""
         ends = list(itertools.accumulate(sizes))
         size = -(-ends[-1] // world_size)
         ranges = [range(w * size, (w + 1) * size) for w in range(world_size)]
@@ -144,70 +123,42 @@ class Parts:
         return cls(size, tuple(first), width)
 
 
-class ScatteredMean:
+class ScatteredMean(GatheredMean):
     """Each worker averages one part: what one receives does not grow with their number.
 
     Args:
-        coding: of the matrices, of which there is at least one.
-        worker: this worker.
-        world_size: the number of workers.
+        quantizer: see `GatheredMean`.
+        sizes: see `GatheredMean`; of at least one matrix.
+        placement: dtype and device, worker and number of workers.
     """
 
-    def __init__(self, coding: Coding, worker: int, world_size: int) -> None:
-        self._coding = coding
-        self._parts = parts = Parts.cut(coding.sizes, world_size)
-        device = coding.matrix_of.device
+    def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], placement: Placement) -> None:
+        super().__init__(quantizer, sizes, placement)
+        self._parts = parts = Parts.cut(self._sizes, placement.world_size)
+        worker, device = placement.worker, placement.device
         first = torch.tensor(parts.first, device=device)
         # [world_size, width]: whose scales go with each part; some of them only fill the row.
         within = torch.arange(parts.width, device=device)
-        self._scales_of = (first[:, None] + within).clamp_(max=len(coding.sizes) - 1)
-        own = coding.matrix_of[worker * parts.size : (worker + 1) * parts.size]
+        self._scales_of = (first[:, None] + within).clamp_(max=len(self._sizes) - 1)
+        own = self._matrix_of[worker * parts.size : (worker + 1) * parts.size]
         self._own_matrix_of = torch.zeros(parts.size, dtype=torch.int64, device=device)
         self._own_matrix_of[: len(own)] = own - parts.first[worker]
 
-    @staticmethod
-    def nbytes(sizes: Sequence[int], bits: int, itemsize: int, world_size: int) -> int:
+    @classmethod
+    def nbytes(cls, sizes: Sequence[int], bits: int, itemsize: int, world_size: int) -> int:
         """What one worker hands over: a row for each worker, and the mean of its own part."""
         parts = Parts.cut(sizes, world_size)
         row = parts.width * itemsize + packed_size(parts.size, bits)
         return world_size * row + parts.size * itemsize
 
-    def send(self, coded: Coded, purpose: str) -> AllToAll:
-        """The collective to start, which `mean` is given the answer of."""
-        bits, codes = self._coding.quantizer.bits, coded.codes & _mask(self._coding)
+    def send(self, coded: Coded, purpose: str) -> Collective:
+        codes = self._unsigned(coded)
         padded = codes.new_zeros(len(self._scales_of), self._parts.size)
         padded.view(-1)[: len(codes)] = codes
-        packed = torch.stack([pack(part, bits) for part in padded])
+        packed = torch.stack([pack(part, self._quantizer.bits) for part in padded])
         scales = coded.scales[self._scales_of].view(torch.uint8)
         return AllToAll(torch.cat([scales, packed], dim=1), purpose)
 
-    def mean(self, received: Tensor, dtype: torch.dtype, purpose: str) -> Exchange[Tensor]:
-        """The mean of what the workers have sent, in worker order: [numbers].
-
-        Args:
-            received: the answer to `send`.
-            dtype: of the numbers.
-            purpose: what is sent, for error messages and traces.
-        """
-        quantizer, parts = self._coding.quantizer, self._parts
-        head = parts.width * dtype.itemsize
-        scales = _scales(received[:, :head], dtype)
-        total = torch.zeros(parts.size, dtype=dtype, device=received.device)
-        for own, packed in zip(scales, received[:, head:], strict=True):
-            codes = unpack(packed, parts.size, quantizer.bits)
-            total += quantizer.decode(codes, own[self._own_matrix_of]) / len(received)
-        means: Tensor = yield AllGather(total, purpose)
-        return means.view(-1)[: sum(self._coding.sizes)]
-
-
-#: Either way.
-CodedMean = GatheredMean | ScatteredMean
-
-
-def _scales(bytes_: Tensor, dtype: torch.dtype) -> Tensor:
-    """[workers, n] of `dtype` from [workers, n bytes], which need not be aligned."""
-    return bytes_.clone(memory_format=torch.contiguous_format).view(dtype)
-
-
-def _mask(coding: Coding) -> int:
-    return int(2**coding.quantizer.bits - 1)
+    def mean(self, received: Tensor, purpose: str) -> Exchange[Tensor]:
+        means: Tensor = yield AllGather(self._average(received, self._own_matrix_of), purpose)
+        return means.view(-1)[: sum(self._sizes)]

@@ -6,11 +6,11 @@ Source: Li et al.: "LQ-SGD", 2025, arXiv 2506.17974.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from efsgd.checks import require_integer, require_number
 from efsgd.wire.bits import MAX_BITS
 
 # Below this alpha the logarithm is a straight line to all digits of float64.
@@ -19,8 +19,6 @@ _LINEAR = 2.0**-54
 
 # Beyond these, float32 would not tell neighboring levels apart, or would overflow.
 _BITS_OF_FLOAT32 = 16
-
-
 _ALPHA_OF_FLOAT32 = 2.0**32
 
 
@@ -32,7 +30,7 @@ class LogQuantizer:
     α) and L = 2^(bits - 1) - 1 is the number of levels of either sign. At most it is moved by
     s·ln(1 + α)·(abs(x) / s + 1 / α) / 2L, up to a factor of 1 + O(1 / L).
 
-    Laws: what codes stand for has the same codes again, if its dtype can hold it; a power of two
+    Laws: what codes decode to has the same codes again, if its dtype can hold it; a power of two
     that multiplies numbers and scale changes no code.
 
     Source: Li et al. 2025, arXiv 2506.17974.
@@ -41,33 +39,15 @@ class LogQuantizer:
         bits: of a code, 2 to 32.
         alpha: α, at least 0. The larger it is, the finer are the steps near zero; 0 has equal
             steps.
-
-    Example:
-        >>> from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
-        >>> quantizer = LogQuantizer(bits=4, alpha=10.0)
-        >>> x = torch.tensor([-2.0, 0.0, 0.1, 1.0])
-        >>> codes = quantizer.encode(x, torch.tensor(2.0))
-        >>> codes.tolist()
-        [-7, 0, 1, 5]
-        >>> quantizer.decode(codes, torch.tensor(2.0))
-        tensor([-2.0000,  0.0000,  0.0817,  0.9089])
     """
 
     bits: int = 8
     alpha: float = 10.0
 
     def __post_init__(self) -> None:
-        bits: Any = self.bits
-        alpha: Any = self.alpha
-        if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= MAX_BITS:
-            raise ValueError(
-                f"Invalid bits: {bits!r}. Must be an integer from 2 to {MAX_BITS}; 8 is usual."
-            )
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not _is_valid(alpha):
-            raise ValueError(
-                f"Invalid alpha: {alpha!r}. Must be a finite number of at least 0; 10.0 is usual, "
-                f"and 0 gives equal steps."
-            )
+        require_integer("bits", self.bits, 2, MAX_BITS, remedy="8 is usual.")
+        usual = "10.0 is usual, and 0 gives equal steps."
+        require_number("alpha", self.alpha, remedy=usual)
 
     @property
     def levels(self) -> int:
@@ -75,11 +55,7 @@ class LogQuantizer:
         return int(2 ** (self.bits - 1) - 1)
 
     def compand(self, x: Tensor) -> Tensor:
-        """q(x), in the dtype of x; by ln(1 + αx), which is accurate for every α.
-
-        Args:
-            x: from -1 to 1.
-        """
+        """q(x) for x from -1 to 1, in its dtype; by ln(1 + αx), which is accurate for every α."""
         if self.alpha < _LINEAR:
             return x.clone()
         magnitude = torch.log1p(float(self.alpha) * x.abs()).div_(math.log1p(self.alpha))
@@ -94,15 +70,12 @@ class LogQuantizer:
         return magnitude.copysign_(q)
 
     def encode(self, x: Tensor, scale: Tensor) -> Tensor:
-        """The codes of numbers.
+        """The codes of finite numbers, int64 from -L to L.
 
         Args:
-            x: finite, float32 or float64.
+            x: float32 or float64.
             scale: the largest magnitude in x, or more; of a shape that broadcasts. Where it is
                 zero, x is.
-
-        Returns:
-            Of the shape of x, int64, from -L to L.
         """
         if self.bits > _BITS_OF_FLOAT32 or self.alpha > _ALPHA_OF_FLOAT32:
             x, scale = x.double(), scale.double()
@@ -110,15 +83,14 @@ class LogQuantizer:
         return self.compand(ratio).mul_(self.levels).round_().long()
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """What codes stand for: zeros where they or the scales are zero.
+        """What codes decode to: zeros where they or the scales are zero.
+
+        Equal codes and scales give bitwise equal numbers.
 
         Args:
             codes: integers, of which the lowest `bits` count: from -L to L, or in their place
                 from 0 to 2^bits - 1 what `efsgd.wire.bits` packs.
-            scale: float32 or float64, of a shape that broadcasts.
-
-        Returns:
-            Of the dtype of scale; equal codes and scales give bitwise equal numbers.
+            scale: float32 or float64, which the result is then; of a shape that broadcasts.
         """
         codes = codes.long() & (2**self.bits - 1)
         if self.bits <= _BITS_OF_FLOAT32:
@@ -126,20 +98,13 @@ class LogQuantizer:
         return (self._unit(codes) * scale.double()).to(scale.dtype)
 
     def _unit(self, codes: Tensor) -> Tensor:
-        """What codes from 0 to 2^bits - 1 stand for at scale 1, float64."""
+        """What codes from 0 to 2^bits - 1 decode to at scale 1, float64."""
         half = 2 ** (self.bits - 1)
         signed = (codes ^ half) - half  # two's complement: no bits set is zero
         return self.expand((signed.double() / self.levels).clamp_(min=-1))
 
 
-def _is_valid(alpha: float) -> bool:
-    try:
-        return math.isfinite(alpha) and alpha >= 0
-    except OverflowError:  # an integer beyond all floats
-        return False
-
-
 @functools.lru_cache(maxsize=32)
 def _table(quantizer: LogQuantizer, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What each code stands for at scale 1: [2**bits]."""
+    """What each code decodes to at scale 1: [2**bits]."""
     return quantizer._unit(torch.arange(2**quantizer.bits, device="cpu")).to(device, dtype)

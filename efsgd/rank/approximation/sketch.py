@@ -22,15 +22,7 @@ _AT_ONCE = 1 << 18  # elements for which random numbers are drawn together
 
 
 def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
-    """A tensor in `size` numbers, or all of it where it has no more.
-
-    Args:
-        tensor: any shape, floating point.
-        size: the number of buckets.
-        seed: of the choices.
-
-    Returns:
-        [min(size, numel)], of the same dtype and device.
+    """A tensor in `size` numbers, or all of it where it has no more, by random choices.
 
     Example:
         >>> from efsgd.rank.approximation.sketch import sketch
@@ -52,13 +44,10 @@ def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
 
 
 def mean_norms(tensors: Iterable[Tensor], size: int | None, seed: int) -> Exchange[list[float]]:
-    """The norms of the tensors' means over the workers.
+    """The norms of the tensors' means over the workers, with a relative error of 1 / √(2·size).
 
-    Args:
-        tensors: of this worker; as many, of equal shapes and dtypes, on every worker.
-        size: how many numbers of each are sent at most: the norms' relative error has a standard
-            deviation of about 1 / √(2·size). None sends all of them.
-        seed: the same on every worker.
+    Of each tensor at most `size` numbers are sent (None: all). The workers' tensors have the same
+    shapes, and the seed is the same.
     """
     parts = [
         own.reshape(-1) if size is None else sketch(own, size, seed + number)
@@ -70,5 +59,5 @@ def mean_norms(tensors: Iterable[Tensor], size: int | None, seed: int) -> Exchan
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
     buffer = torch.cat([part.to(device, dtype) for part in parts])
     mean = yield AllReduceMean(buffer, "sketches of accumulated gradients")
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in mean.split(sizes)]
-    return [float(norm) for norm in norms]
+    norms = (torch.linalg.vector_norm(part, dtype=torch.float64) for part in mean.split(sizes))
+    return list(map(float, norms))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.low_rank.factors import initial_query
-from efsgd.algorithms.low_rank.orthogonalization import normalize_columns, orthogonalize
+from efsgd.algorithms.powersgd import normalize_columns, orthogonalize
 from efsgd.rank.approximation.sketch import mean_norms
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
@@ -34,16 +34,12 @@ def power_tails(
     *,
     iterations: int = 2,
     sketch: int | None = 4096,
-    seed: int = 0,
 ) -> Exchange[dict[int, Tensor]]:
     """What remains of each mean matrix at ranks 0 to r, by power iteration.
 
-    Args:
-        matrices: A by index, [n, m], this worker's own.
-        ranks: r of each, at most min(n, m).
-        iterations: products from both sides, at least 1; each sends r·(n + m) numbers of a matrix.
-        sketch: how many numbers of each remainder are sent, to know its norm; None: all.
-        seed: of the first Q, the same on every worker.
+    `matrices` are this worker's own, [n, m]; `ranks` has r of each, at most min(n, m). Each of the
+    `iterations` sends r·(n + m) numbers of a matrix; of each remainder `sketch` numbers are sent
+    (None: all), to know its norm.
 
     Returns:
         By index, [r + 1] float64: at k, the Frobenius norm of what a rank-k approximation leaves,
@@ -51,7 +47,7 @@ def power_tails(
         but for rounding. NaN or infinite where sums overflow.
     """
     Qs = {
-        index: initial_query(seed, index, A.shape[1], ranks[index]).to(A.device, A.dtype)
+        index: initial_query(0, index, A.shape[1], ranks[index]).to(A.device, A.dtype)
         for index, A in matrices.items()
     }
     P_hats, local = {}, Qs
@@ -62,7 +58,7 @@ def power_tails(
         local = {index: A.mT @ P_hats[index] for index, A in matrices.items()}
         Qs = yield from _means(local, "Q of accumulated gradients")
     remainders = (A - P_hats[index] @ local[index].mT for index, A in matrices.items())
-    norms = yield from mean_norms(remainders, sketch, seed)
+    norms = yield from mean_norms(remainders, sketch, seed=0)
     found = {}
     for (index, Q), norm in zip(Qs.items(), norms, strict=True):
         rest = 0.0 if ranks[index] == min(matrices[index].shape) else norm
@@ -73,16 +69,9 @@ def power_tails(
 def exact_tails(
     means: Mapping[int, Tensor], ranks: Mapping[int, int], world_size: int, worker: int
 ) -> Exchange[dict[int, Tensor]]:
-    """The same, from the mean matrices themselves. Each worker does a part of the work.
+    """The same, from the mean matrices, which all workers have. Each does a part of the work.
 
-    Args:
-        means: by index, [n, m], equal on all workers.
-        ranks: see `power_tails`.
-        world_size: the number of workers.
-        worker: this worker's place among them, from 0.
-
-    Returns:
-        See `power_tails`; here of the best approximation, up to 1e-8 times the norm of the matrix.
+    It is that of the best approximation, up to 1e-8 times the norm of the matrix.
     """
     found = {}
     for number, (index, A) in enumerate(means.items()):

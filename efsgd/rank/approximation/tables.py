@@ -1,38 +1,33 @@
-"""What each layer's compression misses at each value, of what was accumulated in a window."""
+"""What each layer's compression misses at each value, of what was accumulated in a window.
+
+Of low-rank compressors it is what the best approximations of the workers' mean miss. Compressors of
+single tensors are tried: each worker compresses its own tensors, and the mean over the workers of
+what they miss is taken.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from efsgd.compressors import LQSGD, Compressor, PowerSGD, TensorCompressor
 from efsgd.layout import matrix_shape
-from efsgd.rank.accumulation import Accumulator
-from efsgd.rank.approximation.measured import measured_errors
+from efsgd.randomness import Draws
+from efsgd.rank.accumulation import Accumulator, mean_table
 from efsgd.rank.approximation.spectra import exact_tails, power_tails
-from efsgd.rank.base import Layer, Value
 from efsgd.rank.checks import require_choice, require_counts
 from efsgd.rank.costs.volumes import with_value
+from efsgd.rank.layers import Layer, Value
 from efsgd.wire.collectives import Broadcast, Exchange, run
 from efsgd.wire.transports import Alone
 
 
 @dataclass(frozen=True)
 class ErrorTables:
-    """How errors are found. Of low-rank compressors they are those of the best approximations.
-
-    Attributes:
-        setting: of which `values` are.
-        values: the columns of a table.
-        spectrum: "power" or "svd"; see `LGreCo`.
-        iterations: see `LGreCo`.
-        gradients: "mean" or "worker 0"; see `LGreCo`.
-        sketch: see `LGreCo`.
-
-    Raises:
-        ValueError: an attribute is out of range.
-    """
+    """How errors are found, at each of some values of a setting; for the options see `LGreCo`."""
 
     setting: str
     values: Sequence[Value]
@@ -47,28 +42,18 @@ class ErrorTables:
         require_counts(iterations=self.iterations, sketch=1 if self.sketch is None else self.sketch)
 
     def validate(self, compressor: Compressor, layers: Sequence[Layer]) -> None:
-        """Checks that errors of a compressor can be told.
-
-        Args:
-            compressor: of the optimizer.
-            layers: with the settings of their groups.
-
-        Raises:
-            ValueError: they cannot.
-        """
-        is_low_rank = isinstance(compressor, PowerSGD | LQSGD) and self.setting == "rank"
-        if not is_low_rank and not all(self._is_single(compressor, layer) for layer in layers):
+        """Raises a ValueError where it is not known how a compressor's errors depend on values."""
+        is_known = isinstance(compressor, PowerSGD | LQSGD) and self.setting == "rank"
+        if isinstance(compressor, TensorCompressor):
+            options = self.setting, self.values[0]
+            own: list[Any] = [with_value(compressor, n.settings, *options) for n in layers]
+            is_known = not any(each.takes_all_at_once for each in own)
+        if not is_known:
             raise ValueError(
                 f"Invalid compressor: {compressor!r} with the setting {self.setting!r}. Must be a "
                 f"PowerSGD or LQSGD with 'rank', or a TensorCompressor that takes one tensor at a "
                 f"time: of others it is not known how errors depend on values."
             )
-
-    def _is_single(self, compressor: Compressor, layer: Layer) -> bool:
-        if not isinstance(compressor, TensorCompressor):
-            return False
-        own = with_value(compressor, layer.settings, self.setting, self.values[0])
-        return isinstance(own, TensorCompressor) and not own.takes_all_at_once
 
     def measure(
         self,
@@ -78,29 +63,22 @@ class ErrorTables:
         world_size: int,
         worker: int,
     ) -> Exchange[list[list[float]]]:
-        """The table: a row for each layer, a column for each value. The same on every worker.
+        """A row for each layer, all of which have a sum, and a column for each value.
 
-        Where sums have overflowed it is not finite.
-
-        Args:
-            compressor: of the layers.
-            layers: all of which have a sum.
-            accumulator: has the sums.
-            world_size: the number of workers.
-            worker: this worker's place among them, from 0.
+        It is the same on every worker, and not finite where sums have overflowed.
         """
         if self.gradients == "mean":
             return (yield from self._measure(compressor, layers, accumulator, world_size, worker))
-        rows, obstacle = [[math.nan] * len(self.values) for _ in layers], None
+        rows, failure = [[math.nan] * len(self.values) for _ in layers], None
         if worker == 0:
             try:
                 rows = run(self._measure(compressor, layers, accumulator, 1, 0), Alone())
             except Exception as error:  # the others are waiting, so it is raised afterwards
-                obstacle = error
+                failure = error
         table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
         answer = yield Broadcast(table, "errors of accumulated gradients")
-        if obstacle is not None:
-            raise obstacle
+        if failure is not None:
+            raise failure
         found: list[list[float]] = answer.tolist()
         return found
 
@@ -113,8 +91,7 @@ class ErrorTables:
         worker: int,
     ) -> Exchange[list[list[float]]]:
         if isinstance(compressor, TensorCompressor):
-            table = layers, self.setting, self.values
-            return (yield from measured_errors(compressor, *table, accumulator.sums, worker))
+            return (yield from self.tried(compressor, layers, accumulator.sums, worker))
         shapes = {layer.index: matrix_shape(layer.shape) for layer in layers}
         columns = {layer.index: self._ranks(compressor, layer) for layer in layers}
         ranks = {index: max(own) for index, own in columns.items()}
@@ -127,18 +104,46 @@ class ErrorTables:
             tails = yield from power_tails(
                 matrices, ranks, iterations=self.iterations, sketch=self.sketch
             )
-        return [_row(columns[layer.index], tails[layer.index].tolist()) for layer in layers]
+        # At rank 0 nothing is approximated.
+        return [
+            [float(tails[index][rank]) if rank else 0.0 for rank in own]
+            for index, own in columns.items()
+        ]
 
     def _ranks(self, compressor: Compressor, layer: Layer) -> list[int]:
         """Of the approximation at each value; 0 where the layer is sent uncompressed."""
         most = min(matrix_shape(layer.shape))
-        found = []
-        for value in self.values:
-            level = layer.level(compressor, self.setting, value)
-            found.append(0 if level is None else min(int(value), most))
-        return found
+        levels = [layer.level(compressor, self.setting, value) for value in self.values]
+        pairs = zip(levels, self.values, strict=True)
+        return [0 if level is None else min(int(value), most) for level, value in pairs]
+
+    def tried(
+        self,
+        compressor: TensorCompressor,
+        layers: Sequence[Layer],
+        tensors: Mapping[int, Tensor],
+        worker: int,
+    ) -> Exchange[list[list[float]]]:
+        """The mean norms of what is missed of this worker's tensors, by index.
+
+        NaN where a tensor is not finite. What the compressor raises on this worker is raised after
+        the collective; the other workers have NaN.
+        """
+
+        def row(layer: Layer) -> list[float]:
+            levels = (layer.level(compressor, self.setting, value) for value in self.values)
+            return [_missed(level, layer.index, tensors[layer.index], worker) for level in levels]
+
+        sizes, purpose = (len(layers), len(self.values)), "errors of accumulated gradients"
+        return mean_table(lambda: map(row, layers), *sizes, layers[0].device, purpose)
 
 
-def _row(ranks: Sequence[int], tails: Sequence[float]) -> list[float]:
-    """The errors at these ranks; none at 0, where nothing is approximated."""
-    return [tails[rank] if rank else 0.0 for rank in ranks]
+def _missed(operator: TensorCompressor | None, index: int, tensor: Tensor, worker: int) -> float:
+    if operator is None:
+        return 0.0
+    if not tensor.isfinite().all():
+        return math.nan  # compressors are only ever given finite tensors
+    draws = Draws(operator.seed_of_draws, index, 0, worker)
+    rest = tensor.clone()
+    operator.add_decompressed_(rest, operator.compress(tensor, draws), draws, -1.0)
+    return float(torch.linalg.vector_norm(rest, dtype=torch.float64))

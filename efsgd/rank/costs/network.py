@@ -1,6 +1,5 @@
 """How long an all-reduce takes between these workers: a latency, and a time for each byte."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -8,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from efsgd.rank.checks import require_numbers
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
 #: Tells seconds, from any beginning.
 Clock = Callable[[], float]
-
 
 #: The size of the larger buffer that is timed: 1 MiB. The smaller one is a single float32.
 LARGE_BYTES = 2**20
@@ -40,17 +39,12 @@ class Network:
     seconds_per_byte: float
 
     def __post_init__(self) -> None:
-        for name in ("latency", "seconds_per_byte"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number, at least 0.")
+        require_numbers(latency=self.latency, seconds_per_byte=self.seconds_per_byte)
 
     def seconds(self, nbytes: float, collectives: int = 2) -> float:
-        """What all-reduces take, one after the other.
+        """What all-reduces take, one after the other, by the bytes of a worker's buffers together.
 
-        Args:
-            nbytes: of one worker's buffers, all together.
-            collectives: how many there are. An ordinary step of PowerSGD has two.
+        An ordinary step of PowerSGD has two.
         """
         return collectives * self.latency + nbytes * self.seconds_per_byte
 
@@ -63,44 +57,18 @@ def seconds_now(device: torch.device, clock: Clock = time.perf_counter) -> float
 
 
 def measure_network(
-    device: torch.device,
-    world_size: int,
-    *,
-    repeats: int = 5,
-    clock: Clock = time.perf_counter,
+    device: torch.device, world_size: int, *, repeats: int = 5, clock: Clock = time.perf_counter
 ) -> Exchange[Network]:
     """Times all-reduces of one float32 and of `LARGE_BYTES`: medians, averaged over the workers.
 
-    Of each size the first one is left out: it waits for the slowest worker to arrive.
-
-    Args:
-        device: of the buffers.
-        world_size: the number of workers. One alone sends nothing, which costs nothing.
-        repeats: how many of each size are timed.
-        clock: tells the time.
-
-    Returns:
-        The same network on every worker, bit by bit.
-
-    Raises:
-        ValueError: `repeats` is below 1.
-
-    Example:
-        >>> from efsgd.wire.collectives import run
-        >>> from efsgd.rank.costs.network import measure_network
-        >>> from efsgd.wire.transports import Alone
-        >>> run(measure_network(torch.device("cpu"), world_size=1), Alone())
-        Network(latency=0.0, seconds_per_byte=0.0)
+    Of each size the first one is left out: it waits for the slowest worker to arrive. The network
+    that is found is the same on every worker. One worker alone sends nothing, which costs nothing.
     """
-    if repeats < 1:
-        raise ValueError(f"Invalid repeats: {repeats!r}. Must be at least 1.")
     if world_size == 1:
         return Network(0.0, 0.0)
-    sizes = torch.float32.itemsize, LARGE_BYTES
     medians = []
-    for nbytes in sizes:
-        floats = nbytes // torch.float32.itemsize
-        buffer = torch.zeros(floats, dtype=torch.float32, device=device)
+    for nbytes in (4, LARGE_BYTES):
+        buffer = torch.zeros(nbytes // 4, dtype=torch.float32, device=device)
         durations = []
         for _ in range(repeats + 1):
             began = seconds_now(device, clock)
@@ -109,4 +77,4 @@ def measure_network(
         medians.append(statistics.median(durations[1:]))
     own = torch.tensor(medians, dtype=torch.float64, device=device)
     small, large = (yield AllReduceMean(own, "seconds of all-reduces")).tolist()
-    return Network(max(0.0, small), max(0.0, (large - small) / (sizes[1] - sizes[0])))
+    return Network(max(0.0, small), max(0.0, (large - small) / (LARGE_BYTES - 4)))

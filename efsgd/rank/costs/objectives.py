@@ -1,17 +1,26 @@
-"""What an allocation is to make least, where it is not bytes."""
+"""What an allocation makes least, where that is not bytes: the time of a step."""
 
+import math
+import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from efsgd.compressors import Compressor
-from efsgd.rank.base import Layer, Value
-from efsgd.rank.checks import require_counts
-from efsgd.rank.costs.durations import measured_seconds, modelled_seconds
-from efsgd.rank.costs.network import Clock, Network, measure_network
-from efsgd.rank.costs.volumes import byte_table
-from efsgd.wire.collectives import Exchange
+import torch
+
+from efsgd.algorithms.interfaces import Placement
+from efsgd.compressors import Compressed, Compressor
+from efsgd.errors import CollectiveError
+from efsgd.layout import Blocks, Entry, Layout
+from efsgd.randomness import generator_of
+from efsgd.rank.accumulation import mean_table
+from efsgd.rank.checks import require_counts, require_exchange
+from efsgd.rank.costs.network import Clock, Network, measure_network, seconds_now
+from efsgd.rank.costs.volumes import byte_table, with_value
+from efsgd.rank.layers import Layer, Value
+from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.transports import Alone
 
 #: What each layer costs at each value, by compressor, layers, setting, values and the number of
 #: workers: an exchange whose result is the same on every worker, a row for each layer.
@@ -68,40 +77,97 @@ class StepTime:
             setting: whose values they are.
             values: the columns.
             world_size: the number of workers.
+
+        Raises:
+            CollectiveError: another worker could not measure.
         """
         network, repeats, clock = self.network, self.repeats, self.clock
         if network is None:
             network = yield from measure_network(
                 layers[0].device, world_size, repeats=repeats, clock=clock
             )
-        options = compressor, layers, setting, values, world_size
-        sent = byte_table(*options, as_all_reduce=True)
-        seconds = modelled_seconds(sent, network)
+        options = compressor, layers, setting, values
+        sent = byte_table(*options, world_size, as_all_reduce=True)
+        share = network.seconds(0) / len(layers)  # of the latencies, which all layers share
+        seconds = [[share + network.seconds(nbytes, 0) for nbytes in row] for row in sent]
         if self.compression:
-            measured = yield from measured_seconds(*options[:-1], repeats=repeats, clock=clock)
+            measured = yield from compression_seconds(*options, repeats=repeats, clock=clock)
             pairs = [zip(*rows, strict=True) for rows in zip(seconds, measured, strict=True)]
             seconds = [[a + b for a, b in row] for row in pairs]
         return [[1000 * each for each in row] for row in seconds]
 
 
-def checked(
-    costs: Exchange[Sequence[Sequence[float]]], rows: int, columns: int
-) -> Exchange[Sequence[Sequence[float]]]:
-    """What an exchange finds, if it has the shape of a table.
+def compression_seconds(
+    compressor: Compressor,
+    layers: Sequence[Layer],
+    setting: str,
+    values: Sequence[Value],
+    *,
+    repeats: int = 5,
+    clock: Clock = time.perf_counter,
+) -> Exchange[list[list[float]]]:
+    """The seconds of lines 8 and 10 of Algorithm 2 for each layer alone, without what is sent.
+
+    Each worker times them on made-up numbers, once more than `repeats` to warm up; the medians are
+    averaged over the workers. Of what is gathered only the worker's own payload is decompressed.
 
     Raises:
-        TypeError: it is no exchange.
-        ValueError: it has not.
+        CollectiveError: another worker could not measure.
     """
-    if not isinstance(costs, Generator):
-        raise TypeError(
-            f"Invalid costs: {costs!r}. Must come from a generator: where it needs no collective, "
-            f"let `yield from ()` come before `return`."
-        )
-    found = yield from costs
+    known: dict[Any, float] = {}
+
+    def seconds(layer: Layer, value: Value) -> float:
+        own = with_value(compressor, layer.settings, setting, value)
+        key = layer.shape, layer.dtype, layer.device, own.level(layer.shape, own.settings())
+        if key not in known:
+            known[key] = _seconds_alone(own, layer, repeats, clock)
+        return known[key]
+
+    found = yield from mean_table(
+        lambda: [[seconds(layer, value) for value in values] for layer in layers],
+        len(layers),
+        len(values),
+        layers[0].device,
+        "seconds of compression",
+    )
+    if not all(math.isfinite(each) for row in found for each in row):
+        raise CollectiveError("another worker could not measure, and says itself why.")
+    return found
+
+
+def _seconds_alone(own: Compressor, layer: Layer, repeats: int, clock: Clock) -> float:
+    settings, device, dtype = own.settings(), layer.device, layer.dtype
+    entry = Entry(0, layer.shape, own.level(layer.shape, settings))
+    if entry.level is None:
+        return 0.0
+    layout = Layout.plan([entry])
+    aggregator = own.aggregator(layout, settings, Placement(dtype, device))
+    initial = own.initial_state(entry, settings)
+    for name, view in aggregator.state()[entry.index].items():
+        view.copy_(initial[name])
+    deltas = Blocks(layout, dtype, device)
+    made = torch.randn(entry.numel, generator=generator_of(0), dtype=dtype, device="cpu")
+    deltas.flat.copy_(made)
+
+    def lines_8_and_10() -> Exchange[Compressed]:
+        return (yield from aggregator.aggregate((yield from aggregator.compress(deltas, 1))))
+
+    durations = []
+    for _ in range(repeats + 1):
+        began = seconds_now(device, clock)
+        run(lines_8_and_10(), Alone())
+        durations.append(seconds_now(device, clock) - began)
+    return statistics.median(durations[1:])
+
+
+def validated(
+    costs: Exchange[Sequence[Sequence[float]]], rows: int, columns: int
+) -> Exchange[Sequence[Sequence[float]]]:
+    """What an exchange finds; an error where it is no exchange, or finds no table of this shape."""
+    found = yield from require_exchange(costs, "costs")
     if [len(row) for row in found] != [columns] * rows:
         raise ValueError(
             f"Invalid costs: {found!r}. Must be {rows} rows, one for each layer, of {columns} "
             f"numbers, one for each value."
         )
-    return found
+    return found  # type: ignore[no-any-return]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from efsgd.compressors import Compressor
-from efsgd.engine.observation import Observation
 from efsgd.errors import warn_user
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.approximation.sketch import mean_norms
-from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import require_choice, require_counts, require_numbers
+from efsgd.rank.layers import Layer, Value
 from efsgd.wire.collectives import Broadcast, Exchange
 
 
@@ -50,9 +50,9 @@ class Accordion(RankPolicy):
     """Takes a high rank in critical regimes of training and a low one in all others.
 
     A regime is critical where the norm of the gradient that was accumulated over a window has
-    changed by `threshold` or more since the last window that was looked at, and from a fall of the
+    changed by `threshold` or more since the last window that was measured, and from a fall of the
     learning rate up to the next decision. The first windows are. A window ends with each call of
-    `RankScheduler.step`, as a rule after an epoch; every `interval`-th is looked at, and gradients
+    `RankScheduler.step`, as a rule after an epoch; every `interval`-th is measured, and gradients
     are accumulated in those alone.
 
     Differences to the authors' code: the gradient is the mean over the workers, not worker 0's; a
@@ -108,22 +108,13 @@ class Accordion(RankPolicy):
             )
         self.low, self.high, self.threshold, self.interval = low, high, threshold, interval
         self.scope, self.lr_fall, self.gradients, self.sketch = scope, lr_fall, gradients, sketch
-        self.setting = setting
+        self.setting, self.values = setting, (low, high)
         self._windows = 0  # that have ended
-        self._norms: dict[int, float] = {}  # of the last window that was looked at
+        self._norms: dict[int, float] = {}  # of the last window that was measured
         self._pending: dict[int, float] | None = None
         self._lrs: dict[int, float | None] = {}  # of each layer, in the window that is ending
         self._accumulator = Accumulator(with_errors=False)
-
-    @property
-    def values(self) -> Sequence[Value]:
-        """The low one and the high one."""
-        return self.low, self.high
-
-    @property
-    def accumulators(self) -> Sequence[Accumulator]:
-        """Of gradients, in windows that will be looked at."""
-        return (self._accumulator,)
+        self.accumulators = (self._accumulator,)
 
     @property
     def _is_looking(self) -> bool:
@@ -141,10 +132,6 @@ class Accordion(RankPolicy):
             )
         return {layer.index: self.high for layer in layers}
 
-    def observe(self, observation: Observation) -> None:
-        """Adds the gradients of a step."""
-        self._accumulator.add(observation)
-
     def propose(
         self, layers: Sequence[Layer], world_size: int, worker: int
     ) -> Exchange[Mapping[int, Value]]:
@@ -154,10 +141,9 @@ class Accordion(RankPolicy):
         if self._is_looking:
             self._pending = yield from self._measure(layers)
             for layer in layers:
-                known = self._norms.get(layer.index), self._pending.get(layer.index, math.nan)
-                proposed[layer.index] = (
-                    self.high if is_critical(*known, self.threshold) else self.low
-                )
+                norms = self._norms.get(layer.index), self._pending.get(layer.index, math.nan)
+                is_high = is_critical(*norms, self.threshold)
+                proposed[layer.index] = self.high if is_high else self.low
         for layer in layers:
             before = self._lrs.get(layer.index)
             if layer.lr is not None and before is not None and layer.lr < self.lr_fall * before:
@@ -184,10 +170,7 @@ class Accordion(RankPolicy):
         """Keeps norms and learning rates, and accumulates anew if the next window counts."""
         self._lrs = {layer.index: layer.lr for layer in layers}
         self._windows += 1
-        if self._is_looking:
-            self._accumulator.begin(layers)
-        else:
-            self._accumulator.end()
+        self._accumulator.begin(layers if self._is_looking else ())
         if self._pending is not None:
             self._norms, self._pending = self._pending, None
 
@@ -196,6 +179,6 @@ class Accordion(RankPolicy):
         return {"windows": self._windows, "norms": dict(self._norms), "lrs": dict(self._lrs)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores it."""
         self._windows = state_dict["windows"]
         self._norms, self._lrs = dict(state_dict["norms"]), dict(state_dict["lrs"])

@@ -4,19 +4,20 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 
 from efsgd.compressors import Compressor
-from efsgd.engine.observation import Observation
 from efsgd.errors import warn_user
-from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import require_counts
 from efsgd.rank.costs.network import Clock, Network, measure_network
-from efsgd.rank.costs.volumes import total_bytes
-from efsgd.rank.fitting import Fitting
+from efsgd.rank.costs.volumes import byte_table, total_bytes
+from efsgd.rank.fitting import largest_within
+from efsgd.rank.layers import Layer, Value
 from efsgd.wire.collectives import AllReduceMean, Exchange
 
 _STEPS_KEPT = 1000  # the last ones of a window, whose median counts
@@ -41,8 +42,8 @@ class CommunicationBudget(RankPolicy):
     Args:
         bytes_per_step: the budget in bytes; or
         share_of_step: in time, above 0 and below 1.
-        max_rank: the largest rank that is looked at.
-        values: all that are looked at, in order of ascending cost; by default the ranks from 1 to
+        max_rank: the largest rank that is considered.
+        values: all that are considered, in order of ascending cost; by default the ranks from 1 to
             `max_rank`.
         setting: what they are values of.
         interval: how many windows lie from one measurement to the next. A budget in bytes is looked
@@ -51,7 +52,7 @@ class CommunicationBudget(RankPolicy):
 
     Attributes:
         network: that was measured last; None before. The same on every worker.
-        step_seconds: of the last window that was looked at, the mean over the workers; None before.
+        step_seconds: of the last window that was measured, the mean over the workers; None before.
 
     Raises:
         ValueError: an argument is out of range, or not exactly one budget is given. From
@@ -66,6 +67,8 @@ class CommunicationBudget(RankPolicy):
         >>> scheduler.get_last_ranks()  # 4·7·(64 + 32) bytes, and 4·(32 + 2 + 1)
         {'parameter 0': 7}
     """
+
+    _compressor: Compressor  # known from `begin` on
 
     def __init__(
         self,
@@ -92,20 +95,15 @@ class CommunicationBudget(RankPolicy):
                 f"ascending cost."
             )
         self.bytes_per_step, self.share_of_step = bytes_per_step, share_of_step
-        self.setting, self.interval, self._values, self._clock = setting, interval, own, clock
+        self.setting, self.interval, self.values, self._clock = setting, interval, own, clock
         self.network: Network | None = None
         self.step_seconds: float | None = None
+        self._is_time = bytes_per_step is None
         self._pending: tuple[Network, float] | None = None
-        self._compressor: Compressor | None = None
         self._windows = 0  # that have ended
         self._last: float | None = None  # when the last step was seen
         self._durations: deque[float] = deque(maxlen=_STEPS_KEPT)
         self._has_warned = False
-
-    @property
-    def values(self) -> Sequence[Value]:
-        """Those that are looked at."""
-        return self._values
 
     def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
         """With a budget in bytes, what fits into it; else the optimizer's own values stay."""
@@ -113,24 +111,24 @@ class CommunicationBudget(RankPolicy):
         self._windows = -1  # the first `commit` begins window 0
         first, last = (
             total_bytes(compressor, layers, self.setting, [value] * len(layers))
-            for value in (self._values[0], self._values[-1])
+            for value in (self.values[0], self.values[-1])
         )
         if first > last:
             raise ValueError(
-                f"Invalid values: {self._values!r}. Must be in order of ascending cost, and the "
+                f"Invalid values: {self.values!r}. Must be in order of ascending cost, and the "
                 f"first sends {first} bytes of the layers, the last {last}."
             )
         if self.bytes_per_step is None:
             return {}
-        fit = self._fitting(layers).within_bytes(self.bytes_per_step)
-        if fit.values is None:
+        fitting, least = self._fit(self._free(layers), self.bytes_per_step)
+        if fitting is None:
             raise ValueError(
                 f"Invalid bytes_per_step: {self.bytes_per_step!r}. With {self.setting}="
-                f"{self._values[0]!r} a step sends {fit.least} bytes, "
+                f"{self.values[0]!r} a step sends {least} bytes, "
                 f"{self.background.nbytes} of them in parameters that are never compressed and in "
-                f"control words. Must be at least {fit.least}; or give smaller values."
+                f"control words. Must be at least {least}; or give smaller values."
             )
-        return fit.values
+        return fitting
 
     def count_step(self) -> None:
         """Takes the time since the last step of the window."""
@@ -140,51 +138,53 @@ class CommunicationBudget(RankPolicy):
             self._durations.append(now - self._last)
         self._last = now
 
-    def observe(self, observation: Observation) -> None:
-        """Looks at nothing but the clock; see `count_step`."""
-
     def propose(
         self, layers: Sequence[Layer], world_size: int, worker: int
     ) -> Exchange[Mapping[int, Value]]:
         """What fits into the budget; the smallest value, and once a warning, where nothing does."""
-        self._pending = None
+        self._pending, free = None, self._free(layers)
         if self.bytes_per_step is not None:
-            fit = self._fitting(layers).within_bytes(self.bytes_per_step)
-            what = f"{fit.least} bytes in a step, more than bytes_per_step={self.bytes_per_step!r}"
+            fitting, least = self._fit(free, self.bytes_per_step)
+            what = f"{least} bytes in a step, more than bytes_per_step={self.bytes_per_step!r}"
         else:
             is_time = self._windows % self.interval == 0
             measured = (yield from self._measure(layers[0].device, world_size)) if is_time else None
             if measured is None or self.share_of_step is None:
                 return {}
-            self._pending = measured
-            fit = self._fitting(layers).within_share(*measured, self.share_of_step)
-            what = f"{fit.least:.0%} of the time, more than share_of_step={self.share_of_step!r}"
-        if fit.values is not None:
-            return fit.values
+            self._pending = network, step_seconds = measured
+            seconds = partial(network.seconds, collectives=self.background.collectives)
+            present = seconds(self._bytes(free, [layer.value for layer in free]))
+            others = max(0.0, step_seconds - present)  # what is not communication stays as it is
+            limit = others * self.share_of_step / (1 - self.share_of_step)
+            fitting, least = self._fit(free, limit, seconds)
+            share = least / (least + others) if least else 0.0
+            what = f"{share:.0%} of the time, more than share_of_step={self.share_of_step!r}"
+        if fitting is not None:
+            return fitting
         if not self._has_warned:
             self._has_warned = True
             warn_user(
-                f"With {self.setting}={self._values[0]!r} communication takes {what}. That is the "
+                f"With {self.setting}={self.values[0]!r} communication takes {what}. That is the "
                 f"smallest value there is, and is taken. Raise the budget, or give smaller values."
             )
-        return {layer.index: self._values[0] for layer in layers}
+        return {layer.index: self.values[0] for layer in layers}
 
     def commit(self, layers: Sequence[Layer]) -> None:
         """Keeps what was measured; the time of a window's first step is not known."""
         if self._pending is not None:
             (self.network, self.step_seconds), self._pending = self._pending, None
-        self._windows += 1
-        self._last = None
-        self._durations.clear()
+        self._begin(self._windows + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of windows. A window's steps are timed from where it goes on."""
+        """The number of windows. Times of steps are not saved."""
         return {"windows": self._windows}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        self._windows = state_dict["windows"]
-        self._last = None
+        """Restores the number of windows."""
+        self._begin(state_dict["windows"])
+
+    def _begin(self, window: int) -> None:
+        self._windows, self._last = window, None
         self._durations.clear()
 
     def _measure(
@@ -197,10 +197,31 @@ class CommunicationBudget(RankPolicy):
         mean = (yield AllReduceMean(own, "seconds of a step")).item()
         return None if math.isnan(mean) else (network, mean)
 
-    def _fitting(self, layers: Sequence[Layer]) -> Fitting:
-        assert self._compressor is not None  # `begin` comes first
-        free = [layer for layer in layers if layer.index not in self.background.fixed]
-        return Fitting(self._compressor, free, self.setting, self._values, self.background)
+    def _free(self, layers: Sequence[Layer]) -> list[Layer]:
+        return [layer for layer in layers if layer.index not in self.background.fixed]
+
+    def _fit(
+        self,
+        layers: Sequence[Layer],
+        limit: float,
+        cost: Callable[[float], float] = lambda nbytes: nbytes,
+    ) -> tuple[Mapping[int, Value] | None, float]:
+        """The largest values whose bytes cost no more, by index, and the least cost there is."""
+        options = self.setting, self.values, self.background.world_size
+        table = byte_table(self._compressor, layers, *options, as_all_reduce=self._is_time)
+        chosen = largest_within(
+            self.values, table, lambda values: cost(self._bytes(layers, values)), limit
+        )
+        least = cost(self._bytes(layers, [self.values[0]] * len(layers)))
+        if chosen is None:
+            return None, least
+        return {layer.index: value for layer, value in zip(layers, chosen, strict=True)}, least
+
+    def _bytes(self, layers: Sequence[Layer], chosen: Sequence[Value]) -> float:
+        """Of a step; in a budget of time, as many as an all-reduce would send."""
+        options = self.setting, chosen, self.background.world_size
+        own = total_bytes(self._compressor, layers, *options, as_all_reduce=self._is_time)
+        return self.background.nbytes + own
 
 
 def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:

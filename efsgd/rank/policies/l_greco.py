@@ -14,10 +14,11 @@ from efsgd.engine.observation import Observation
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.allocation import Candidate, allocate_within
 from efsgd.rank.approximation.tables import ErrorTables
-from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import require_counts, require_numbers
-from efsgd.rank.costs.objectives import Costs, checked
+from efsgd.rank.costs.objectives import Costs, validated
 from efsgd.rank.costs.volumes import byte_table
+from efsgd.rank.layers import Layer, Value
 from efsgd.rank.policies.uniform import Uniform
 from efsgd.wire.collectives import Exchange
 
@@ -26,14 +27,14 @@ class LGreCo(RankPolicy):
     """Gives each layer the rank it needs: least traffic at no more error than a uniform rank's.
 
     Each window ends with a decision. What the layers' last corrected gradients Δ_w = g_w + e_w sum
-    up to says how large the error of each layer would be at each rank. Of all choices whose errors
-    add up to no more than those of the reference, the one that sends least is taken. So steps never
-    send more than with the reference, and never is the error larger, as far as it was measured.
-    What decisions send comes on top.
+    up to says how large the error of each layer would be at each rank. Of the choices whose errors
+    add up to no more than those of the reference, one that sends least is taken, or next to least
+    where layers are many (see `allocate`). So steps never send more than with the reference, and
+    the error is never larger, as far as it was measured. What decisions send comes on top.
 
     Differences to the authors' code: errors are those of the mean over the workers, not worker 0's;
-    they are not rounded to a grid, which excludes the uniform choice itself; the reference is what
-    is taken where nothing better is found; factors keep what they learned.
+    their sums are not rounded up to a grid, which excludes the uniform choice itself; the reference
+    is what is taken where nothing better is found; factors keep what they learned.
 
     Args:
         reference: the uniform rank whose total error must be kept; or another policy, such as
@@ -66,6 +67,8 @@ class LGreCo(RankPolicy):
 
     Source: arXiv 2210.17357.
     """
+
+    _compressor: Compressor  # known from `begin` on
 
     def __init__(
         self,
@@ -112,26 +115,16 @@ class LGreCo(RankPolicy):
         self.spectrum, self.iterations = spectrum, iterations
         self.gradients, self.sketch = gradients, sketch
         self.observations, self.interval = observations, interval
-        self._values = tuple(sorted(set(chosen)))
+        self.values = tuple(sorted(set(chosen)))
         options = spectrum, iterations, gradients, sketch
-        self._tables = ErrorTables(self.setting, self._values, *options)
-        self._compressor: Compressor | None = None
+        self._tables = ErrorTables(self.setting, self.values, *options)
         self._windows = 0  # that have ended
         self._steps = 0  # of the present window
         self._length = 0  # of the last window, in steps
         self._targets: dict[int, Value] = {}  # the reference's value of each layer
         self._pending: dict[int, Value] = {}
         self._accumulator = Accumulator(with_errors=True)
-
-    @property
-    def values(self) -> Sequence[Value]:
-        """All that can be chosen, ascending."""
-        return self._values
-
-    @property
-    def accumulators(self) -> Sequence[Accumulator]:
-        """Of corrected gradients, and what the reference accumulates."""
-        return self._accumulator, *self.reference.accumulators
+        self.accumulators = (self._accumulator, *reference.accumulators)
 
     @property
     def _is_looking(self) -> bool:
@@ -168,57 +161,39 @@ class LGreCo(RankPolicy):
         self, layers: Sequence[Layer], world_size: int, worker: int
     ) -> Exchange[Mapping[int, Value]]:
         """The choice of least cost, at no more error than the reference's."""
-        assert self._compressor is not None
         self.reference.background = self.background
         seen = [self._as_reference_has_it(layer) for layer in layers]
         wanted = yield from self.reference.propose(seen, world_size, worker)
         self._pending = {**{layer.index: layer.value for layer in seen}, **wanted}
         changed = {i: v for i, v in self._pending.items() if v != self._targets.get(i)}
-        known = [layer for layer in layers if self._is_known(layer.index)]
+        # Those that have a sum, and something to be compared with.
+        sums = self._accumulator.sums
+        known = [n for n in layers if n.index in sums and self._pending[n.index] in self.values]
         if not (self._is_looking and self._is_summing and known):
             return changed
         errors = yield from self._tables.measure(
             self._compressor, known, self._accumulator, world_size, worker
         )
-        costs = yield from self._costs(known, world_size)
+        options = self._compressor, known, self.setting, self.values, world_size
+        costs: Sequence[Sequence[float]]
+        if self.costs is None:
+            costs = byte_table(*options)
+        else:
+            costs = yield from validated(self.costs(*options), len(known), len(self.values))
         if not all(math.isfinite(error) for row in errors for error in row):
             return changed  # an overflow: there is nothing to go by
-        rows = zip(known, costs, errors, strict=True)
         # A layer without errors had no gradients, and keeps what the reference has for it.
-        if not (telling := [row for row in rows if any(row[2])]):
+        rows = [row for row in zip(known, costs, errors, strict=True) if any(row[2])]
+        if not rows:
             return changed
-        return {**self._pending, **self._allocated(*zip(*telling, strict=True))}
-
-    def _is_known(self, index: int) -> bool:
-        """Whether a layer has a sum, and something to be compared with."""
-        return index in self._accumulator.sums and self._pending[index] in self._values
-
-    def _allocated(
-        self,
-        layers: Sequence[Layer],
-        costs: Sequence[Sequence[float]],
-        errors: Sequence[Sequence[float]],
-    ) -> dict[int, Value]:
-        table = [
-            [Candidate(*pair) for pair in zip(*rows, strict=True)]
-            for rows in zip(costs, errors, strict=True)
-        ]
-        reference = [self._values.index(self._pending[layer.index]) for layer in layers]
+        table = [[Candidate(*pair) for pair in zip(*row, strict=True)] for _, *row in rows]
+        reference = [self.values.index(self._pending[layer.index]) for layer, *_ in rows]
         chosen = allocate_within(table, reference, self.tolerance)
-        pairs = zip(layers, chosen, strict=True)
-        return {layer.index: self._values[position] for layer, position in pairs}
+        found = {n.index: self.values[k] for (n, *_), k in zip(rows, chosen, strict=True)}
+        return {**self._pending, **found}
 
     def _as_reference_has_it(self, layer: Layer) -> Layer:
         return dataclasses.replace(layer, value=self._targets.get(layer.index, layer.value))
-
-    def _costs(
-        self, layers: Sequence[Layer], world_size: int
-    ) -> Exchange[Sequence[Sequence[float]]]:
-        assert self._compressor is not None
-        options = self._compressor, layers, self.setting, self._values, world_size
-        if self.costs is None:
-            return byte_table(*options)
-        return (yield from checked(self.costs(*options), len(layers), len(self._values)))
 
     def commit(self, layers: Sequence[Layer]) -> None:
         """Keeps what the reference wants, and sums anew if the next window counts."""
@@ -226,10 +201,7 @@ class LGreCo(RankPolicy):
         self.reference.commit([self._as_reference_has_it(layer) for layer in layers])
         self._length, self._steps = self._steps, 0
         self._windows += 1
-        if self._is_looking:
-            self._accumulator.begin(layers)
-        else:
-            self._accumulator.end()
+        self._accumulator.begin(layers if self._is_looking else ())
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers of windows and steps, and the reference's values and state."""
@@ -242,7 +214,7 @@ class LGreCo(RankPolicy):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores it."""
         self._windows, self._steps = state_dict["windows"], state_dict["steps"]
         self._length = state_dict["length"]
         self._targets = dict(state_dict["targets"])

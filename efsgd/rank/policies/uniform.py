@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efsgd.compressors import Compressor
-from efsgd.engine.observation import Observation
-from efsgd.rank.base import Layer, RankPolicy, Value
+from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import require_numbers
+from efsgd.rank.layers import Layer, Value
 from efsgd.wire.collectives import Exchange
 
 
@@ -23,19 +23,11 @@ class Uniform(RankPolicy):
 
     def __init__(self, value: Value, setting: str = "rank") -> None:
         require_numbers(value=value)
-        self.value, self.setting = value, setting
-
-    @property
-    def values(self) -> Sequence[Value]:
-        """The one."""
-        return (self.value,)
+        self.value, self.values, self.setting = value, (value,), setting
 
     def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
         """The one."""
         return {layer.index: self.value for layer in layers}
-
-    def observe(self, observation: Observation) -> None:
-        """Looks away."""
 
     def propose(
         self, layers: Sequence[Layer], world_size: int, worker: int

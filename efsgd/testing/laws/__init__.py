@@ -2,7 +2,9 @@
 
 from efsgd.testing.laws.aggregators import (
     averages_what_is_sent,
+    decompresses_alike,
     draws_as_claimed,
+    leaves_deltas_alone,
     travels_as_claimed,
 )
 from efsgd.testing.laws.claims import contracts_as_claimed, is_unbiased_as_claimed
@@ -13,7 +15,6 @@ from efsgd.testing.laws.runs import (
     resumes_to_the_bit,
 )
 from efsgd.testing.laws.sending import has_one_schedule, sends_what_it_announces
-from efsgd.testing.laws.tensors import decompresses_alike, leaves_deltas_alone
 from efsgd.testing.laws.values import (
     keeps_shapes_and_dtypes,
     keeps_workers_equal,

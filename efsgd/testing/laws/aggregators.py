@@ -1,37 +1,102 @@
-"""Laws of one step's exchange, looked at from inside: what is sent, and what comes of it."""
+"""Laws of compressing and aggregating, looked at from inside."""
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.bucket import Bucket
-from efsgd.layout import Blocks
-from efsgd.testing.gradients import made_up
+from efsgd.algorithms.interfaces import Placement
+from efsgd.algorithms.operators import Payload
+from efsgd.compressors import TensorCompressor
+from efsgd.layout import Blocks, Entry, Layout
+from efsgd.randomness import Draws
+from efsgd.testing.gradients import gaussian, made_up
 from efsgd.testing.lockstep import lockstep
-from efsgd.testing.simulation import Simulation
+from efsgd.testing.simulation import largest
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
-from efsgd.wire.collectives import Exchange
+from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.transports import Alone
 
 # What is lost to rounding in float64: 2e-16 for each of some dozen sums.
 TOLERANCE = 1e-10
 
-
 # What may be missing of a tensor that is sent as it is: payloads may have numbers in float32.
 ROUNDING = 1e-6
 
-
-#: Steps among which others of the same kind are looked for, and how many of them are tried.
-HORIZON = 256
-
-
-TRIED, TRIED_AT_RANDOM = 6, 32
+# Steps among which others of the same kind are looked for, and how many of them are tried.
+HORIZON, TRIED, TRIED_AT_RANDOM = 256, 6, 32
 
 
-_GATHERS = ("AllGather", "AllToAll")
+@law
+def decompresses_alike(trial: Trial) -> None:
+    """What a payload decompresses to depends on payload, shape and shared numbers alone.
+
+    For compressors of one tensor at a time: `decompress` gives the tensor's shape, and the same
+    whenever it is called; `add_decompressed_` adds the same, times alpha; neither changes the
+    payload; and a payload of zeros decompresses to zeros.
+    """
+    compressor = trial.compressor
+    for delta, payload, draws in _payloads(trial):
+        assert isinstance(compressor, TensorCompressor)
+        what = f"for shape {list(delta.shape)}"
+        sent = [field.clone() for field in payload]
+        once = compressor.decompress(payload, delta.shape, draws)
+        if once.shape != delta.shape:
+            raise Violation(
+                f"{what} decompress returns shape {list(once.shape)}",
+                "decompress must return the shape that it is given.",
+            )
+        if not torch.equal(once, compressor.decompress(payload, delta.shape, draws)):
+            raise Violation(
+                f"{what} decompress returns something else when it is called again",
+                "All workers must get the same from a payload: draw from draws.shared() alone.",
+            )
+        out = torch.ones_like(delta)
+        compressor.add_decompressed_(out, payload, draws, -0.5)
+        # Two roundings of float64, relative to the largest summand.
+        if largest(out - (1 - 0.5 * once)) > 1e-14 * max(1.0, largest(once)):
+            raise Violation(
+                f"{what} add_decompressed_ adds something else than alpha times what decompress "
+                f"returns",
+                "Let both say the same, or leave add_decompressed_ away.",
+            )
+        if not all(map(torch.equal, sent, payload)):
+            raise Violation(f"{what} decompressing modifies the payload", "It must not.")
+        zeros = [torch.zeros_like(field) for field in payload]
+        if compressor.decompress(zeros, delta.shape, draws).any():
+            raise Violation(
+                f"{what} a payload of zeros does not decompress to zeros",
+                "Workers that cannot take part in a step send zeros. Shift codes, or send a scale.",
+            )
+
+
+@law
+def leaves_deltas_alone(trial: Trial) -> None:
+    """Compressing does not modify what is compressed, and no payload is a view of it.
+
+    What was compressed becomes the new error once what was sent is subtracted, in place.
+    """
+    remedy = "Copy what is to be changed or sent, for example by delta.clone()."
+    for delta, payload, _ in _payloads(trial):
+        own = delta.untyped_storage().data_ptr()
+        if any(field.untyped_storage().data_ptr() == own for field in payload):
+            what = f"for shape {list(delta.shape)} compress returns a view of delta"
+            raise Violation(what, remedy)
+    for dtype in (torch.float32, torch.float64):
+        [sender] = _senders(trial, 1, dtype)
+        deltas = sender.fill("gaussian")
+        kept = {index: view.clone() for index, view in deltas.views.items()}
+        run(sender.aggregator.compress(deltas, 1), Alone())
+        for batch in deltas.layout.batches:
+            for entry in batch.entries:
+                if not torch.equal(deltas.views[entry.index], kept[entry.index]):
+                    raise Violation(
+                        f"compress modifies a tensor of shape {list(entry.shape)} in {dtype}",
+                        remedy,
+                    )
 
 
 @law
@@ -42,42 +107,41 @@ def averages_what_is_sent(trial: Trial) -> None:
     float64, in a step of every kind, with error feedback and without.
     """
     for world_size in trial.fewest_and_most:
-        workers = _started(trial, world_size)
+        senders = _senders(trial, world_size)
         for step in trial.first_steps():
-            for buckets in _sections(workers):
-                found = _exchange(buckets, step, trial.seed)
-                sent = torch.stack([each.sent for each in found]).mean(0)
-                largest = max(_largest(each.sent) for each in found)
-                wrong = max(_largest(each.received - sent) for each in found)
-                if not wrong <= TOLERANCE * largest:
-                    raise Violation(
-                        f"in step {step} with {world_size} workers, what they get differs by "
-                        f"{wrong:.3g} from the mean of what each has sent, beside values up to "
-                        f"{largest:.3g}",
-                        "With `averages`, `decompress` must be linear: what the mean of payloads "
-                        "stands for must be the mean of what each stands for. Gather them "
-                        "otherwise.",
-                    )
+            found = _exchange(senders, step)
+            sent = torch.stack([each.sent for each in found]).mean(0)
+            greatest = max(largest(each.sent) for each in found)
+            wrong = max(largest(each.received - sent) for each in found)
+            if not wrong <= TOLERANCE * greatest:
+                raise Violation(
+                    f"in step {step} with {world_size} workers, what they get differs by "
+                    f"{wrong:.3g} from the mean of what each has sent, beside values up to "
+                    f"{greatest:.3g}",
+                    "With `averages`, `decompress` must be linear: what the mean of payloads "
+                    "decompresses to must be the mean of what each decompresses to. Gather them "
+                    "otherwise.",
+                )
 
 
 @law
 def travels_as_claimed(trial: Trial) -> None:
     """Where `claims().averages`, no step gathers anything; otherwise some step does."""
-    averages = trial.compressor.claims().averages
+    averages, gathered = trial.compressor.claims().averages, False
     if not trial.compressed_shapes():
         return
-    workers, gathered = trial.simulate(trial.several), False
+    workers = trial.simulate(trial.several)
     for step in range(1 + max(trial.steps - 1, *trial.first_steps())):
-        scene = workers.scene
-        trace = workers.step(trial.gradients(trial.several, step, kinds=["gaussian"]))
-        gathers = [traced for traced in trace if traced.kind in _GATHERS]
-        gathered = gathered or bool(gathers)
-        if averages and gathers:
-            raise Violation(
-                f"{scene} gathers {gathers[0].purpose!r} by {gathers[0].kind}, and claims to be "
-                f"averaged",
-                "Claim averages=False: what a worker receives grows with their number.",
-            )
+        scene, _, trace = workers.take(step, kinds=["gaussian"])
+        for traced in trace:
+            gathers = traced.kind in ("AllGather", "AllToAll")
+            gathered = gathered or gathers
+            if averages and gathers:
+                raise Violation(
+                    f"{scene} gathers {traced.purpose!r} by {traced.kind}, and claims to be "
+                    f"averaged",
+                    "Claim averages=False: what a worker receives grows with their number.",
+                )
     if not averages and not gathered:
         raise Violation(
             "no step gathers anything, and it claims not to be averaged",
@@ -92,32 +156,29 @@ def draws_as_claimed(trial: Trial) -> None:
     What is sent and what is kept are bitwise the same for the same tensors, from the same state.
     Where it is random, they differ in some of 32 steps, unless all is sent as it is.
     """
-    is_random, by_beat = trial.compressor.claims().is_random, defaultdict[Hashable, list[int]](list)
+    is_random = trial.compressor.claims().is_random
     if not trial.compressed_shapes():
         return
-    workers = _started(trial, 1)
-    for step in range(HORIZON):
-        by_beat[trial.compressor.step_kind(step, dict(workers.group))].append(step)
-    all_tried, is_lossy = True, False
-    for steps in by_beat.values():
-        for buckets in _sections(workers):
-            first = None
-            for step in steps[: TRIED_AT_RANDOM if is_random else TRIED]:
-                (found,) = _exchange(buckets, step, trial.seed, keeps=True)
-                first = first or found
-                if not all(map(torch.equal, first.bits, found.bits)):
-                    if is_random:
-                        return
-                    raise Violation(
-                        f"what is sent or kept for the same tensors is another in step {step} than "
-                        f"in step {steps[0]}, and it claims not to be random",
-                        "Claim is_random=True where anything is drawn. What else depends on the "
-                        "step's number belongs into `step_kind`.",
-                    )
-                missing = _largest(found.deltas - found.sent)
-                is_lossy = is_lossy or missing > ROUNDING * _largest(found.deltas)
-            all_tried = all_tried and len(steps) > 1
-    if is_random and is_lossy and all_tried:
+    senders, kinds = _senders(trial, 1), trial.kinds_of_steps(HORIZON).values()
+    is_lossy = False
+    for steps in kinds:
+        first: list[Tensor] = []
+        for step in steps[: TRIED_AT_RANDOM if is_random else TRIED]:
+            [found] = _exchange(senders, step)
+            outcome = [found.sent, *found.kept]
+            first = first or outcome
+            if not all(map(torch.equal, first, outcome)):
+                if is_random:
+                    return
+                raise Violation(
+                    f"what is sent or kept for the same tensors is another in step {step} than "
+                    f"in step {steps[0]}, and it claims not to be random",
+                    "Claim is_random=True where anything is drawn. What else depends on the "
+                    "step's number belongs into `step_kind`.",
+                )
+            missing = largest(found.deltas - found.sent)
+            is_lossy = is_lossy or missing > ROUNDING * largest(found.deltas)
+    if is_random and is_lossy and all(len(steps) > 1 for steps in kinds):
         raise Violation(
             "what is sent and kept for the same tensors is the same in all steps, and it claims to "
             "be random",
@@ -125,75 +186,83 @@ def draws_as_claimed(trial: Trial) -> None:
         )
 
 
+def _payloads(trial: Trial) -> Iterator[tuple[Tensor, Payload, Draws]]:
+    """Tensors, what is sent for them, and what is drawn from when decompressing it.
+
+    None where the compressor is not one of single tensors.
+    """
+    compressor, shapes = trial.compressor, trial.compressed_shapes()
+    if not isinstance(compressor, TensorCompressor):
+        return
+    if compressor.takes_all_at_once:
+        shapes = [torch.Size([shape.numel()]) for shape in shapes]
+    for index, shape in enumerate(shapes):
+        delta = gaussian(shape, trial.seed, index)
+        where = compressor.seed_of_draws, index, trial.seed
+        yield delta, compressor.compress(delta, Draws(*where, 0)), Draws(*where, None)
+
+
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of an exchange on one worker: flat, matrices alone."""
+    """What came of an exchange on one worker: matrices, flat; and what the next starts from."""
 
     deltas: Tensor
     sent: Tensor
     received: Tensor
     kept: Sequence[Tensor]
 
-    @property
-    def bits(self) -> list[Tensor]:
-        return [self.sent, *self.kept]
+
+class _Sender:
+    """One worker's aggregator without an optimizer around it."""
+
+    def __init__(self, trial: Trial, world_size: int, worker: int, dtype: torch.dtype) -> None:
+        compressor, settings = copy.deepcopy(trial.compressor), trial.simulate(1).group
+        entries = [
+            Entry(index, tuple(shape), compressor.level(torch.Size(shape), settings))
+            for index, shape in enumerate(trial.shapes)
+        ]
+        self._layout, self._kind = Layout.plan(entries), (dtype, torch.device("cpu"))
+        placement = Placement(*self._kind, worker, world_size)
+        self.aggregator = compressor.aggregator(self._layout, settings, placement)
+        self.aggregator.groups = dict.fromkeys(range(len(entries)), settings)
+        for index, views in self.aggregator.state().items():
+            initial = compressor.initial_state(entries[index], settings)
+            for name, view in views.items():
+                view.copy_(initial[name])
+        self._deltas = Blocks(self._layout, *self._kind, self.aggregator.vectors)
+        self._path = worker, trial.seed, 2
+
+    def fill(self, kind: str) -> Blocks:
+        """Tensors that depend on the worker alone."""
+        for index, view in self._deltas.views.items():
+            view.copy_(made_up(kind, view.shape, *self._path, index))
+        return self._deltas
+
+    def exchange(self, step: int) -> Exchange[_Outcome]:
+        """One exchange after which nothing is kept."""
+        deltas = self.fill("scaled")
+        left, received = (Blocks(self._layout, *self._kind) for _ in range(2))
+        before = deltas.flat.clone()
+        local = yield from self.aggregator.compress(deltas, step)
+        local.subtract_from_(left)
+        mean = yield from self.aggregator.aggregate(local)
+        mean.decompress_with_(_copy_, received.views)
+        state = [own[name] for own in self.aggregator.state().values() for name in sorted(own)]
+        present = [tensor.clone() for tensor in state]
+        self.aggregator.commit_(frozenset())
+        kept = [tensor.clone() for tensor in state]
+        _copy_(present, state)
+        return _Outcome(before, -left.flat, received.flat, kept)
 
 
-def _started(trial: Trial, world_size: int) -> Simulation:
-    """Workers after one step, so that their aggregators are there."""
-    workers = trial.simulate(world_size)
-    workers.step(trial.gradients(world_size, 0, kinds=["gaussian"]))
-    return workers
+def _senders(trial: Trial, world_size: int, dtype: torch.dtype = torch.float64) -> list[_Sender]:
+    return [_Sender(trial, world_size, worker, dtype) for worker in range(world_size)]
 
 
-def _sections(workers: Simulation) -> list[tuple[Bucket, ...]]:
-    """Those that compress something: of all workers each."""
-    own = [optimizer._engine.plan.buckets for optimizer in workers.optimizers]
-    return [each for each in zip(*own, strict=True) if each[0].layout.batches]
-
-
-def _exchange(
-    buckets: Sequence[Bucket], step: int, seed: int, *, keeps: bool = False
-) -> list[_Outcome]:
-    """One exchange of all workers, of tensors that depend on the worker alone.
-
-    Nothing is kept afterwards; with `keeps`, it is looked at what would be.
-    """
-    for worker, bucket in enumerate(buckets):
-        for index, view in bucket.deltas.views.items():
-            view.copy_(made_up("scaled", view.shape, worker, seed, 2, index))
-
-    def exchange(bucket: Bucket) -> Exchange[_Outcome]:
-        aggregator, deltas = bucket.aggregator, bucket.deltas.flat.clone()
-        local = yield from aggregator.compress(bucket.deltas, step)
-        left = bucket.deltas.flat.new_zeros(len(deltas))
-        local.subtract_from_(_blocks(bucket, left))
-        mean = yield from aggregator.aggregate(local)
-        received = torch.zeros_like(left)
-        mean.decompress_with_(_copy_, _blocks(bucket, received).views)
-        return _Outcome(deltas, -left, received, _kept(bucket) if keeps else [])
-
-    return lockstep([exchange(bucket) for bucket in buckets]).results
-
-
-def _blocks(bucket: Bucket, flat: Tensor) -> Blocks:
-    return Blocks(bucket.layout, flat.dtype, flat.device, flat=flat)
+def _exchange(senders: Sequence[_Sender], step: int) -> list[_Outcome]:
+    return lockstep([sender.exchange(step) for sender in senders]).results
 
 
 def _copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
     for value, target in zip(values, targets, strict=True):
         target.copy_(value)
-
-
-def _kept(bucket: Bucket) -> list[Tensor]:
-    """What the next step would start from; the state is put back."""
-    live = [own[name] for own in bucket.aggregator.state().values() for name in sorted(own)]
-    before = [tensor.clone() for tensor in live]
-    bucket.aggregator.commit_(frozenset())
-    kept = [tensor.clone() for tensor in live]
-    _copy_(before, live)
-    return kept
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -4,6 +4,7 @@ Where random numbers are involved these are statistical tests. A compressor that
 fails one of them with a probability below 1e-6 in all.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -11,30 +12,25 @@ import torch
 from torch import Tensor
 
 from efsgd.testing.gradients import gaussian, made_up
+from efsgd.testing.simulation import Simulation
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 
-#: Payloads may have numbers in float32 while tensors are float64.
+# Payloads may have numbers in float32 while tensors are float64.
 ROUNDING = 1e-6
-
 
 DRAWS = 150
 
 
-#: Of one test of a few dozen; ln 1e8.
+# Of one test of a few dozen; ln 1e8.
 NATS = 18.4
 
-
-#: One-sided at 7 standard errors: 1e-12 for a normal mean; a mean of 150 squares of normal
-#: numbers, with their own standard deviation, is that far below its expectation with 1e-7.
+# One-sided at 7 standard errors: 1e-12 for a normal mean; a mean of 150 squares of normal
+# numbers, with their own standard deviation, is that far below its expectation with 1e-7.
 STANDARD_ERRORS = 7.0
 
-
-#: At least and at most; in between, until the mean is known as exactly as this.
-MANY_DRAWS = (400, 1000)
-
-
-WIDTH = 0.03
+# At least and at most; in between, until the mean is known as exactly as this.
+MANY_DRAWS, WIDTH = (400, 1000), 0.03
 
 
 @law
@@ -58,25 +54,19 @@ def contracts_as_claimed(trial: Trial) -> None:
     in_the_mean = claims.is_random and any(promised.values())
     if in_the_mean:  # many draws of few
         shapes, kinds = [*shapes[len(shapes) // 2 : -1][:1], shapes[-1]], kinds[:3]
-    for shape in shapes:
-        claimed = promised[shape]
-        for kind in kinds:
-            draws = DRAWS if in_the_mean else trial.steps
-            left = list(_left_out(trial, shape, kind, draws))
-            what = f"of {kind} tensors of shape {list(shape)}"
-            if not in_the_mean:
-                if max(left) > 1 - claimed + ROUNDING:
-                    raise Violation(
-                        f"{what} it leaves out {max(left):.6g} of the squared norm, and claims "
-                        f"δ = {claimed:.6g}",
-                        remedy,
-                    )
-            elif _is_above(left, 1 - claimed, is_smooth=kind == "gaussian"):
-                raise Violation(
-                    f"{what} it leaves out {sum(left) / draws:.6g} of the squared norm in the mean "
-                    f"over {draws} draws, and claims δ = {claimed:.6g}",
-                    remedy,
-                )
+    for shape, kind in itertools.product(shapes, kinds):
+        left = list(_left_out(trial, shape, kind, DRAWS if in_the_mean else trial.steps))
+        claimed, worst, what = promised[shape], max(left), ""
+        is_broken = worst > 1 - claimed + ROUNDING
+        if in_the_mean:
+            worst, what = sum(left) / DRAWS, f" in the mean over {DRAWS} draws"
+            is_broken = _is_above(left, 1 - claimed, is_smooth=kind == "gaussian")
+        if is_broken:
+            raise Violation(
+                f"of {kind} tensors of shape {list(shape)} it leaves out {worst:.6g} of the "
+                f"squared norm{what}, and claims δ = {claimed:.6g}",
+                remedy,
+            )
 
 
 def _left_out(trial: Trial, shape: torch.Size, kind: str, draws: int) -> Iterator[float]:
@@ -84,9 +74,16 @@ def _left_out(trial: Trial, shape: torch.Size, kind: str, draws: int) -> Iterato
     workers = trial.simulate(1, shapes=[shape], error_feedback=False)
     for draw in range(draws):
         delta = made_up(kind, shape, 0, trial.seed, draw)
-        workers.parameters[0].zero_()
-        workers.step([[delta]])
-        yield float((delta + workers.parameters[0]).norm() / delta.norm()) ** 2  # x = -C(Δ)
+        [sent] = _sent(workers, [delta])
+        yield float((delta - sent).norm() / delta.norm()) ** 2
+
+
+def _sent(workers: Simulation, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """What the next step makes of some tensors, with one worker and no errors."""
+    for parameter in workers.parameters:
+        parameter.zero_()
+    workers.step([list(deltas)])
+    return [-parameter for parameter in workers.parameters]  # x = -C(Δ)
 
 
 def _is_above(sample: Sequence[float], limit: float, *, is_smooth: bool) -> bool:
@@ -130,14 +127,8 @@ def is_unbiased_as_claimed(trial: Trial) -> None:
     found: list[list[Tensor]] = [[] for _ in shapes]
     least, most = MANY_DRAWS
     for draw in range(most):
-        for parameter in workers.parameters:
-            parameter.zero_()
-        if draw == 0:
-            workers.step([list(deltas)])
-        else:
-            workers.step_again()
-        for index, update in enumerate(workers.parameters):
-            found[index].append(probes[index] @ (-update - deltas[index]).flatten())
+        for index, sent in enumerate(_sent(workers, deltas)):
+            found[index].append(probes[index] @ (sent - deltas[index]).flatten())
         if draw + 1 >= least and (draw + 1) % 100 == 0:
             widest = max(float(_slack(torch.stack(own)).max()) for own in found)
             if widest < WIDTH:

@@ -4,20 +4,14 @@ import copy
 import random
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from efsgd.testing.gradients import Gradients
 from efsgd.testing.laws.sending import requests
-from efsgd.testing.simulation import (
-    Simulation,
-    first_difference,
-    give_,
-    parameters_of,
-    snapshot,
-)
+from efsgd.testing.simulation import Simulation, require_equal
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 from efsgd.wire.collectives import run
@@ -37,7 +31,7 @@ def repeats_to_the_bit(trial: Trial) -> None:
             before = _generators()
             workers = trial.simulate(trial.several)
             for step in range(trial.steps):
-                workers.step(trial.gradients(trial.several, step, with_missing=True))
+                workers.take(step, with_missing=True)
             for name, state in _generators().items():
                 if state != before[name]:
                     raise Violation(
@@ -46,9 +40,9 @@ def repeats_to_the_bit(trial: Trial) -> None:
                         "depend on how gradients are compressed.",
                     )
             ends.append(workers.snapshots())
-    _require_equal(
-        ends[0],
+    require_equal(
         ends[1],
+        ends[0],
         "after the same run with another global seed",
         "All that is random must come from the seed, the parameter's index, the step and the "
         "worker: draw from draws.shared() or draws.private().",
@@ -64,18 +58,6 @@ def _generators() -> dict[str, Any]:
     return found
 
 
-def _require_equal(
-    found: list[dict[str, torch.Tensor]],
-    expected: list[dict[str, torch.Tensor]],
-    when: str,
-    remedy: str,
-) -> None:
-    for worker, (own, other) in enumerate(zip(found, expected, strict=True)):
-        name = first_difference(own, other)
-        if name is not None:
-            raise Violation(f"{when}, {name} differs on worker {worker} of {len(found)}", remedy)
-
-
 @law
 def refuses_without_a_trace(trial: Trial) -> None:
     """A step that is refused, as one worker has a NaN or infinity, asks for the same and is undone.
@@ -83,19 +65,15 @@ def refuses_without_a_trace(trial: Trial) -> None:
     In whichever parameter it is, and in steps of every kind: parameters and state are bitwise what
     they were, on all workers, and the steps after it are those of a run in which it never was.
     """
-    remedy = (
-        "What is kept from step to step must change in the aggregator's `commit_` alone, and "
-        "`shows_nonfinite` be True only if its first buffer shows every NaN and infinity."
-    )
     steps = max(trial.steps, 1 + max(trial.first_steps()))
     for world_size in trial.fewest_and_most:
         workers, others = (trial.simulate(world_size, nonfinite="skip") for _ in range(2))
         positions = [n for n, p in enumerate(workers.parameters) if p.numel() > 0]
         for step in range(steps):
-            own = trial.gradients(world_size, step, kinds=["gaussian"])
+            own = workers.gradients(step, kinds=["gaussian"])
             is_thorough = step == min(1, steps - 1)
             tried = positions if is_thorough else [positions[step % len(positions)]]
-            refused = [_refuse(workers, own, position, remedy) for position in tried]
+            refused = [_refuse(workers, own, position) for position in tried]
             expected, _ = requests(workers.step(own)), others.step(own)
             for asked in refused:
                 if asked != expected:
@@ -105,46 +83,54 @@ def refuses_without_a_trace(trial: Trial) -> None:
                         "What is asked for must not depend on data.",
                     )
         when = f"at the end of {steps} steps, each of them once refused,"
-        _require_equal(workers.snapshots(), others.snapshots(), when, remedy)
+        require_equal(workers.snapshots(), others.snapshots(), when, _REMEDY)
 
 
-def _refuse(workers: Simulation, own: list[list[Any]], position: int, remedy: str) -> list[str]:
+_REMEDY = (
+    "What is kept from step to step must change in the aggregator's `commit_` alone, and "
+    "`shows_nonfinite` be True only if its first buffer shows every NaN and infinity."
+)
+
+
+def _refuse(workers: Simulation, own: Gradients, position: int) -> list[str]:
     """Has the workers refuse a step, which must change nothing. What did it ask for?"""
     value = (torch.nan, torch.inf, -torch.inf)[position % 3]
-    bad = [list(gradients) for gradients in own]
-    bad[-1][position] = own[-1][position].clone()
-    bad[-1][position].view(-1)[-1] = value
+    bad = copy.deepcopy(own)
+    gradient = bad[-1][position]
+    assert gradient is not None
+    gradient.view(-1)[-1] = value
     before, count = workers.snapshots(), workers.optimizers[0].communication_stats()
     scene = workers.scene
-    asked = requests(workers.step(bad))
     what = f"{scene}, with {value} in the gradient of parameter {position} on the last worker,"
+    asked = requests(workers.step(bad))
     if workers.optimizers[0].communication_stats()["skipped_steps"] == count["skipped_steps"]:
-        raise Violation(f"{what} is not refused", remedy)
-    _require_equal(workers.snapshots(), before, f"after {what} which is refused", remedy)
+        raise Violation(f"{what} is not refused", _REMEDY)
+    require_equal(workers.snapshots(), before, f"after {what} which is refused", _REMEDY)
     return asked
 
 
 @law
 def resumes_to_the_bit(trial: Trial) -> None:
-    """From a copy of parameters and `state_dict` a run goes on as if it had not been interrupted.
+    """From a copy of parameters and `state_dict` a run continues as if it was not interrupted.
 
     To the bit, with momentum, each worker with its own `state_dict`.
     """
     options: dict[str, Any] = {"momentum": 0.9, "lr": 0.1}
     for world_size in sorted({min(trial.world_sizes), trial.several}):
-        workers = trial.simulate(world_size, **options)
+        workers, resumed = (trial.simulate(world_size, **options) for _ in range(2))
         for step in range(2):
-            workers.step(trial.gradients(world_size, step))
-        resumed = trial.simulate(world_size, **options)
-        for old, new in zip(workers.optimizers, resumed.optimizers, strict=True):
-            for source, target in zip(parameters_of(old), parameters_of(new), strict=True):
+            workers.take(step)
+        for worker, (old, new) in enumerate(
+            zip(workers.optimizers, resumed.optimizers, strict=True)
+        ):
+            pairs = zip(workers.parameters_of(worker), resumed.parameters_of(worker), strict=True)
+            for source, target in pairs:
                 target.data.copy_(source.data)
             new.load_state_dict(copy.deepcopy(old.state_dict()))
         for step in range(2, 2 + trial.steps):
-            own = trial.gradients(world_size, step)
-            workers.step(own)
-            resumed.step(own)
-            _require_equal(
+            workers.take(step)
+            resumed.take(step)
+            require_equal(
                 resumed.snapshots(),
                 workers.snapshots(),
                 f"{step - 1} steps after a state_dict was loaded",
@@ -156,19 +142,17 @@ def resumes_to_the_bit(trial: Trial) -> None:
 @law
 def agrees_when_alone(trial: Trial) -> None:
     """`optimizer.step()` of one worker without a process group is a step of one in lockstep."""
-    workers, alone = trial.simulate(1), trial.simulate(1).optimizers[0]
-    step_of: Callable[[], Any] = alone.step
-    if dist.is_available() and dist.is_initialized():
-        step_of = lambda: run(alone.exchange(), Alone())  # noqa: E731
+    workers, alone = trial.simulate(1), trial.simulate(1)
+    optimizer = alone.optimizers[0]
+    has_group = dist.is_available() and dist.is_initialized()
     for step in range(trial.steps):
-        own = trial.gradients(1, step, with_missing=True)
-        workers.step(own)
-        give_(alone, own[0])
+        _, given, _ = workers.take(step, with_missing=True)
+        alone.give_(given)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            step_of()
-        _require_equal(
-            [snapshot(alone)],
+            run(optimizer.exchange(), Alone()) if has_group else optimizer.step()
+        require_equal(
+            alone.snapshots(),
             workers.snapshots(),
             f"after step {step} without a process group, compared with lockstep",
             "An answer may be the buffer that was sent, or another: read neither before the "

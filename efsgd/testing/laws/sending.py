@@ -2,12 +2,11 @@
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 
-from efsgd.compressors import Compressor
-from efsgd.testing.gradients import gradients
 from efsgd.testing.lockstep import Traced
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
@@ -24,11 +23,11 @@ def sends_what_it_announces(trial: Trial) -> None:
     """
     for world_size in trial.world_sizes:
         for dtype in (torch.float32, torch.float64):
-            if _counted(trial, trial.shapes, world_size, dtype) is None:
+            if _miscounted(trial, trial.shapes, world_size, dtype) is None:
                 continue
             alone: list[Sequence[Sequence[int]]] = [[s] for s in trial.shapes if math.prod(s) > 0]
             for shapes in [*alone, trial.shapes]:  # a single shape says more than all of them
-                if found := _counted(trial, shapes, world_size, dtype):
+                if found := _miscounted(trial, shapes, world_size, dtype):
                     raise Violation(
                         found,
                         "payload_bytes must announce what one worker hands to all collectives of "
@@ -36,33 +35,22 @@ def sends_what_it_announces(trial: Trial) -> None:
                     )
 
 
-def _counted(
+def _miscounted(
     trial: Trial, shapes: Sequence[Sequence[int]], world_size: int, dtype: torch.dtype
 ) -> str | None:
     """What differs from what was announced, if anything does."""
     workers = trial.simulate(world_size, dtype, shapes)
+    words = ControlWords.count(len(shapes), world_size) * dtype.itemsize
+    announce: Any = trial.compressor.payload_bytes
+    asks = "world_size" in inspect.signature(announce).parameters
+    options = {"world_size": world_size} if asks else {}
     for step in range(trial.steps):
-        scene = workers.scene
-        trace = workers.step(gradients(shapes, world_size, step, trial.seed, kinds=["gaussian"]))
-        words = ControlWords.count(len(shapes), world_size) * dtype.itemsize
+        scene, _, trace = workers.take(step, kinds=["gaussian"])
         sent = sum(traced.nbytes for traced in trace) - words
-        announced = _announced(trial.compressor, shapes, dtype, step, world_size)
+        announced = announce(shapes, dtype, step, **options)
         if sent != announced:
             return f"{scene} sent {sent} bytes for shapes {list(shapes)}, announced are {announced}"
     return None
-
-
-def _announced(
-    compressor: Compressor,
-    shapes: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    step: int,
-    world_size: int,
-) -> int:
-    """By a `payload_bytes` that may ask for the number of workers, too, where that matters."""
-    announce: Callable[..., int] = compressor.payload_bytes
-    asks = "world_size" in inspect.signature(announce).parameters
-    return announce(shapes, dtype, step, **({"world_size": world_size} if asks else {}))
 
 
 @law
@@ -79,16 +67,15 @@ def has_one_schedule(trial: Trial) -> None:
             workers = trial.simulate(world_size, torch.float32, nonfinite="skip")
             for step in range(trial.steps):
                 step_kind = trial.compressor.step_kind(workers.group["step"], dict(workers.group))
-                what = f"{workers.scene}, of {kind} gradients times {scale:g},"
-                own = trial.gradients(world_size, step, kinds=[kind], scale=scale)
-                asked = requests(workers.step(own))
+                scene, _, trace = workers.take(step, kinds=[kind], scale=scale)
+                what, asked = f"{scene}, of {kind} gradients times {scale:g},", requests(trace)
                 other, expected = known.setdefault(step_kind, (what, asked))
                 if asked != expected:
                     raise Violation(
                         f"{what} asked for {asked}, and {other} for {expected}",
                         f"Both steps are of kind {step_kind!r}. The size of a payload may depend "
-                        f"on shapes and settings, not on data. Where steps are not all alike, "
-                        f"`step_kind` must tell them apart.",
+                        f"on shapes and settings, not on data. Where steps differ, `step_kind` "
+                        f"must tell them apart.",
                     )
 
 

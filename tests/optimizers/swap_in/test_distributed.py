@@ -4,7 +4,7 @@ H1, bitwise equal workers: tests/promises/test_workers_stay_equal.py for any gra
 processes tests/wire/test_processes.py; here accumulation and steps that are skipped. H2, the wire
 schedule: tests/promises/test_workers_stay_equal.py, and for missing gradients test_gradients.py
 beside this file. H3, groups: tests/wire/test_processes.py has subgroups and outsiders; here a group
-of one. H4, starting values: tests/wire/test_processes.py, tests/engine/test_misuse_and_change.py;
+of one. H4, starting values: tests/wire/test_processes.py, tests/optimizers/misuse;
 here broadcasts from other workers. H5, the mean: here.
 """
 
@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
-from efsgd.testing import lockstep, step_together
+from efsgd.testing import step_together
 from tests.optimizers.swap_in.pairs import FULL_RANK, UNCOMPRESSED, gradients, random_tensor, start
 from tests.simulation import (
     bits,
+    broadcast,
     difference,
     make_workers,
     parameters_of,
@@ -105,7 +106,7 @@ def test_broadcast(source: int) -> None:
     workers = [make_workers([p + w for p in made], 1, lr=0.1, rank=1)[0] for w in range(3)]
     expected = bits(parameters_of(workers[source]))
     strides = [p.stride() for p in parameters_of(workers[0])]
-    lockstep([w._engine.broadcast(w.param_groups, source) for w in workers])
+    broadcast(workers, source)
     assert all(bits(parameters_of(worker)) == expected for worker in workers)
     assert [p.stride() for p in parameters_of(workers[0])] == strides
     step_with(workers, [[random_tensor(p.shape, p.dtype, w) for p in made] for w in range(3)])

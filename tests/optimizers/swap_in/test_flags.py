@@ -86,6 +86,20 @@ def test_memory_of_foreach(form: str) -> None:
     assert peaks[True] <= peaks[False] + copy_of_gradients
 
 
+def test_fused_with_late_gradients() -> None:
+    """G2: parameters whose first gradient comes late have their first momentum then."""
+    late, ends = {(0, 4), (1, 4), (2, 5)}, []
+    for flags in ({"fused": True}, {}):
+        optimizer, _ = pair(start(), FORMS["rank 1"], lr=0.1, momentum=0.9, **flags)
+        for step in range(5):
+            made = enumerate(gradients(parameters_of(optimizer), step))
+            give(optimizer, [None if (step, i) in late else gradient for i, gradient in made])
+            optimizer.step()
+        ends.append(parameters_of(optimizer))
+    for a, b in zip(*ends, strict=True):
+        assert difference(a, b) < 1e-6  # the fused kernel multiplies and adds in one rounding
+
+
 def test_fused_without_data() -> None:
     """G2: on the meta device an error that begins as torch's, as soon as a step is taken."""
     for optimizer in pair([torch.zeros(4, 3, device="meta")], UNCOMPRESSED, lr=0.1, fused=True):

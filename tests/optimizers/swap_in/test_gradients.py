@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from tests.simulation import (
     replicated,
     step_with,
 )
-from tests.strategies import LAYOUTS, Scenario, with_layout
+from tests.strategies import LAYOUTS, Scenario, examples, with_layout
 
 FORMS: dict[str, dict[str, Any]] = {
     "off": UNCOMPRESSED,
@@ -143,7 +143,7 @@ EVERY_GRADIENT = [
 ]
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     missing=st.frozensets(st.sampled_from(EVERY_GRADIENT)),
     form=st.sampled_from(["paper", "sgd"]),

@@ -5,7 +5,6 @@ and checkpoints for other numbers of workers are in tests/optimizers/test_state.
 """
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from efsgd import PowerSGDOptimizer
 from tests.optimizers.swap_in.pairs import FULL_RANK, gradients, pair, start, train
-from tests.simulation import bits, parameters_of
+from tests.simulation import bits, parameters_of, through_a_file
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "rank": 1, "min_compression_rate": 0.0}
 
@@ -46,13 +45,6 @@ def assert_continues(twin: Optimizer, original: Optimizer) -> None:
     """Both take the same further steps, bit by bit."""
     train([twin, original], range(2, 5))
     assert all_of(twin) == all_of(original)
-
-
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_state_dict_refers() -> None:

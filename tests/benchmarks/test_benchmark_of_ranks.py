@@ -1,7 +1,7 @@
 """The parts of the benchmark of rank changes that measure nothing."""
 
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import rank
 from benchmarks.rank_changes import LOW, Changes, Decisions, Watched, adding_all, optimizer_of
+from benchmarks.tables import made_table
 from benchmarks.timing import measure
 from benchmarks.workloads import made_gradients
 from efsgd import PowerSGDOptimizer
@@ -125,3 +126,14 @@ def test_the_tables_are_ratios_to_ordinary_steps_and_to_passes(
 
 def test_an_allocation_is_made_for_each_round() -> None:
     assert rank.measure_allocation(2, layers=3, candidates=4).median > 0.0
+
+
+def test_made_tables_are_of_decaying_spectra_and_depend_on_the_seed_alone() -> None:
+    table = made_table(layers=20, candidates=40, seed=3)
+    assert table == made_table(layers=20, candidates=40, seed=3)
+    assert table != made_table(layers=20, candidates=40, seed=4)
+    for layer in table:
+        sides = layer[0].size  # of rank 1
+        for multiple, (candidate, following) in enumerate(pairwise(layer), 1):
+            assert candidate.size == min(multiple * sides, layer[-1].size)
+            assert (candidate.error > following.error) == (candidate.size < following.size)

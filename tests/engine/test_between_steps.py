@@ -1,6 +1,7 @@
-"""What may go wrong on one worker alone or with numbers, and what users change between steps."""
+"""Changes between steps, numbers that are hard to add, compressors of others, and warnings."""
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,18 +10,18 @@ import torch
 from torch import Tensor
 
 from efsgd import (
-    CollectiveError,
     ErrorFeedbackSGD,
     PowerSGD,
     PowerSGDOptimizer,
     WorkerMismatchError,
 )
-from efsgd.testing import lockstep, step_together
+from efsgd.errors import warn_user
+from efsgd.testing import step_together
 from tests.simulation import (
     SHAPES,
     a_run,
     bits,
-    difference,
+    broadcast,
     make_workers,
     parameters_of,
     set_gradients,
@@ -29,53 +30,7 @@ from tests.simulation import (
 )
 from tests.strategies import Scenario, gaussian
 
-# ---- one worker alone ---------------------------------------------------------------------------
-
-
-class Unreadable(torch.Tensor):
-    """A gradient that cannot be added to anything."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.add:
-            raise NotImplementedError("unreadable")
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-def test_an_error_of_one_worker_s_own_reaches_all_and_changes_nothing() -> None:
-    workers, scenario = a_run()
-    step_with(workers, scenario.gradients(0))
-    before = bits(snapshot(workers))
-    set_gradients(workers, scenario.gradients(1))
-    parameters_of(workers[1])[0].grad = Unreadable(parameters_of(workers[1])[0].grad)
-    # Each worker raises; lockstep shows worker 0's, and notes what the others raised.
-    with pytest.raises(CollectiveError, match="say themselves why: worker 1") as caught:
-        step_together(workers)
-    assert any("worker 1: NotImplementedError" in note for note in caught.value.__notes__)
-    parameters_of(workers[1])[0].grad = None  # it cannot be copied either
-    assert bits(snapshot(workers)) == before
-    twins, _ = a_run()
-    step_with(twins, scenario.gradients(0))
-    step_with(workers, scenario.gradients(1))
-    step_with(twins, scenario.gradients(1))
-    assert bits(snapshot(workers)) == bits(snapshot(twins))
-
-
-def test_a_worker_with_nothing_to_train_is_named() -> None:
-    workers, scenario = a_run(2)
-    set_gradients(workers, scenario.gradients(0))
-    for parameter in parameters_of(workers[0]):
-        parameter.requires_grad_(False)
-    with pytest.raises(WorkerMismatchError, match=r"worker 0: parameter 0, .* frozen"):
-        step_together(workers)
-
-
-@pytest.mark.parametrize("key", ["momentum_buffer", "q"])
-def test_replicated_state_that_starts_different_is_named(key: str) -> None:
-    workers, scenario = a_run(2)
-    workers[1].state[parameters_of(workers[1])[2]][key].add_(1e-9)
-    with pytest.raises(WorkerMismatchError, match=f"{key} of parameter 2 differs"):
-        step_with(workers, scenario.gradients(0))
+# ---- changes ------------------------------------------------------------------------------------
 
 
 def test_foreign_entries_in_a_group_are_nobody_s_business() -> None:
@@ -105,26 +60,9 @@ def scenario_of_three() -> Scenario:
 def test_a_broadcast_compares_parameter_lists_first(parameters: int) -> None:
     first = PowerSGDOptimizer([torch.zeros(4, 4).requires_grad_() for _ in range(2)])
     other = PowerSGDOptimizer([torch.ones(4, 5).requires_grad_() for _ in range(parameters)])
-    exchanges = [o._engine.broadcast(o.param_groups, 0) for o in (first, other)]
     with pytest.raises(WorkerMismatchError, match=r"parameter 0, shape \[4, 5\]"):
-        lockstep(exchanges)
+        broadcast([first, other])
     assert bool((parameters_of(other)[0] == 1).all())
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"rank": 0}, {"rank": 2.0}, {"rank": None}, {"momentum_form": "foo"}, {"nesterov": True},
-     {"dampening": 0.5}, {"nonfinite": "ignore"}],
-    ids=str,
-)  # fmt: skip
-def test_settings_that_are_changed_are_checked(change: dict[str, Any]) -> None:
-    workers, scenario = a_run(1)
-    step_with(workers, scenario.gradients(0))
-    workers[0].param_groups[0].update(change)
-    before = bits(parameters_of(workers[0]))
-    with pytest.raises(ValueError, match=r"Invalid|Pass momentum_form"):
-        step_with(workers, scenario.gradients(1))
-    assert bits(parameters_of(workers[0])) == before
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -197,58 +135,6 @@ def _gradients(scenario: Scenario) -> Sequence[Sequence[Tensor | None]]:
         return scenario.gradients(0)
 
 
-# ---- mixed precision ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("unscale_first", [False, True])
-def test_grad_scaler_skips_on_all_workers_when_one_overflows(unscale_first: bool) -> None:
-    workers, scenario = a_run(2)
-    twins, _ = a_run(2)
-
-    def scaled_step(step: int, *, overflow: bool) -> None:
-        set_gradients(workers, scenario.gradients(step))
-        for worker, optimizer in enumerate(workers):
-            for parameter in parameters_of(optimizer):
-                assert parameter.grad is not None
-                parameter.grad.mul_(1.0 if unscale_first else 1024.0)
-            if overflow and worker == 1:
-                parameters_of(optimizer)[0].grad[0, 0] = torch.inf
-            # What torch.amp.GradScaler sets on an optimizer before it calls step().
-            optimizer.grad_scale = None if unscale_first else torch.tensor(1024.0)
-            optimizer.found_inf = torch.tensor(float(overflow and worker == 1))
-        step_together(workers)
-        for optimizer in workers:
-            del optimizer.grad_scale, optimizer.found_inf
-
-    scaled_step(0, overflow=False)
-    step_with(twins, scenario.gradients(0))
-    assert bits(snapshot(workers)) == bits(snapshot(twins))  # 1024 is a power of two
-    scaled_step(1, overflow=True)
-    assert bits(snapshot(workers)) == bits(snapshot(twins))
-    assert workers[0].communication_stats()["skipped_steps"] == 1
-    scaled_step(2, overflow=False)
-    step_with(twins, scenario.gradients(2))
-    assert bits(snapshot(workers)) == bits(snapshot(twins))
-
-
-def test_grad_scaler_itself() -> None:
-    model = torch.nn.Linear(16, 12)
-    optimizer = PowerSGDOptimizer(model.parameters(), lr=0.01, rank=2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
-    before = copy.deepcopy(model.state_dict())
-    for inputs in (torch.full((4, 16), torch.inf), torch.randn(4, 16)):
-        optimizer.zero_grad()
-        scaler.scale(model(inputs).square().mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if inputs.isinf().any():
-            assert bits(model.state_dict()) == bits(before)
-            assert scaler.get_scale() == 2.0**9
-    assert difference(model.weight, before["weight"]) > 0
-    stats = optimizer.communication_stats()
-    assert (stats["steps"], stats["skipped_steps"]) == (1, 1)
-
-
 # ---- compressors of others ----------------------------------------------------------------------
 
 
@@ -283,3 +169,25 @@ def test_a_compressor_has_settings_of_its_own() -> None:
     optimizer.step()
     assert [optimizer.state[p]["q"].shape[1] for p in ps] == [1, 2]
     assert "seed" not in optimizer.param_groups[0]
+
+
+# ---- warnings ------------------------------------------------------------------------------------
+
+
+def test_a_warning_names_the_line_of_the_caller() -> None:
+    with pytest.warns(UserWarning, match="an example") as caught:
+        warn_user("an example")
+    assert caught[0].filename == __file__
+
+
+def test_a_warning_of_a_step_names_the_line_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.ones(12, 10, requires_grad=True)
+    optimizer = PowerSGDOptimizer([parameter])
+    optimizer.state[parameter]["error"] += 1
+    optimizer.param_groups[0].update(worker=1, world_size=2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "those of worker 1 of 2, and this is worker 0 of 1" in str(caught[0].message)

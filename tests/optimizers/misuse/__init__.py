@@ -1,6 +1,7 @@
 """A table of what users may do wrong, and what every row of it is held to."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from efsgd import PowerSGDOptimizer
-from tests.simulation import a_run, bits, snapshot, step_with
+from efsgd.testing import step_together
+from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with, train
 from tests.strategies import Scenario
 
-__all__ = ["Case", "Run", "a_parameter", "ids", "invalid"]
+__all__ = ["Case", "Run", "a_parameter", "ids", "invalid", "usual"]
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,20 @@ class Run:
         world_size: int, steps: int, options: dict[str, Any]
     ) -> tuple[list[PowerSGDOptimizer], Scenario]:
         workers, scenario = a_run(world_size, **options)
-        for step in range(steps):
-            step_with(workers, scenario.gradients(step))
+        train(scenario, range(steps), workers)
         return workers, scenario
 
     @property
     def optimizer(self) -> PowerSGDOptimizer:
-        """Of the first worker."""
-        return self.workers[0]
+        """The one that is misused: worker 1's where there are several."""
+        return self.workers[-1 if len(self.workers) == 1 else 1]
 
-    def step(self) -> None:
-        """Another step of all workers."""
-        step_with(self.workers, self.scenario.gradients(self._steps))
+    def step_after(self, edit: Callable[[PowerSGDOptimizer], object]) -> None:
+        """Steps all workers after an edit of the optimizer, which is undone afterwards."""
+        set_gradients(self.workers, self.scenario.gradients(self._steps))
+        with restored(self.optimizer):
+            edit(self.optimizer)
+            step_together(self.workers)
 
     def assert_unchanged(self) -> None:
         """Parameters and all state are bitwise those of workers that were not misused."""
@@ -81,16 +85,38 @@ class Run:
         self.assert_unchanged()
 
 
+@contextlib.contextmanager
+def restored(optimizer: PowerSGDOptimizer) -> Iterator[None]:
+    """Undoes what is done to the dicts of an optimizer, and to attributes of its parameters."""
+    dicts = [*optimizer.param_groups, *optimizer.state.values()]
+    kept = [dict(each) for each in dicts]
+    parameters = [(p, p.data, p.requires_grad) for p in parameters_of(optimizer)]
+    try:
+        yield
+    finally:
+        for each, before in zip(dicts, kept, strict=True):
+            each.clear()
+            each.update(before)
+        for p, data, requires_grad in parameters:
+            p.grad, p.data, p.requires_grad = None, data, requires_grad
+
+
 def invalid(name: str, value: Any, remedy: str, act: Callable[..., object], error: type) -> Case:
     """A case whose message begins as usual: "Invalid name: value. Must be ..."."""
     return Case(f"{name}={value!r}", act, error, f"Invalid {name}: {value!r}", remedy)
 
 
 def ids(cases: Sequence[Case]) -> list[Any]:
-    """The cases as parameters of a test."""
+    """The cases as parameters of a test, each of which has a name of its own."""
+    assert len({case.name for case in cases}) == len(cases)
     return [pytest.param(case, id=case.name.replace(" ", "-")) for case in cases]
 
 
 def a_parameter() -> torch.Tensor:
     """A matrix that is worth compressing."""
     return torch.ones(12, 10, requires_grad=True)
+
+
+def usual() -> list[torch.Tensor]:
+    """The parameters of a run: two matrices, and a vector between them."""
+    return [p.detach().clone().requires_grad_() for p in parameters_of(a_run(1)[0][0])]

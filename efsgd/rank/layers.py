@@ -1,0 +1,150 @@
+"""The parameters that a policy decides for, and what an optimizer's steps send besides them."""
+
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim import Optimizer
+
+from efsgd.compressors import Compressor
+from efsgd.engine.parameters import ParameterInfo, compute_dtype, list_parameters
+from efsgd.wire.control_words import ControlWords
+
+#: What is decided on for one parameter: a rank, a density, a number of bits.
+Value: TypeAlias = int | float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A parameter for which a policy decides.
+
+    Attributes:
+        index: its position over all groups of the optimizer.
+        name: for messages: its name if the optimizer knows names, and its index.
+        shape: as which it is compressed.
+        value: of the setting that is decided on, as it is now.
+        group: the position of its parameter group.
+        lr: the learning rate of its group, now; None where nobody knows.
+        settings: all that its group and it have, as they are now.
+        dtype: of its errors and factors.
+        device: the parameter's.
+    """
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    value: Value
+    group: int
+    lr: float | None
+    settings: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+
+    def level(self, compressor: Compressor, setting: str, value: Value) -> Any:
+        """How far the compressor compresses it at a value; None: it is sent uncompressed."""
+        return compressor.level(self.shape, {**self.settings, setting: value})
+
+
+def layers_of(
+    groups: Sequence[dict[str, Any]],
+    compressor: Compressor,
+    setting: str,
+    values: Iterable[Value],
+    lr_of: Optimizer,
+) -> list[Layer]:
+    """The parameters that are compressed at some of these values, in order.
+
+    `lr_of` is an optimizer of the same parameters, whose learning rates count.
+
+    Raises:
+        ValueError: there is no such setting, or single parameters cannot have it, or a value of it
+            is out of range, or no parameter is compressed.
+    """
+    allowed = sorted(set(compressor.settings()) - set(compressor.shared_settings()))
+    kind = type(compressor).__name__
+    if setting not in allowed:
+        raise ValueError(
+            f"Invalid setting: {setting!r}. Must be a setting of {kind} that each parameter may "
+            f"have for itself: one of {allowed}."
+        )
+    choices = list(dict.fromkeys(values))
+    lrs = {id(p): group.get("lr") for group in lr_of.param_groups for p in group["params"]}
+    positions = {id(group): position for position, group in enumerate(groups)}
+    found = []
+    for info in list_parameters(groups):
+        lr, settings = lrs.get(id(info.parameter)), info.settings
+        layer = Layer(
+            index=info.index,
+            name=info.name,
+            shape=tuple(info.compressed_shape),
+            value=settings[setting],
+            group=positions[id(info.group)],
+            lr=None if lr is None else float(lr),
+            settings=settings,
+            dtype=compute_dtype(info.parameter),
+            device=info.parameter.device,
+        )
+        for value in choices:
+            try:
+                compressor.validate({**settings, setting: value})
+            except (TypeError, ValueError) as error:
+                failure = TypeError if isinstance(error, TypeError) else ValueError
+                raise failure(
+                    f"{error} That is for {setting}={value!r} of {layer.name}, one of the values "
+                    f"{choices} of the policy. Another setting is decided on by a policy that is "
+                    f"made with setting='density', for example."
+                ) from error
+        if any(layer.level(compressor, setting, value) is not None for value in choices):
+            found.append(layer)
+    if not found:
+        raise ValueError(
+            f"Invalid {setting} values: {choices}. With none of them {kind} compresses any "
+            f"parameter of this optimizer: there is nothing to decide on."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Background:
+    """What a step sends besides the layers that are decided on.
+
+    Attributes:
+        nbytes: of one worker: parameters that are never compressed, those whose gradients are
+            sparse, and control words. Frozen parameters send nothing.
+        fixed: indices of layers whose value makes no difference now, since they are frozen or
+            their gradients sparse.
+        world_size: the number of workers.
+        collectives: of a step.
+    """
+
+    nbytes: int = 0
+    fixed: frozenset[int] = frozenset()
+    world_size: int = 1
+    collectives: int = 2
+
+    @classmethod
+    def of(
+        cls,
+        infos: Iterable[ParameterInfo],
+        layers: Container[int],
+        world_size: int,
+        collectives: int,
+    ) -> "Background":
+        """Counts it, for all parameters of an optimizer and the layers' indices."""
+        nbytes, fixed = 0, set()
+        counts = Counter[tuple[torch.device, torch.dtype]]()  # control words go with each bucket
+        for info in infos:
+            is_fixed = not info.parameter.requires_grad or info.has_sparse_gradients
+            if is_fixed and info.index in layers:
+                fixed.add(info.index)
+            if not info.parameter.requires_grad:
+                continue
+            dtype = compute_dtype(info.parameter)
+            counts[info.parameter.device, dtype] += 1
+            if is_fixed or info.index not in layers:
+                nbytes += info.shape.numel() * dtype.itemsize
+        for (_, dtype), count in counts.items():
+            nbytes += ControlWords.count(count, world_size) * dtype.itemsize
+        return cls(nbytes, frozenset(fixed), world_size, collectives)

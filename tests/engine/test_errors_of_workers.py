@@ -1,0 +1,173 @@
+"""An error of one worker is heard by all: nobody waits, and nothing changes."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efsgd import (
+    CollectiveError,
+    ErrorFeedbackSGD,
+    PowerSGD,
+    PowerSGDOptimizer,
+    TopK,
+    WorkerMismatchError,
+)
+from efsgd.algorithms.operators import Payload
+from efsgd.layout import Blocks
+from efsgd.randomness import Draws
+from efsgd.testing import lockstep, step_together
+from tests.simulation import (
+    a_run,
+    bits,
+    parameters_of,
+    replicated,
+    set_gradients,
+    snapshot,
+    step_with,
+    train,
+)
+
+
+def replace_momentum(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.state[parameters_of(optimizer)[0]]["momentum_buffer"] = torch.zeros(3)
+
+
+def zero_rank(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["rank"] = 0
+
+
+def infinite_lr(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["lr"] = math.inf
+
+
+def no_rank(optimizer: PowerSGDOptimizer) -> None:
+    del optimizer.param_groups[0]["rank"]
+
+
+def differentiable(optimizer: PowerSGDOptimizer) -> None:
+    optimizer.param_groups[0]["differentiable"] = True
+
+
+MISTAKES = [replace_momentum, zero_rank, infinite_lr, no_rank, differentiable]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("options", [{}, {"check_every": 2}, {"start_compressing_at": 2}], ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_an_error_on_one_worker_keeps_nobody_waiting(
+    steps: int, options: dict[str, int], mistake: Callable[[PowerSGDOptimizer], None]
+) -> None:
+    workers, scenario = a_run(3, **options)
+    train(scenario, range(steps), workers)
+    set_gradients(workers, scenario.gradients(steps))
+    group, state = workers[1].param_groups[0], workers[1].state[parameters_of(workers[1])[0]]
+    kept = dict(group), dict(state)
+    mistake(workers[1])
+    before = bits(snapshot([workers[0], workers[2]]))
+    for _ in range(2):
+        with pytest.raises((CollectiveError, WorkerMismatchError), match="worker 1") as caught:
+            step_together(workers)
+        own, others = caught.value.__notes__
+        assert own.startswith(("worker 1: ValueError", "worker 1: NotImplementedError"))
+        assert type(caught.value).__name__ in others
+    assert bits(snapshot([workers[0], workers[2]])) == before
+    group.update(kept[0])
+    state.update(kept[1])
+    step_with(workers, scenario.gradients(steps))
+
+
+def test_a_sparse_gradient_that_comes_with_a_change_elsewhere_is_known_to_all() -> None:
+    workers, scenario = a_run(3)
+    step_with(workers, scenario.gradients(0))
+    for undo in (False, True):  # a change, then an error
+        set_gradients(workers, scenario.gradients(1))
+        parameter = parameters_of(workers[2])[0]
+        parameter.grad = torch.ones_like(parameter).to_sparse()
+        workers[1].param_groups[0]["rank"] = 0 if undo else 1
+        with pytest.raises((CollectiveError, WorkerMismatchError), match="worker 1"):
+            step_together(workers)
+    workers[1].param_groups[0]["rank"] = 2
+    step_with(workers, scenario.gradients(1))
+    step_with(workers, scenario.gradients(2))
+
+
+class Failing(PowerSGD):
+    """Its aggregators raise while `fails` is set, unless there is nothing to compress."""
+
+    fails = False
+
+    def aggregator(self, *arguments: Any) -> Any:
+        made = super().aggregator(*arguments)
+        compress = made.compress
+
+        def failing(deltas: Blocks, step: int) -> Any:
+            if self.fails and bool(deltas.flat.any()):
+                raise MemoryError("no memory left")
+            return (yield from compress(deltas, step))
+
+        made.compress = failing
+        return made
+
+
+def failing_top_k() -> TopK:
+    """Of a class of its own, which raises while `fails` is set, whatever it is given."""
+
+    class FailingTopK(TopK):
+        fails = False
+
+        def compress(self, delta: Tensor, draws: Draws) -> Payload:
+            if self.fails:
+                raise MemoryError("no memory left")
+            return super().compress(delta, draws)
+
+        def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
+            if self.fails:
+                raise MemoryError("no memory left")
+            return super().decompress(payload, shape, draws)
+
+    return FailingTopK(density=0.1)
+
+
+@pytest.mark.parametrize("make", [lambda: Failing(rank=2), failing_top_k], ids=["rank", "top k"])
+def test_what_a_compressor_raises_on_one_worker_reaches_all(make: Callable[[], Any]) -> None:
+    _, scenario = a_run(3)
+    compressors = [make() for _ in range(3)]
+    workers = [
+        ErrorFeedbackSGD([p.requires_grad_() for p in scenario.parameters()], lr=0.1, compressor=c)
+        for c in compressors
+    ]
+    step_with(workers, scenario.gradients(0))
+    set_gradients(workers, scenario.gradients(1))
+    before = bits(snapshot(workers))
+    owner = compressors[1] if make is not failing_top_k else type(compressors[1])
+    owner.fails = True
+    with pytest.raises(CollectiveError, match="say themselves why: worker 1") as caught:
+        step_together(workers)
+    assert caught.value.__notes__[0] == "worker 1: MemoryError: no memory left"
+    assert bits(snapshot(workers)) == before
+    owner.fails = False
+    step_together(workers)
+    assert replicated(workers[0]) == replicated(workers[1]) == replicated(workers[2])
+
+
+def test_a_worker_without_a_scaler_skips_with_those_that_have_one() -> None:
+    # As one that has joined: it steps without gradients, and its scaler does not ask for it.
+    workers, scenario = a_run(3)
+    step_with(workers, scenario.gradients(0))
+    for overflows in (True, False):
+        set_gradients(workers, scenario.gradients(1))
+        for parameter in parameters_of(workers[0]):
+            parameter.grad = None
+        for worker in workers[1:]:
+            worker.grad_scale = torch.tensor(2.0)
+            worker.found_inf = torch.tensor(0.0)
+        if overflows:
+            workers[2].found_inf += 1
+        before = bits(snapshot(workers))
+        exchanges = [worker.exchange(3, place) for place, worker in enumerate(workers)]
+        assert lockstep(exchanges).results == [not overflows] * 3
+        assert (bits(snapshot(workers)) == before) == overflows
