@@ -18,8 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from efsgd import PowerSGDOptimizer
-from efsgd.checkpoint import average_errors_, consolidated_state_dict
-from efsgd.checkpoint.distributed import ElasticLoadPlanner, OptimizerState
+from efsgd.checkpoint import (
+    ElasticLoadPlanner,
+    OptimizerState,
+    average_errors_,
+    consolidated_state_dict,
+)
 from efsgd.rank import RankScheduler
 
 Model, Optimizer = torch.nn.Module, PowerSGDOptimizer

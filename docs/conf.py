@@ -19,15 +19,20 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "floors",
+    "mathml",
     "public_api",
 ]
 exclude_patterns = ["_build", "ext"]
 
-# Every name in the `__all__` of every public module of this package must be in the documentation.
-public_api_package = "efsgd"
+# Every name in the `__all__` of these packages must be in the API reference.
+public_api = ["efsgd", "efsgd.checkpoint", "efsgd.compressors", "efsgd.rank", "efsgd.testing"]
 
 html_theme = "furo"
 html_title = f"efsgd {release}"
+html_math_renderer = "mathml"  # readable without a network
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 3

@@ -1,34 +1,46 @@
-"""What the documentation says of files is true: its training script runs, its tests exist.
+"""What the pages say of files is true: they exist, and functions are in the files named with them.
 
 The rest is checked by "make docs": every example runs, and every public name is described.
 """
 
-import os
+import ast
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
+#: A file or folder of the repository, as pages name it: in code, alone or in a command.
+PATH = re.compile(r"(?<![\w/.-])(?:benchmarks|docs|efsgd|examples|tests)/[\w./*-]*")
+CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
+#: A function or class and its file, as in `run` in `efsgd/wire/collectives.py`, or in brackets.
+PLACED = re.compile(r"`([\w.]+)`[^`]{0,24}?(?: in |\()`(efsgd/[\w/]+\.py)`")
+#: What is made by the commands on the pages.
+MADE = ("docs/_build/",)
 
 
-def test_the_training_script_of_the_quickstart_learns_on_two_workers() -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", "docs/train.py"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"loss on worker 0: ([\d.]+)", done.stdout)]
-    assert len(losses) == 6 and losses[-1] < 0.5 * losses[0], done.stdout
-    assert "2 collectives per step" in done.stdout
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_on_a_page_exist(page: Path) -> None:
+    for code in CODE.findall(page.read_text(encoding="utf-8")):
+        for name in PATH.findall(code):
+            if not name.startswith(MADE):
+                assert list(ROOT.glob(name.rstrip("."))), f"{page.name} names {name}"
 
 
-def test_files_named_in_the_documentation_exist() -> None:
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for name in re.findall(r"`((?:docs|efsgd|examples|tests)/[\w/]+\.\w+)`", page.read_text()):
-            assert (ROOT / name).is_file(), f"{page.name} names {name}"
+def test_functions_of_the_architecture_page_are_in_the_files_beside_them() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    placed = PLACED.findall(" ".join(text.split()))
+    assert len(placed) > 20
+    assert [(name, file) for name, file in placed if name not in names(file)] == []
+
+
+def names(file: str) -> Iterator[str]:
+    """The classes and functions of a file, and the methods of its classes."""
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+            yield from (f"{node.name}.{each}" for each in methods)
