@@ -67,12 +67,6 @@ class Bucket:
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
         self.pending_errors: dict[int, Tensor] = {}
 
-    def error_of(self, index: int) -> Tensor | None:
-        """The error of one parameter, in its shape; None where it has none."""
-        if self.errors is not None and index in self.compressed:
-            return self.errors.views[index]
-        return self.pending_errors.get(index)
-
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the new errors and the compressor's new state those of the next step.
 

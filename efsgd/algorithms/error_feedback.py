@@ -150,7 +150,9 @@ def add_errors_and_gradients_(
     that is sent uncompressed has no error.
     """
     for index, gradient in gradients.items():
-        delta, error = deltas.views[index], bucket.error_of(index)
+        delta, error = deltas.views[index], bucket.pending_errors.get(index)
+        if bucket.errors is not None and index in bucket.compressed:
+            error = bucket.errors.views[index]
         if gradient is None:
             delta.zero_() if error is None else delta.copy_(error)
             continue

@@ -112,8 +112,7 @@ def normalize_columns(matrices: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent
     # 2**exponent must itself be a normal number, at both ends of the dtype's range.
     limit = math.frexp(torch.finfo(matrices.dtype).max)[1] - 2
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(-limit, limit).neg())
-    return matrices * scale
+    return torch.ldexp(matrices, exponent.clamp_(-limit, limit).neg_())
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
@@ -75,7 +74,6 @@ class Step:
         self._has_loaded = False
         return drop_foreign_errors_(groups, state, self._method.compressor, context)
 
-    @torch.no_grad()
     def exchange(
         self,
         groups: Groups,

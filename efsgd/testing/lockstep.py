@@ -120,6 +120,7 @@ class _Conductor(Generic[T]):
         # What is in flight: by the number of the collective, what each worker has handed over.
         self._started: dict[int, list[tuple[Collective, Tensor]]] = {}
 
+    @torch.no_grad()
     def run(self) -> Lockstep[T]:
         answers: list[Any] = [None] * len(self._exchanges)
         while True:

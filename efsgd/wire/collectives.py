@@ -9,7 +9,7 @@ An *exchange* is a generator. It yields a request and is resumed with the answer
     mean = yield in_flight                                       # paused until the mean is there
 
 A buffer belongs to the collective from the moment it is yielded until its answer has been
-received; in between it is neither read nor written.
+received; in between it is neither read nor written. Drivers run exchanges without autograd.
 
 The same exchange runs over a torch.distributed group (`efsgd.wire.transports.ProcessGroup`), over
 nobody (`efsgd.wire.transports.Alone`) and, with many workers in one thread, in
@@ -233,6 +233,7 @@ def intercept(
             incoming(answer)
 
 
+@torch.no_grad()
 def run(exchange: Exchange[T], transport: Transport) -> T:
     """Drives `exchange` over `transport` and returns its result.
 

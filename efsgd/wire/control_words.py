@@ -8,6 +8,7 @@ depends on them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias, TypeVar
@@ -80,6 +81,7 @@ class ControlWords:
         self._indices, self._worker = tuple(indices), worker
         # The mean of the words where all workers have dense, finite gradients: nothing to report.
         self._usual = [1.0] * len(self._indices) + [0.0] * world_size
+        self._last: tuple[list[float], Tensor] = ([], torch.empty(0, device="cpu"))
 
     @staticmethod
     def count(parameters: int, world_size: int) -> int:
@@ -154,7 +156,9 @@ class ControlWords:
                 is_dense = gradient.layout == torch.strided
                 words[position] = 1.0 if is_dense else 1.0 + self.world_size
         words[len(self._indices) + self._worker] = code
-        return torch.tensor(words, dtype=torch.float64, device="cpu")
+        if words != self._last[0]:  # they are the same in most steps
+            self._last = words, torch.tensor(words, dtype=torch.float64, device="cpu")
+        return self._last[1]
 
     def _code(self, kind: int) -> int:
         """What a worker writes in its word that has something else to say than a position."""
@@ -208,7 +212,7 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     # A sum reads memory once and is finite in all but strange cases; a finite sum has only
     # finite terms, but finite terms may have an infinite sum.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], step: int) -> str:

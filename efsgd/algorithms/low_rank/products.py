@@ -157,11 +157,15 @@ class LowRank(Compressed):
                 shape = (len(entries), rows.stop - rows.start, batch.columns)
                 values = self.scratch[: math.prod(shape)].view(shape)
                 torch.bmm(P_hat[matrices, rows], Q[matrices], out=values)  # Alg. 1, line 11
-                function(
-                    [v.view(-1, *e.shape[1:]) for v, e in zip(values, entries, strict=True)],
-                    *([operand[e.index][rows] for e in entries] for operand in operands),
-                    **options,
-                )
+                products: list[Tensor] = []
+                others: list[list[Tensor]] = [[] for _ in operands]
+                is_whole = shape[1] == batch.rows  # then nothing is to be cut out
+                for value, entry in zip(values.unbind(), entries, strict=True):
+                    products.append(value.view(entry.shape if is_whole else (-1, *entry.shape[1:])))
+                    for found, operand in zip(others, operands, strict=True):
+                        part = operand[entry.index]
+                        found.append(part if is_whole else part[rows])
+                function(products, *others, **options)
 
     def subtract_from_(self, blocks: Blocks) -> None:
         """Subtracts P̂Q^T from each matrix of `blocks` (modified in place).
@@ -178,7 +182,8 @@ class LowRank(Compressed):
             floats = FLOATS_OF_A_PRODUCT if M.is_cpu else batch.floats
             for matrices, rows in batch.chunks(views, floats):
                 M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
-        self.decompress_with_(subtract_, others)
+        if others:
+            self.decompress_with_(subtract_, others)
 
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         """The traces of (P^T P)(Q^T Q), whichever of the factors is orthonormal."""
