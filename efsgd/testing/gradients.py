@@ -26,13 +26,7 @@ def gaussian(shape: Sequence[int], *path: int) -> Tensor:
 
 
 def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
-    """One worker's gradient of one parameter, float64.
-
-    Args:
-        kind: one of `KINDS`.
-        shape: of the parameter.
-        worker: whose gradient it is.
-        path: integers; others make another gradient.
+    """One worker's gradient of one parameter, float64: of a kind of `KINDS`, drawn by `path`.
 
     Example:
         >>> from efsgd.testing.gradients import made_up
