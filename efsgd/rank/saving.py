@@ -12,7 +12,7 @@ _MUST = "Must be what state_dict() of a RankScheduler with the same policy retur
 def saved(
     policy: RankPolicy, layers: Sequence[Layer], calls: int, last_step: int, sums: list[Any]
 ) -> dict[str, Any]:
-    """The dict, not copied. `calls` counts windows that were decided on, the last at `last_step`."""
+    """The dict, not copied. `calls` counts decisions, the last at `last_step`."""
     return {
         "kind": type(policy).__name__,
         "setting": policy.setting,

@@ -97,8 +97,7 @@ class RankScheduler:
                 f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
                 f"compressed, and has none of them: their learning rates are not known."
             )
-        world_size = optimizer.transport.world_size
-        policy.background = self._background(layers, world_size)
+        policy.background = self._background(layers, optimizer.transport.world_size)
         values = policy.begin(layers, optimizer.compressor)
         self._set(require_mapping(values, policy, "begin"))
         policy.commit(self._layers())

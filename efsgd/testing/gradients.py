@@ -62,10 +62,9 @@ def gradients(
     scale: float = 1.0,
     with_missing: bool = False,
 ) -> Gradients:
-    """All workers' gradients of one step.
+    """All workers' gradients of one step: parameters take `kinds` in turn, another in each step.
 
-    The parameters take `kinds` in turn, another one in each step. With `with_missing` some are
-    None, on some workers or on all.
+    With `with_missing` some are None, on some workers or on all.
     """
     found: Gradients = []
     for worker in range(world_size):

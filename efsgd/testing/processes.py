@@ -114,10 +114,7 @@ def _packed(trial: Trial) -> bytes:
 
 
 def _prepare(trial: Trial) -> tuple[Simulation, list[Gradients]]:
-    """Workers, and the gradients of each step.
-
-    Where sums depend on their order, in the dtype that has more digits, and of full rank.
-    """
+    """Workers, and each step's gradients: float64 and of full rank where sums depend on order."""
     is_exact, count = trial.processes <= 2, trial.processes
     options: dict[str, Any] = {} if is_exact else {"kinds": ["gaussian"]}
     workers = trial.simulate(count, torch.float32 if is_exact else torch.float64)

@@ -68,9 +68,9 @@ def total_bytes(
 ) -> float:
     """What one worker sends of all layers together, each at its chosen value.
 
-    Layers with equal settings are counted as one payload, which is exact where all have the same
-    value. With different values it is what is sent, or a few bytes more where codes of several
-    layers share them. LQ-SGD's "scatter" may send more: up to two scales of each layer and worker.
+    Layers with equal settings are counted as one payload. With different values it may be a few
+    bytes more than is sent, where codes of several layers share them. LQ-SGD's "scatter" may send
+    more: up to two scales of each layer and worker.
 
     With `as_all_reduce` it is as many bytes as an all-reduce would send in the same time: a payload
     that is gathered comes from all W workers, and each of its bytes counts W / 2 times, the ratio

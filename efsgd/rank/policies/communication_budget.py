@@ -139,7 +139,8 @@ class CommunicationBudget(RankPolicy):
             raise ValueError(
                 f"Invalid bytes_per_step: {self.bytes_per_step!r}. With {self.setting}="
                 f"{self.values[0]!r} a step sends {least} bytes, {self.background.nbytes} of them "
-                f"outside of what is compressed. Must be at least {least}; or give smaller values."
+                f"in parameters that are never compressed and in control words. Must be at least "
+                f"{least}; or give smaller values."
             )
         return fitting
 

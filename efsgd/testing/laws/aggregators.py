@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +56,7 @@ def decompresses_alike(trial: Trial) -> None:
         compressor.add_decompressed_(out, payload, draws, -0.5)
         # Two roundings of float64, relative to the largest summand.
         if largest(out - (1 - 0.5 * once)) > 1e-14 * max(1.0, largest(once)):
-            raise Violation(
-                f"{what} add_decompressed_ does not add alpha times the same"
-            )
+            raise Violation(f"{what} add_decompressed_ does not add alpha times the same")
         if not all(map(torch.equal, sent, payload)):
             raise Violation(f"{what} decompressing modifies the payload")
         zeros = [torch.zeros_like(field) for field in payload]
@@ -180,8 +178,7 @@ def _payloads(trial: Trial) -> Iterator[tuple[Tensor, Payload, Draws]]:
         yield delta, compressor.compress(delta, Draws(*where, 0)), Draws(*where, None)
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What came of an exchange on one worker: matrices, flat; and what the next starts from."""
 
     deltas: Tensor

@@ -24,11 +24,10 @@ DRAWS = 150
 # Of one test of a few dozen; ln 1e8.
 NATS = 18.4
 
-# One-sided at 7 standard errors: 1e-12 for a normal mean; a mean of 150 squares of normal
-# numbers, with their own standard deviation, is that far below its expectation with 1e-7.
+# One-sided: 1e-12 for a normal mean, 1e-7 for a mean of 150 squares of normal numbers.
 STANDARD_ERRORS = 7.0
 
-# At least and at most; in between, until the mean is known as exactly as this.
+# At least and at most; in between, until the mean is known to within `WIDTH`.
 MANY_DRAWS, WIDTH = (400, 1000), 0.03
 
 
