@@ -32,7 +32,7 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
 
     Every worker of the optimizer's group must call it, between the same two steps. From then until
     the next step any single worker's `state_dict()` is a checkpoint for any number of workers, and
-    equal to that of every other. Training goes on as it would have, but for rounding: see above.
+    equal to that of every other. Training continues as it would have, but for rounding: see above.
 
     As a hook it makes every `state_dict()` such a checkpoint, where all workers call that method
     (a worker that calls it alone waits for the others)::

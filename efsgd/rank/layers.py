@@ -26,7 +26,7 @@ class Layer:
         shape: as which it is compressed.
         value: of the setting that is decided on, as it is now.
         group: the position of its parameter group.
-        lr: the learning rate of its group, now; None where nobody knows.
+        lr: the learning rate of its group, now; None where it is not known.
         settings: all that its group and it have, as they are now.
         dtype: of its errors and factors.
         device: the parameter's.

@@ -1,4 +1,4 @@
-"""Made-up gradients, the same in every run: kinds that compressors have trouble with."""
+"""Made-up gradients, the same in every run: kinds that are hard on compressors."""
 
 import math
 from collections.abc import Sequence

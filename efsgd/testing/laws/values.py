@@ -62,7 +62,7 @@ def knows_the_norm(trial: Trial) -> None:
     "gradient can bring to zero must find a way back."
 )
 def survives_zeros(trial: Trial) -> None:
-    """Where all gradients are zero nothing moves and nothing is NaN, and learning goes on after it.
+    """Where all gradients are zero nothing moves, nothing is NaN, and learning resumes afterwards.
 
     From zeros alone come zeros, as parameters' updates and as errors. A parameter that then has
     the same gradients again and again, all others none but zeros, moves within 50 steps.
