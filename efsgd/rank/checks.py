@@ -58,8 +58,9 @@ def require_known(
         known = {float(value): value for value in (*policy.values, layer.value)}
         if number not in known:
             raise ValueError(
-                f"Invalid {policy.setting} of {layer.name}: {number}. Must be one of the values of "
-                f"{type(policy).__name__}, which are {list(policy.values)}."
+                f"Invalid {policy.setting} of {layer.name}: {number}. What "
+                f"{type(policy).__name__} proposes must be one of its values, which are "
+                f"{list(policy.values)}."
             )
         found[layer.index] = known[number]
     return found
