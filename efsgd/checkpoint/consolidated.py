@@ -6,9 +6,7 @@ gradient and error alone, as far as the compressor is linear. So a dict that hol
 on every worker, continues the run on any number of them: exactly but for rounding with PowerSGD,
 and with every compressor without losing anything of what was to be sent.
 
-Signum's momenta are each worker's own as well, and are averaged in the same way. Its workers then
-begin with one mean momentum, an estimate of the same mean gradient as their own with less noise,
-and grow apart again.
+Signum's momenta are each worker's own as well, and are averaged in the same way.
 """
 
 import copy
@@ -34,7 +32,7 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
 
     Every worker of the optimizer's group must call it, between the same two steps. From then until
     the next step any single worker's `state_dict()` is a checkpoint for any number of workers, and
-    equal to that of every other. Training goes on as it would have, but for rounding: see above.
+    equal to that of every other. Training continues as it would have, but for rounding: see above.
 
     As a hook it makes every `state_dict()` such a checkpoint, where all workers call that method
     (a worker that calls it alone waits for the others)::
@@ -76,7 +74,7 @@ def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
         # uncompressed may have been zero on this worker.
         optimizer.state[parameter] = state
     optimizer.plan_change()
-    _belongs_to_nobody_(optimizer.param_groups)
+    _clear_owner_(optimizer.param_groups)
 
 
 def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     means = yield from local_means(states_in(saved), optimizer)
     state = {key: {**own, **means.get(key, {})} for key, own in saved["state"].items()}
     consolidated = copy.deepcopy({**saved, "state": state})
-    _belongs_to_nobody_(consolidated["param_groups"])
+    _clear_owner_(consolidated["param_groups"])
     return consolidated
 
 
@@ -133,7 +131,7 @@ def require_optimizer(optimizer: object) -> None:
 
 
 def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer) -> T:
-    """Runs an exchange about local state, from which errors of other workers are left out first."""
+    """Runs an exchange about local state, once errors of other workers are left out of it."""
     require_optimizer(optimizer)
     transport = optimizer.transport
     note = optimizer.settle_errors(transport.world_size, transport.worker)
@@ -147,15 +145,15 @@ def local_means(
     states: Mapping[Key, Mapping[str, Tensor]], optimizer: ErrorFeedbackOptimizer
 ) -> Exchange[dict[Key, dict[str, Tensor]]]:
     """The means over the workers of what is local in `states`, which are left as they are."""
-    lines, alike = [], defaultdict[tuple[Any, ...], list[tuple[Key, str, Tensor]]](list)
+    lines, same_kind = [], defaultdict[tuple[Any, ...], list[tuple[Key, str, Tensor]]](list)
     for number, (key, own) in enumerate(states.items()):
         for name in (name for name in local_state(optimizer.compressor) if name in own):
             value = own[name]
             lines.append(f"{name} of parameter {number}: {list(value.shape)}, {value.dtype}")
-            alike[value.device, value.dtype].append((key, name, value))
+            same_kind[value.device, value.dtype].append((key, name, value))
     yield from compare(lines, optimizer.param_groups[0]["params"][0].device)
     means: dict[Key, dict[str, Tensor]] = {key: {} for key in states}
-    for found in alike.values():
+    for found in same_kind.values():
         flat = torch.cat([value.reshape(-1) for *_, value in found])
         parts = (yield AllReduceMean(flat, "errors")).split([v.numel() for *_, v in found])
         for (key, name, value), part in zip(found, parts, strict=True):
@@ -163,7 +161,7 @@ def local_means(
     return means
 
 
-def _belongs_to_nobody_(groups: Iterable[dict[str, Any]]) -> None:
+def _clear_owner_(groups: Iterable[dict[str, Any]]) -> None:
     """Notes in the groups that local state is that of no worker in particular."""
     for group in groups:
         group.update(worker=0, world_size=0)

@@ -1,9 +1,8 @@
 """Checkpoints of torch.distributed.checkpoint (DCP) that keep the errors of every worker.
 
-DCP takes a plain tensor to be the same on all workers, and one of them writes it. That is true of
-all but errors, or a Signum's local momenta: each worker has its own, and those of the others would
-be lost without a word. Here each is stored once, by its owner, and their mean beside them, for any
-other number of workers. The keys, after the name that the program gives to the optimizer:
+DCP takes a plain tensor to be the same on all workers, and one of them writes it. Errors, and a
+Signum's local momenta, are each worker's own. Here each is stored once, by its owner, and their
+mean beside them, for any other number of workers. The keys, after the optimizer's name:
 
     efsgd_world_size            the number of workers that saved
     param_groups                settings and names of parameters, as one object
@@ -199,7 +198,6 @@ class ElasticLoadPlanner(DefaultLoadPlanner):
 
 
 def _owner(worker: int, world_size: int) -> str:
-    """The part of a key that says whose an error is."""
     return f"worker {worker} of {world_size}"
 
 
@@ -225,19 +223,18 @@ def _optimizers_in(
 
 
 def _make_room_(start: str, part: MutableMapping[str, Any], metadata: Metadata) -> None:
-    """Puts empty tensors in place of an optimizer's, for what it is to read from a checkpoint.
+    """Puts empty tensors into `part` (modified in place) for what it reads from a checkpoint.
 
     These are factors at whatever ranks they were saved, and the errors of this worker; or, where
-    another number of workers saved, their mean. Raises ValueError where the checkpoint, after
-    `start`, does not have what `part` (modified in place; its tensors are left alone) asks for.
+    another number of workers saved, their mean. A ValueError where the checkpoint lacks some.
     """
     everything = metadata.state_dict_metadata.items()
     saved = {key.removeprefix(start): value for key, value in everything if key.startswith(start)}
     if _WORLD_SIZE not in saved:
         raise ValueError(
             f"The checkpoint has no optimizer under {start.removesuffix('.')!r} that was saved as "
-            f"an efsgd.checkpoint.OptimizerState. What was saved with get_optimizer_state_dict is "
-            f"to be loaded with set_optimizer_state_dict."
+            f"an efsgd.checkpoint.OptimizerState. Load what get_optimizer_state_dict returned with "
+            f"set_optimizer_state_dict."
         )
     own = next(owner for owner in part[_ERRORS] if owner != _MEAN)
     owners = {key.split(".")[1] for key in saved if key.startswith(f"{_ERRORS}.")}

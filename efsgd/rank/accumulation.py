@@ -9,26 +9,19 @@ from torch import Tensor
 
 from efsgd.engine.observation import Observation
 from efsgd.rank.layers import Layer
-from efsgd.wire.collectives import AllReduceMean, Exchange
+from efsgd.wire.collectives import AllReduceMean, Broadcast, Exchange
 
 
 class Accumulator:
-    """One worker's sum of gradients, or of gradients and errors, over steps.
+    """One worker's sum of gradients g_w, or with errors of Δ_w = g_w + e_w, over steps.
 
     It costs as much memory as the layers' gradients in float32, and in each step that is observed
     one pass over them.
-
-    Attributes:
-        sums: by index, in the layers' shapes; empty while nothing is accumulated.
-        steps: how many steps were added.
-
-    Args:
-        with_errors: whether Δ_w = g_w + e_w is summed, in place of g_w.
     """
 
     def __init__(self, *, with_errors: bool) -> None:
-        self.sums: dict[int, Tensor] = {}
-        self.steps = 0
+        self.sums: dict[int, Tensor] = {}  # by index, in the layers' shapes
+        self.steps = 0  # that were added
         self._with_errors = with_errors
         self._parts: list[tuple[Tensor, list[int]]] = []  # of each device and dtype
 
@@ -63,10 +56,7 @@ class Accumulator:
             self.steps += 1
 
     def means(self) -> Exchange[dict[int, Tensor]]:
-        """The means of the sums over the workers, by index: new tensors.
-
-        It sends as many numbers as the layers have.
-        """
+        """The means of the sums over the workers, by index: new tensors, sent whole."""
         found = {}
         for flat, indices in self._parts:
             mean = yield AllReduceMean(flat.clone(), "accumulated gradients")
@@ -100,17 +90,17 @@ class Accumulator:
         self.steps = state_dict["steps"]
 
 
-def mean_table(
+def shared_table(
     make: Callable[[], Iterable[Sequence[float]]],
     rows: int,
     columns: int,
     device: torch.device,
     purpose: str,
+    collective: type[AllReduceMean | Broadcast] = AllReduceMean,
 ) -> Exchange[list[list[float]]]:
-    """The mean of the tables that all workers make, the same on all of them.
+    """The mean of the tables that all workers make, or that of worker 0; the same on all of them.
 
-    What `make` raises on this worker is raised after the collective. The others, who are waiting
-    for its table, have NaN in place of numbers.
+    What `make` raises on this worker is raised after the collective; the others then have NaN.
     """
     table, failure = [[math.nan] * columns] * rows, None
     try:
@@ -118,8 +108,8 @@ def mean_table(
     except Exception as error:  # the other workers are waiting, so it is raised afterwards
         failure = error
     own = torch.tensor(table, dtype=torch.float64, device=device)
-    mean = yield AllReduceMean(own, purpose)
+    answer = yield collective(own, purpose)
     if failure is not None:
         raise failure
-    found: list[list[float]] = mean.tolist()
+    found: list[list[float]] = answer.tolist()
     return found

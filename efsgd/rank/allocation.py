@@ -5,9 +5,8 @@ milliseconds, and an error. One is chosen for every layer. Only numbers are need
 compressor's table will do.
 
 Source: Alimohammadi, Markov, Frantar, Alistarh: "L-GreCo", MLSys 2024, arXiv 2210.17357: dynamic
-programming over a grid of errors, within the error of the uniform choice. There errors are rounded
-up to the grid, which may put the uniform choice itself out of reach. Here the grid only says which
-partial choices are kept; totals are integers, and never rounded.
+programming over a grid of errors, within the error of the uniform choice. Here the grid only says
+which partial choices are kept; totals are integers, and never rounded.
 """
 
 import math
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
+
+from efsgd.checks import is_integer, is_number, require_number
 
 #: Cells of the grids, one after the other: the choice of the first limits the search of the second.
 CELLS = (32, 256)
@@ -68,8 +69,7 @@ def allocate(table: Table, budget: float) -> list[int]:
         [1, 0]
     """
     errors, sizes = _validated(table)
-    if not _is_number(budget):
-        raise ValueError(f"Invalid budget: {budget!r}. Must be a finite number of at least 0.")
+    require_number("budget", budget)
     least = math.fsum(min(row) for row in errors)
     if least > budget:
         raise ValueError(
@@ -107,12 +107,18 @@ def allocate_within(table: Table, reference: Sequence[int], tolerance: float = 1
         [3, 0]
     """
     errors, sizes = _validated(table)
-    _validate_reference(table, reference)
-    if not _is_number(tolerance):
+    if len(reference) != len(table):
         raise ValueError(
-            f"Invalid tolerance: {tolerance!r}. Must be a finite number of at least 0; "
-            "1 allows the reference's error."
+            f"Invalid reference: {reference!r}. Must have an index for each of the {len(table)} "
+            f"layers of the table, but has {len(reference)}."
         )
+    for index, (layer, chosen) in enumerate(zip(table, reference, strict=True)):
+        if not is_integer(chosen, 0, len(layer) - 1):
+            raise ValueError(
+                f"Invalid reference for layer {index}: {chosen!r}. "
+                f"Must be an integer from 0 to {len(layer) - 1}, the index of a candidate."
+            )
+    require_number("tolerance", tolerance, remedy="1 allows the reference's error.")
     total = math.fsum(row[index] for row, index in zip(errors, reference, strict=True))
     budget = float(tolerance) * total
     least = math.fsum(min(row) for row in errors)
@@ -121,7 +127,7 @@ def allocate_within(table: Table, reference: Sequence[int], tolerance: float = 1
 
 
 class State(NamedTuple):
-    """A candidate in integers, or the totals of one candidate of each of some layers."""
+    """A candidate in integers, or totals of one candidate from each of some layers."""
 
     error: int
     size: int
@@ -139,7 +145,11 @@ def _solved(
     whole_errors, denominator = _as_integers(errors)
     whole_sizes, _ = _as_integers(sizes)
     # An infinite budget is no more than that of all errors.
-    limit = _limit_of(min(budget, math.fsum(max(row) for row in errors)), denominator)
+    budget = min(budget, math.fsum(max(row) for row in errors))
+    # The largest numerator whose nearest float, as `math.fsum` gives it, is within the budget.
+    limit = math.floor((Fraction(budget) + Fraction(math.ulp(budget)) / 2) * denominator)
+    if float(Fraction(limit, denominator)) > budget:
+        limit -= 1
     digits = max(map(len, errors)).bit_length()
     places = [digits * place for place in reversed(range(len(errors)))]
     layers = [
@@ -234,13 +244,6 @@ def _as_integers(rows: list[list[float]]) -> tuple[list[list[int]], int]:
     return [[above * (shared // below) for above, below in row] for row in ratios], shared
 
 
-def _limit_of(budget: float, denominator: int) -> int:
-    """The largest numerator whose nearest float, as `math.fsum` gives it, is within the budget."""
-    halfway = Fraction(budget) + Fraction(math.ulp(budget)) / 2
-    limit = math.floor(halfway * denominator)
-    return limit if float(Fraction(limit, denominator)) <= budget else limit - 1
-
-
 def _validated(table: Table) -> tuple[list[list[float]], list[list[float]]]:
     """The errors and the sizes of every layer's candidates."""
     if not table:
@@ -248,11 +251,12 @@ def _validated(table: Table) -> tuple[list[list[float]], list[list[float]]]:
     for index, layer in enumerate(table):
         if not layer:
             raise ValueError(
-                f"Invalid table: layer {index} has no candidates. Must have at least 1; "
-                "leave out a layer of which there is nothing to choose."
+                f"Invalid table: layer {index} has no candidates. Must have at least 1; leave out "
+                "layers without a choice."
             )
         for position, candidate in enumerate(layer):
-            if not _is_candidate(candidate):
+            sound = isinstance(candidate, Candidate)
+            if not sound or not all(map(_is_finite, (candidate.size, candidate.error))):
                 raise ValueError(
                     f"Invalid candidate {position} of layer {index}: {candidate!r}. Must be a "
                     "Candidate whose size and error are finite numbers of at least 0; leave out "
@@ -269,30 +273,6 @@ def _validated(table: Table) -> tuple[list[list[float]], list[list[float]]]:
     return errors, sizes
 
 
-def _validate_reference(table: Table, reference: Sequence[int]) -> None:
-    if len(reference) != len(table):
-        raise ValueError(
-            f"Invalid reference: {reference!r}. Must have an index for each of the {len(table)} "
-            f"layers of the table, but has {len(reference)}."
-        )
-    for index, (layer, chosen) in enumerate(zip(table, reference, strict=True)):
-        if not _is_index(chosen, len(layer)):
-            raise ValueError(
-                f"Invalid reference for layer {index}: {chosen!r}. "
-                f"Must be an integer from 0 to {len(layer) - 1}, the index of a candidate."
-            )
-
-
-def _is_candidate(value: object) -> bool:
-    return isinstance(value, Candidate) and _is_number(value.size) and _is_number(value.error)
-
-
-def _is_index(value: object, length: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < length
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is finite and at least 0, also as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 <= value <= sys.float_info.max
+def _is_finite(value: object) -> bool:
+    """Whether it is a number of at least 0 that a float can hold."""
+    return is_number(value) and 0 <= value <= sys.float_info.max  # type: ignore[operator]

@@ -34,9 +34,8 @@ class RankPolicy(ABC):
     def __repr__(self) -> str:
         """Class and arguments: workers whose policies read differently refuse to decide together.
 
-        Arguments are the attributes that have names of the constructor's. A function stands there
-        with its name, and no address does. A policy whose attributes may differ between workers has
-        to define this itself.
+        Arguments are the attributes named like the constructor's; a function is shown by its name,
+        without an address. A policy whose attributes differ between workers must override this.
         """
         names = inspect.signature(type(self).__init__).parameters
         found = {name: getattr(self, name) for name in names if hasattr(self, name)}

@@ -1,11 +1,11 @@
 """Checks of what policies and schedulers are given."""
 
-import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
+from efsgd.checks import require_integer, require_number
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import RankPolicy
 from efsgd.rank.layers import Layer, Value
@@ -14,18 +14,13 @@ from efsgd.rank.layers import Layer, Value
 def require_numbers(*, above: float | None = None, **numbers: object) -> None:
     """Raises a ValueError unless all are finite numbers of at least 0, or above a number."""
     for name, value in numbers.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        least = 0 if above is None else above
-        if not is_number or not least <= value < math.inf or value == above:  # type: ignore[operator]
-            words = "of at least 0" if above is None else f"above {above}"
-            raise ValueError(f"Invalid {name}: {value!r}. Must be a finite number {words}.")
+        require_number(name, value, above=above)
 
 
 def require_counts(**counts: object) -> None:
     """Raises a ValueError unless all are integers of at least 1."""
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"Invalid {name}: {value!r}. Must be an integer of at least 1.")
+        require_integer(name, value, 1)
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -71,8 +66,10 @@ def require_known(
     return found
 
 
-def require_types(optimizer: object, policy: object, lr_of: object) -> None:
-    """Raises a TypeError unless these are what a scheduler can be made of."""
+def validate_arguments(
+    optimizer: object, policy: object, lr_of: object, others: Iterable[Any]
+) -> None:
+    """Raises an error unless a scheduler can be made of these, beside `others` that are open."""
     if not isinstance(optimizer, ErrorFeedbackOptimizer):
         raise TypeError(
             f"Invalid optimizer: {type(optimizer).__name__}. Must be one of this package, for "
@@ -88,23 +85,14 @@ def require_types(optimizer: object, policy: object, lr_of: object) -> None:
             f"Invalid lr_of: {type(lr_of).__name__}. Must be a torch.optim.Optimizer of the "
             f"same parameters, or None for the first argument."
         )
-
-
-def require_sole(
-    optimizer: ErrorFeedbackOptimizer,
-    policy: RankPolicy,
-    others: Iterable[tuple[ErrorFeedbackOptimizer, RankPolicy]],
-) -> None:
-    """Raises a ValueError where another scheduler has the policy, or decides on the setting."""
-    for other_s_optimizer, other in others:
-        if other is policy:
+    for other in others:
+        if other.policy is policy:
             raise ValueError(
-                f"Invalid policy: {policy!r} belongs to another RankScheduler, and remembers what "
-                f"it has seen there. Must be a new one; or call close() of the other first."
+                f"Invalid policy: {policy!r} belongs to another RankScheduler, and has its state. "
+                f"Must be a new one; or call close() of the other first."
             )
-        if other_s_optimizer is optimizer and other.setting == policy.setting:
+        if other.optimizer is optimizer and other.policy.setting == policy.setting:
             raise ValueError(
-                f"Invalid optimizer: a RankScheduler with {other!r} decides on its "
-                f"{policy.setting} already. Must be one for each setting: call close() of the "
-                f"other one first."
+                f"Invalid optimizer: a RankScheduler with {other.policy!r} decides on its "
+                f"{policy.setting} already. Call close() of the other one first."
             )

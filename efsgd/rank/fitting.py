@@ -18,14 +18,6 @@ def largest_within(
     single layers get the next value that costs them anything else, in order of what it costs more,
     the first of equals first, while the limit lasts. `table` has what each value costs each layer,
     a row for each; `total` what chosen values cost together, about the sum of the table's.
-
-    Example:
-        >>> from efsgd.rank.fitting import largest_within
-        >>> table = [[1, 2, 3], [10, 20, 30]]
-        >>> def total(chosen):
-        ...     return sum(row[value - 1] for row, value in zip(table, chosen))
-        >>> largest_within([1, 2, 3], table, total, limit=23), total([3, 2])
-        ([3, 2], 23)
     """
     last_first = reversed(range(len(values)))
     uniform = next((k for k in last_first if total([values[k]] * len(table)) <= limit), None)

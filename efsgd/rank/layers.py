@@ -26,7 +26,7 @@ class Layer:
         shape: as which it is compressed.
         value: of the setting that is decided on, as it is now.
         group: the position of its parameter group.
-        lr: the learning rate of its group, now; None where nobody knows.
+        lr: the learning rate of its group, now; None where it is not known.
         settings: all that its group and it have, as they are now.
         dtype: of its errors and factors.
         device: the parameter's.
@@ -54,13 +54,9 @@ def layers_of(
     values: Iterable[Value],
     lr_of: Optimizer,
 ) -> list[Layer]:
-    """The parameters that are compressed at some of these values, in order.
+    """The parameters that are compressed at some of these values; a ValueError if there are none.
 
-    `lr_of` is an optimizer of the same parameters, whose learning rates count.
-
-    Raises:
-        ValueError: there is no such setting, or single parameters cannot have it, or a value of it
-            is out of range, or no parameter is compressed.
+    The learning rates are those of `lr_of`.
     """
     allowed = sorted(set(compressor.settings()) - set(compressor.shared_settings()))
     kind = type(compressor).__name__
@@ -92,9 +88,8 @@ def layers_of(
             except (TypeError, ValueError) as error:
                 failure = TypeError if isinstance(error, TypeError) else ValueError
                 raise failure(
-                    f"{error} That is for {setting}={value!r} of {layer.name}, one of the values "
-                    f"{choices} of the policy. Another setting is decided on by a policy that is "
-                    f"made with setting='density', for example."
+                    f"{error} That is for {setting}={value!r} of {layer.name}, a value of the "
+                    f"policy, which may be made with setting='density', for example."
                 ) from error
         if any(layer.level(compressor, setting, value) is not None for value in choices):
             found.append(layer)
@@ -108,19 +103,10 @@ def layers_of(
 
 @dataclass(frozen=True)
 class Background:
-    """What a step sends besides the layers that are decided on.
+    """What a step of one worker sends besides the layers that are decided on."""
 
-    Attributes:
-        nbytes: of one worker: parameters that are never compressed, those whose gradients are
-            sparse, and control words. Frozen parameters send nothing.
-        fixed: indices of layers whose value makes no difference now, since they are frozen or
-            their gradients sparse.
-        world_size: the number of workers.
-        collectives: of a step.
-    """
-
-    nbytes: int = 0
-    fixed: frozenset[int] = frozenset()
+    nbytes: int = 0  # control words, too; frozen parameters send nothing
+    fixed: frozenset[int] = frozenset()  # layers that are frozen or have sparse gradients
     world_size: int = 1
     collectives: int = 2
 
@@ -136,14 +122,14 @@ class Background:
         nbytes, fixed = 0, set()
         counts = Counter[tuple[torch.device, torch.dtype]]()  # control words go with each bucket
         for info in infos:
-            is_fixed = not info.parameter.requires_grad or info.has_sparse_gradients
-            if is_fixed and info.index in layers:
+            is_frozen, is_layer = not info.parameter.requires_grad, info.index in layers
+            if is_layer and (is_frozen or info.has_sparse_gradients):
                 fixed.add(info.index)
-            if not info.parameter.requires_grad:
+            if is_frozen:
                 continue
             dtype = compute_dtype(info.parameter)
             counts[info.parameter.device, dtype] += 1
-            if is_fixed or info.index not in layers:
+            if not is_layer or info.has_sparse_gradients:
                 nbytes += info.shape.numel() * dtype.itemsize
         for (_, dtype), count in counts.items():
             nbytes += ControlWords.count(count, world_size) * dtype.itemsize

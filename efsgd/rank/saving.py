@@ -12,7 +12,7 @@ _MUST = "Must be what state_dict() of a RankScheduler with the same policy retur
 def saved(
     policy: RankPolicy, layers: Sequence[Layer], calls: int, last_step: int, sums: list[Any]
 ) -> dict[str, Any]:
-    """It, not copied: windows that were decided on, the step after the last one, and sums."""
+    """The dict, not copied. `calls` counts decisions, the last at `last_step`."""
     return {
         "kind": type(policy).__name__,
         "setting": policy.setting,
@@ -35,8 +35,7 @@ def validate_saved(state_dict: Any, policy: RankPolicy, layers: Sequence[Layer])
     if theirs != own or len(state_dict["sums"]) != len(policy.accumulators):
         raise ValueError(
             f"Invalid state_dict: in it {theirs[0]} has the {theirs[1]} of parameters {theirs[2]}, "
-            f"and here {own[0]} has the {own[1]} of {own[2]}. Make model and policy as they were "
-            f"when it was saved."
+            f"and here {own[0]} has the {own[1]} of {own[2]}. Make model and policy as they were."
         )
     for accumulator, sums in zip(policy.accumulators, state_dict["sums"], strict=True):
         accumulator.validate(sums, layers)

@@ -20,8 +20,7 @@ from efsgd.rank.checks import (
     require_exchange,
     require_known,
     require_mapping,
-    require_sole,
-    require_types,
+    validate_arguments,
 )
 from efsgd.rank.layers import Background, Layer, Value, layers_of
 from efsgd.rank.saving import load_policy, saved, validate_saved
@@ -86,9 +85,8 @@ class RankScheduler:
         *,
         lr_of: Optimizer | None = None,
     ) -> None:
-        require_types(optimizer, policy, lr_of)
+        validate_arguments(optimizer, policy, lr_of, _OPEN)
         self.optimizer, self.policy = optimizer, policy
-        require_sole(optimizer, policy, ((other.optimizer, other.policy) for other in _OPEN))
         self._lr_of = optimizer if lr_of is None else lr_of
         self._calls, self._last_step = 0, self._step_number
         self._seen: int | None = None
@@ -99,8 +97,7 @@ class RankScheduler:
                 f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
                 f"compressed, and has none of them: their learning rates are not known."
             )
-        world_size = optimizer.transport.world_size
-        policy.background = self._background(layers, world_size)
+        policy.background = self._background(layers, optimizer.transport.world_size)
         values = policy.begin(layers, optimizer.compressor)
         self._set(require_mapping(values, policy, "begin"))
         policy.commit(self._layers())

@@ -11,28 +11,7 @@ from efsgd.testing.trial import SHAPES, Law, Trial
 
 #: What `check_compressor` tests, in this order. Each raises a `CompressorLawError` where it does
 #: not hold; its docstring says what it asks for.
-LAWS: tuple[Law, ...] = (
-    laws.sends_what_it_announces,
-    laws.has_one_schedule,
-    laws.decompresses_alike,
-    laws.leaves_deltas_alone,
-    laws.keeps_shapes_and_dtypes,
-    laws.survives_zeros,
-    laws.survives_scales,
-    laws.keeps_workers_equal,
-    laws.loses_nothing,
-    laws.knows_the_norm,
-    laws.averages_what_is_sent,
-    laws.travels_as_claimed,
-    laws.contracts_as_claimed,
-    laws.is_unbiased_as_claimed,
-    laws.repeats_to_the_bit,
-    laws.refuses_without_a_trace,
-    laws.resumes_to_the_bit,
-    laws.draws_as_claimed,
-    laws.agrees_when_alone,
-    agrees_in_processes,
-)
+LAWS: tuple[Law, ...] = (*laws.IN_THIS_THREAD, agrees_in_processes)
 
 
 def check_compressor(

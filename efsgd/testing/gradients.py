@@ -1,4 +1,4 @@
-"""Made-up gradients, the same in every run: kinds that compressors have trouble with."""
+"""Made-up gradients, the same in every run: kinds that are hard on compressors."""
 
 import math
 from collections.abc import Sequence
@@ -26,13 +26,7 @@ def gaussian(shape: Sequence[int], *path: int) -> Tensor:
 
 
 def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
-    """One worker's gradient of one parameter, float64.
-
-    Args:
-        kind: one of `KINDS`.
-        shape: of the parameter.
-        worker: whose gradient it is.
-        path: integers; others make another gradient.
+    """One worker's gradient of one parameter, float64: of a kind of `KINDS`, drawn by `path`.
 
     Example:
         >>> from efsgd.testing.gradients import made_up
@@ -68,10 +62,9 @@ def gradients(
     scale: float = 1.0,
     with_missing: bool = False,
 ) -> Gradients:
-    """All workers' gradients of one step.
+    """All workers' gradients of one step: parameters take `kinds` in turn, another in each step.
 
-    The parameters take `kinds` in turn, another one in each step. With `with_missing` some are
-    None, on some workers or on all.
+    With `with_missing` some are None, on some workers or on all.
     """
     found: Gradients = []
     for worker in range(world_size):

@@ -183,8 +183,8 @@ class _Conductor(Generic[T]):
     def _finish(self, number: int) -> list[Any]:
         started = self._started.pop(number)
         for worker, (collective, _) in enumerate(started):
-            expected = _poison_(torch.empty_like(collective.buffer))
-            if not torch.equal(_bytes(collective.buffer), _bytes(expected)):
+            pair = collective.buffer, _poison_(torch.empty_like(collective.buffer))
+            if not torch.equal(*(each.reshape(-1).view(torch.uint8) for each in pair)):
                 raise LockstepError(
                     f"Worker {worker} wrote to its buffer while {self._trace[number]} was in flight"
                 )
@@ -205,7 +205,3 @@ def _poison_(buffer: Tensor) -> Tensor:
     """Fills a buffer that is in flight with what nobody could take for a result."""
     is_float = buffer.is_floating_point()
     return buffer.fill_(torch.nan if is_float else torch.iinfo(buffer.dtype).max)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)

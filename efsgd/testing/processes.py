@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from efsgd.checks import require_integer
 from efsgd.compressors import Compressor
 from efsgd.testing.gradients import Gradients
 from efsgd.testing.simulation import Simulation, first_difference
@@ -26,7 +27,13 @@ _PATIENCE = timedelta(seconds=90)
 _TOLERANCE = 1e-6
 
 
-@law
+_REMEDY = (
+    "In a process of its own a compressor has nothing but its fields, what it has received and "
+    "what it draws; and a buffer in flight belongs to its collective."
+)
+
+
+@law(_REMEDY)
 def agrees_in_processes(trial: Trial) -> None:
     """Real worker processes compute what lockstep computes, over a torch.distributed group.
 
@@ -60,8 +67,7 @@ def check_in_processes(
         CompressorLawError: names the first compressor that breaks it, and what differs.
         ValueError: an argument is out of range.
     """
-    if processes < 1:
-        raise ValueError(f"Invalid processes: {processes!r}. Must be at least 1.")
+    require_integer("processes", processes, 1)
     own = (processes,), shapes, steps, seed, processes, error_feedback
     _require_agreement([Trial(compressor, *own) for compressor in compressors])
 
@@ -81,13 +87,8 @@ def _require_agreement(trials: Sequence[Trial]) -> None:
             raise _blame(trials[min(number, len(trials) - 1)], "; ".join(texts)) from error
 
 
-def _blame(trial: Trial, found: str, remedy: str = "") -> CompressorLawError:
-    usual = (
-        "In a process of its own a compressor has nothing but its fields, what it has received and "
-        "what it draws; and a buffer in flight belongs to its collective."
-    )
-    violation = Violation(found, remedy or usual)
-    return CompressorLawError(agrees_in_processes.__name__, trial.compressor, violation)
+def _blame(trial: Trial, found: str, remedy: str = _REMEDY) -> CompressorLawError:
+    return CompressorLawError(agrees_in_processes.__name__, trial.compressor, found, remedy)
 
 
 def _packed(trial: Trial) -> bytes:
@@ -98,8 +99,8 @@ def _packed(trial: Trial) -> bytes:
         raise _blame(
             trial,
             f"it cannot be pickled for worker processes ({type(error).__name__}: {error})",
-            "Define its class at the top of a module and keep functions and other local things out "
-            "of its fields; or pass processes=0.",
+            "Define its class at the top of a module, without local functions in its fields; or "
+            "pass processes=0.",
         ) from error
     workers, every_step = _prepare(trial)
     expected = []
@@ -113,10 +114,7 @@ def _packed(trial: Trial) -> bytes:
 
 
 def _prepare(trial: Trial) -> tuple[Simulation, list[Gradients]]:
-    """Workers, and the gradients of each step.
-
-    Where sums depend on their order, in the dtype that has more digits, and of full rank.
-    """
+    """Workers, and each step's gradients: float64 and of full rank where sums depend on order."""
     is_exact, count = trial.processes <= 2, trial.processes
     options: dict[str, Any] = {} if is_exact else {"kinds": ["gaussian"]}
     workers = trial.simulate(count, torch.float32 if is_exact else torch.float64)

@@ -20,16 +20,10 @@ Snapshot: TypeAlias = dict[str, Tensor]
 
 
 class Simulation:
-    """Some workers in one thread with the same parameters, and optimizers whose step is x - Δ'.
+    """Workers in one thread with the same parameters, and optimizers whose step is x - Δ'.
 
-    Args:
-        compressor: each worker gets a copy.
-        world_size: the number of workers.
-        shapes: of the parameters.
-        dtype: of the parameters.
-        seed: of the gradients.
-        start: all values of all parameters.
-        options: of `ErrorFeedbackSGD`.
+    `seed` is of the gradients, `start` all values of all parameters; `options` are those of
+    `ErrorFeedbackSGD`.
     """
 
     def __init__(
@@ -113,11 +107,7 @@ class Simulation:
         return scene, made, self.step(made)
 
     def step(self, made: Gradients) -> list[Traced]:
-        """One step of all workers: its collectives, without checks before it.
-
-        Raises:
-            Violation: it raised an error.
-        """
+        """One step of all workers: its collectives, without checks before it."""
         self.give_(made)
         scene = self.scene
         try:
@@ -127,7 +117,7 @@ class Simulation:
         except Exception as error:
             raise Violation(
                 f"{scene} raised {type(error).__name__}: {error}",
-                "A step must succeed whatever the values of the gradients are, if they are finite.",
+                "A step with finite gradients must succeed, whatever their values.",
             ) from error
         number = self.optimizers[0].communication_stats()["collectives"]
         return trace[len(trace) - number :]
@@ -139,15 +129,16 @@ def largest(tensor: Tensor) -> float:
 
 
 def first_difference(left: Snapshot, right: Snapshot, tolerance: float = 0.0) -> str | None:
-    """The name of the first tensor that is not the same in both; None where all are.
+    """The name of the first tensor that is not bitwise equal in both; None where all are.
 
-    That is, bitwise equal; or, with a tolerance, so close beside its largest element or 1.
+    With a tolerance: equal up to that, relative to its largest element or 1.
     """
     for name in {**left, **right}:
-        pair = [own[name].contiguous() for own in (left, right) if name in own]
-        if len(pair) < 2 or pair[0].shape != pair[1].shape or pair[0].dtype != pair[1].dtype:
+        if name not in left or name not in right:
             return name
-        a, b = pair
+        a, b = left[name].contiguous(), right[name].contiguous()
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return name
         if tolerance:
             limit = tolerance * max(1.0, largest(b.double()))
             is_same = largest(a.double() - b.double()) <= limit
@@ -158,11 +149,9 @@ def first_difference(left: Snapshot, right: Snapshot, tolerance: float = 0.0) ->
     return None
 
 
-def require_equal(
-    found: Sequence[Snapshot], expected: Sequence[Snapshot], when: str, remedy: str
-) -> None:
+def require_equal(found: Sequence[Snapshot], expected: Sequence[Snapshot], when: str) -> None:
     """Raises a `Violation` unless each worker has to the bit what is expected."""
     for worker, (own, other) in enumerate(zip(found, expected, strict=True)):
         name = first_difference(own, other)
         if name is not None:
-            raise Violation(f"{when}, {name} differs on worker {worker} of {len(found)}", remedy)
+            raise Violation(f"{when}, {name} differs on worker {worker} of {len(found)}")

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from efsgd.checks import require_integer
 from efsgd.compressors import Compressor
 from efsgd.testing.simulation import Simulation
 from efsgd.testing.violations import CompressorLawError, Violation
@@ -41,20 +42,15 @@ class Trial:
     error_feedback: bool = True
 
     def __post_init__(self) -> None:
+        require_integer("steps", self.steps, 1)
+        require_integer("processes", self.processes, 0)
         if not self.world_sizes or min(self.world_sizes) < 1:
             raise ValueError(
-                f"Invalid world_sizes: {self.world_sizes!r}. Must be numbers of workers, at least "
-                f"one of them and none below 1."
+                f"Invalid world_sizes: {self.world_sizes!r}. Must be one or more numbers of "
+                f"workers, none below 1."
             )
-        if not self.shapes or not any(math.prod(shape) for shape in self.shapes):
+        if not any(map(math.prod, self.shapes)):
             raise ValueError(f"Invalid shapes: {self.shapes!r}. At least one must have an element.")
-        if self.steps < 1:
-            raise ValueError(f"Invalid steps: {self.steps!r}. Must be at least 1.")
-        if self.processes < 0:
-            raise ValueError(
-                f"Invalid processes: {self.processes!r}. Must be a number of worker processes; "
-                f"0 starts none."
-            )
 
     @property
     def several(self) -> int:
@@ -86,7 +82,7 @@ class Trial:
         return found
 
     def first_steps(self) -> list[int]:
-        """The first step of each kind, of those that are among the steps of a run and four more."""
+        """The first step of each kind, among the steps of a run and four more."""
         return [steps[0] for steps in self.kinds_of_steps(self.steps + 4).values()]
 
     def compressed_shapes(self) -> list[torch.Size]:
@@ -101,21 +97,24 @@ class Trial:
 Law: TypeAlias = Callable[[Trial], None]
 
 
-def law(function: Law) -> Law:
-    """Makes a function a law: what it finds, and any error, is raised in its name."""
+def law(remedy: str) -> Callable[[Law], Law]:
+    """Makes a function a law: a `Violation`, or any other error, is raised in its name."""
 
-    @functools.wraps(function)
-    def checked(trial: Trial) -> None:
-        try:
-            function(trial)
-        except CompressorLawError:
-            raise
-        except Exception as error:
-            found, cause = error, error.__cause__
-            if not isinstance(error, Violation):
+    def decorate(function: Law) -> Law:
+        @functools.wraps(function)
+        def checked(trial: Trial) -> None:
+            named = functools.partial(CompressorLawError, function.__name__, trial.compressor)
+            try:
+                function(trial)
+            except Violation as violation:
+                error = named(violation.found, violation.remedy or remedy)
+                raise error from violation.__cause__
+            except CompressorLawError:
+                raise
+            except Exception as error:
                 what = f"it raised {type(error).__name__}: {error}"
-                found, cause = Violation(what, "Its methods must not raise."), error
-            assert isinstance(found, Violation)
-            raise CompressorLawError(function.__name__, trial.compressor, found) from cause
+                raise named(what, "Its methods must not raise.") from error
 
-    return checked
+        return checked
+
+    return decorate

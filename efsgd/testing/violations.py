@@ -2,14 +2,12 @@
 
 
 class Violation(Exception):
-    """What a law has found, before it is said of which compressor.
+    """What a law has found: shape, worker and step, as the end of a sentence.
 
-    Args:
-        found: what was found, and where: shape, worker, step. The end of a sentence.
-        remedy: what must hold, and what the compressor's author can do. Sentences.
+    `remedy` says in sentences what must hold; without one it is that of the law.
     """
 
-    def __init__(self, found: str, remedy: str) -> None:
+    def __init__(self, found: str, remedy: str = "") -> None:
         super().__init__(found, remedy)
         self.found, self.remedy = found, remedy
 
@@ -22,7 +20,6 @@ class CompressorLawError(AssertionError):
         compressor: that breaks it.
     """
 
-    def __init__(self, law: str, compressor: object, violation: Violation) -> None:
-        found = violation.found.rstrip(".")
-        super().__init__(f"{compressor!r} breaks the law {law}: {found}. {violation.remedy}")
+    def __init__(self, law: str, compressor: object, found: str, remedy: str) -> None:
+        super().__init__(f"{compressor!r} breaks the law {law}: {found.rstrip('.')}. {remedy}")
         self.law, self.compressor = law, compressor

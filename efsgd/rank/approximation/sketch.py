@@ -22,15 +22,7 @@ _AT_ONCE = 1 << 18  # elements for which random numbers are drawn together
 
 
 def sketch(tensor: Tensor, size: int, seed: int) -> Tensor:
-    """A tensor in `size` numbers, or all of it where it has no more, by random choices.
-
-    Example:
-        >>> from efsgd.rank.approximation.sketch import sketch
-        >>> tensor = torch.ones(200, 300)
-        >>> found = sketch(tensor, 4096, seed=0)
-        >>> found.shape, round(float(found.norm() / tensor.norm()), 1)
-        (torch.Size([4096]), 1.0)
-    """
+    """A tensor in `size` numbers, or all of it where it has no more, by random choices."""
     flat = tensor.reshape(-1)
     if flat.numel() <= size:
         return flat.clone()

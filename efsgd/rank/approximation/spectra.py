@@ -35,16 +35,12 @@ def power_tails(
     iterations: int = 2,
     sketch: int | None = 4096,
 ) -> Exchange[dict[int, Tensor]]:
-    """What remains of each mean matrix at ranks 0 to r, by power iteration.
+    """What remains of each mean matrix at ranks 0 to r, by power iteration: [r + 1] float64.
 
     `matrices` are this worker's own, [n, m]; `ranks` has r of each, at most min(n, m). Each of the
     `iterations` sends r·(n + m) numbers of a matrix; of each remainder `sketch` numbers are sent
-    (None: all), to know its norm.
-
-    Returns:
-        By index, [r + 1] float64: at k, the Frobenius norm of what a rank-k approximation leaves,
-        which at k = min(n, m) is 0. Without a sketch it is no less than what the best one leaves,
-        but for rounding. NaN or infinite where sums overflow.
+    (None: all). At k is the Frobenius norm of what a rank-k approximation leaves: without a sketch
+    no less than the best one leaves, but for rounding. NaN or infinite where sums overflow.
     """
     Qs = {
         index: initial_query(0, index, A.shape[1], ranks[index]).to(A.device, A.dtype)
@@ -62,7 +58,10 @@ def power_tails(
     found = {}
     for (index, Q), norm in zip(Qs.items(), norms, strict=True):
         rest = 0.0 if ranks[index] == min(matrices[index].shape) else norm
-        found[index] = _tails(_singular_values(Q.double().cpu()), rest)
+        Q = Q.double().cpu()
+        is_finite = bool(Q.isfinite().all())
+        values = torch.linalg.svdvals(Q) if is_finite else Q.new_full((ranks[index],), torch.nan)
+        found[index] = _tails(values, rest)
     return found
 
 
@@ -85,10 +84,7 @@ def exact_tails(
 
 
 def _by_gram_matrix(A: Tensor) -> Tensor:
-    """The singular values, with a precision of 1e-8 times the largest; NaN where A is not finite.
-
-    It raises nothing: the other workers are waiting.
-    """
+    """The singular values, to 1e-8 of the largest; NaN, not an error, where A is not finite."""
     scale = A.abs().max()
     if not scale.isfinite():
         return A.new_full((min(A.shape),), torch.nan)
@@ -96,14 +92,6 @@ def _by_gram_matrix(A: Tensor) -> Tensor:
     gram = A @ A.mT if A.shape[0] <= A.shape[1] else A.mT @ A
     squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0)
     return scale * squares.sqrt()
-
-
-def _singular_values(Q: Tensor) -> Tensor:
-    """In descending order; NaN where Q is not finite."""
-    if not Q.isfinite().all():
-        return Q.new_full((Q.shape[1],), torch.nan)
-    values: Tensor = torch.linalg.svdvals(Q)
-    return values
 
 
 def _tails(values: Tensor, rest: float) -> Tensor:

@@ -5,8 +5,9 @@ single tensors are tried: each worker compresses its own tensors, and the mean o
 what they miss is taken.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 from efsgd.compressors import LQSGD, Compressor, PowerSGD, TensorCompressor
 from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
-from efsgd.rank.accumulation import Accumulator, mean_table
+from efsgd.rank.accumulation import Accumulator, shared_table
 from efsgd.rank.approximation.spectra import exact_tails, power_tails
 from efsgd.rank.checks import require_choice, require_counts
 from efsgd.rank.costs.volumes import with_value
 from efsgd.rank.layers import Layer, Value
-from efsgd.wire.collectives import Broadcast, Exchange, run
+from efsgd.wire.collectives import AllReduceMean, Broadcast, Exchange, run
 from efsgd.wire.transports import Alone
 
 
@@ -67,29 +68,15 @@ class ErrorTables:
 
         It is the same on every worker, and not finite where sums have overflowed.
         """
-        if self.gradients == "mean":
-            return (yield from self._measure(compressor, layers, accumulator, world_size, worker))
-        rows, failure = [[math.nan] * len(self.values) for _ in layers], None
-        if worker == 0:
-            try:
-                rows = run(self._measure(compressor, layers, accumulator, 1, 0), Alone())
-            except Exception as error:  # the others are waiting, so it is raised afterwards
-                failure = error
-        table = torch.tensor(rows, dtype=torch.float64, device=layers[0].device)
-        answer = yield Broadcast(table, "errors of accumulated gradients")
-        if failure is not None:
-            raise failure
-        found: list[list[float]] = answer.tolist()
-        return found
+        if self.gradients == "worker 0":
+            alone = dataclasses.replace(self, gradients="mean")
 
-    def _measure(
-        self,
-        compressor: Compressor,
-        layers: Sequence[Layer],
-        accumulator: Accumulator,
-        world_size: int,
-        worker: int,
-    ) -> Exchange[list[list[float]]]:
+            def of_worker_0() -> list[list[float]]:
+                if worker != 0:
+                    return [[math.nan] * len(self.values)] * len(layers)
+                return run(alone.measure(compressor, layers, accumulator, 1, 0), Alone())
+
+            return (yield from self._shared(of_worker_0, layers, Broadcast))
         if isinstance(compressor, TensorCompressor):
             return (yield from self.tried(compressor, layers, accumulator.sums, worker))
         shapes = {layer.index: matrix_shape(layer.shape) for layer in layers}
@@ -126,24 +113,30 @@ class ErrorTables:
     ) -> Exchange[list[list[float]]]:
         """The mean norms of what is missed of this worker's tensors, by index.
 
-        NaN where a tensor is not finite. What the compressor raises on this worker is raised after
-        the collective; the other workers have NaN.
+        NaN where a tensor is not finite. See `shared_table` for what the compressor raises.
         """
 
-        def row(layer: Layer) -> list[float]:
-            levels = (layer.level(compressor, self.setting, value) for value in self.values)
-            return [_missed(level, layer.index, tensors[layer.index], worker) for level in levels]
+        def missed(layer: Layer, value: Value) -> float:
+            operator, tensor = layer.level(compressor, self.setting, value), tensors[layer.index]
+            if operator is None:
+                return 0.0
+            if not tensor.isfinite().all():
+                return math.nan  # compressors are only ever given finite tensors
+            draws = Draws(operator.seed_of_draws, layer.index, 0, worker)
+            rest = tensor.clone()
+            operator.add_decompressed_(rest, operator.compress(tensor, draws), draws, -1.0)
+            return float(torch.linalg.vector_norm(rest, dtype=torch.float64))
 
+        def rows() -> list[list[float]]:
+            return [[missed(layer, value) for value in self.values] for layer in layers]
+
+        return (yield from self._shared(rows, layers, AllReduceMean))
+
+    def _shared(
+        self,
+        make: Callable[[], list[list[float]]],
+        layers: Sequence[Layer],
+        collective: type[AllReduceMean | Broadcast],
+    ) -> Exchange[list[list[float]]]:
         sizes, purpose = (len(layers), len(self.values)), "errors of accumulated gradients"
-        return mean_table(lambda: map(row, layers), *sizes, layers[0].device, purpose)
-
-
-def _missed(operator: TensorCompressor | None, index: int, tensor: Tensor, worker: int) -> float:
-    if operator is None:
-        return 0.0
-    if not tensor.isfinite().all():
-        return math.nan  # compressors are only ever given finite tensors
-    draws = Draws(operator.seed_of_draws, index, 0, worker)
-    rest = tensor.clone()
-    operator.add_decompressed_(rest, operator.compress(tensor, draws), draws, -1.0)
-    return float(torch.linalg.vector_norm(rest, dtype=torch.float64))
+        return shared_table(make, *sizes, layers[0].device, purpose, collective)

@@ -30,7 +30,7 @@ class Network:
         ValueError: one of them is negative, or not finite.
 
     Example:
-        >>> from efsgd.rank.costs.network import Network
+        >>> from efsgd.rank import Network
         >>> Network(latency=0.001, seconds_per_byte=1e-8).seconds(500_000)
         0.007
     """

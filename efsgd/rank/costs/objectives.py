@@ -14,8 +14,8 @@ from efsgd.compressors import Compressed, Compressor
 from efsgd.errors import CollectiveError
 from efsgd.layout import Blocks, Entry, Layout
 from efsgd.randomness import generator_of
-from efsgd.rank.accumulation import mean_table
-from efsgd.rank.checks import require_counts, require_exchange
+from efsgd.rank.accumulation import shared_table
+from efsgd.rank.checks import require_counts
 from efsgd.rank.costs.network import Clock, Network, measure_network, seconds_now
 from efsgd.rank.costs.volumes import byte_table, with_value
 from efsgd.rank.layers import Layer, Value
@@ -110,9 +110,6 @@ def compression_seconds(
 
     Each worker times them on made-up numbers, once more than `repeats` to warm up; the medians are
     averaged over the workers. Of what is gathered only the worker's own payload is decompressed.
-
-    Raises:
-        CollectiveError: another worker could not measure.
     """
     known: dict[Any, float] = {}
 
@@ -123,7 +120,7 @@ def compression_seconds(
             known[key] = _seconds_alone(own, layer, repeats, clock)
         return known[key]
 
-    found = yield from mean_table(
+    found = yield from shared_table(
         lambda: [[seconds(layer, value) for value in values] for layer in layers],
         len(layers),
         len(values),
@@ -158,16 +155,3 @@ def _seconds_alone(own: Compressor, layer: Layer, repeats: int, clock: Clock) ->
         run(lines_8_and_10(), Alone())
         durations.append(seconds_now(device, clock) - began)
     return statistics.median(durations[1:])
-
-
-def validated(
-    costs: Exchange[Sequence[Sequence[float]]], rows: int, columns: int
-) -> Exchange[Sequence[Sequence[float]]]:
-    """What an exchange finds; an error where it is no exchange, or finds no table of this shape."""
-    found = yield from require_exchange(costs, "costs")
-    if [len(row) for row in found] != [columns] * rows:
-        raise ValueError(
-            f"Invalid costs: {found!r}. Must be {rows} rows, one for each layer, of {columns} "
-            f"numbers, one for each value."
-        )
-    return found  # type: ignore[no-any-return]

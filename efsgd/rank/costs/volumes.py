@@ -17,27 +17,14 @@ from efsgd.rank.layers import Layer, Value
 def with_value(
     compressor: Compressor, settings: Mapping[str, Any], setting: str, value: Value
 ) -> Compressor:
-    """The compressor with a layer's settings, and this value in place of one of them.
-
-    Raises:
-        TypeError: the compressor is no dataclass, or the setting none of its fields.
-        ValueError: the compressor refuses the value.
-
-    Example:
-        >>> from efsgd import PowerSGD
-        >>> from efsgd.rank.costs.volumes import with_value
-        >>> own = with_value(PowerSGD(rank=4), {"rank": 2, "min_compression_rate": 2.0}, "rank", 8)
-        >>> own.rank, own.min_compression_rate
-        (8, 2.0)
-    """
+    """The compressor, a dataclass, with a layer's settings, and this value for one of them."""
     made: Any = compressor
     is_made = dataclasses.is_dataclass(made) and not isinstance(made, type)
     fields = {field.name for field in dataclasses.fields(made) if field.init} if is_made else set()
     if setting not in fields:
         raise TypeError(
-            f"Invalid compressor: {compressor!r} is no dataclass with a field {setting!r}, so that "
-            f"what it would send with another {setting} cannot be told. Decorate its class with "
-            f"@dataclasses.dataclass(frozen=True); its fields are the settings."
+            f"Invalid compressor: {compressor!r} is no dataclass with a field {setting!r}. Decorate"
+            f" its class with @dataclasses.dataclass(frozen=True); its fields are the settings."
         )
     names = fields.intersection(compressor.settings(), settings)
     kept = {name: settings[name] for name in names}
@@ -61,9 +48,10 @@ def byte_table(
     keys = [_key(compressor, layer, setting) for layer in layers]
     for key, layer in zip(keys, layers, strict=True):
         if key not in known:
-            own = compressor, [layer], setting
             known[key] = [
-                total_bytes(*own, [value], world_size, as_all_reduce=as_all_reduce)
+                total_bytes(
+                    compressor, [layer], setting, [value], world_size, as_all_reduce=as_all_reduce
+                )
                 for value in values
             ]
     return [list(known[key]) for key in keys]
@@ -80,23 +68,13 @@ def total_bytes(
 ) -> float:
     """What one worker sends of all layers together, each at its chosen value.
 
-    Layers with equal settings are counted as one payload, which is exact where all have the same
-    value. With different values it is what is sent, or a few bytes more where codes of several
-    layers share them. LQ-SGD's "scatter" may send more: up to two scales of each layer and worker.
+    Layers with equal settings are counted as one payload. With different values it may be a few
+    bytes more than is sent, where codes of several layers share them. LQ-SGD's "scatter" may send
+    more: up to two scales of each layer and worker.
 
     With `as_all_reduce` it is as many bytes as an all-reduce would send in the same time: a payload
     that is gathered comes from all W workers, and each of its bytes counts W / 2 times, the ratio
     of the (W - 1)·S bytes that a worker then receives to 2 (W - 1) / W·S.
-
-    Example:
-        >>> from efsgd import PowerSGDOptimizer
-        >>> from efsgd.rank.costs.volumes import total_bytes
-        >>> from efsgd.rank.layers import layers_of
-        >>> optimizer = PowerSGDOptimizer([torch.zeros(64, 32, requires_grad=True)], lr=0.1)
-        >>> compressor, groups = optimizer.compressor, optimizer.param_groups
-        >>> layers = layers_of(groups, compressor, "rank", [1, 64], optimizer)
-        >>> [total_bytes(compressor, layers, "rank", [rank]) for rank in (2, 64)]
-        [768, 8192]
     """
     groups: dict[Any, list[Layer]] = {}
     for layer, value in zip(layers, chosen, strict=True):

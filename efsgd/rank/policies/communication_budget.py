@@ -6,10 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
+from efsgd.checks import is_number
 from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
 from efsgd.rank.base import RankPolicy
@@ -81,7 +82,19 @@ class CommunicationBudget(RankPolicy):
         interval: int = 10,
         clock: Clock = time.perf_counter,
     ) -> None:
-        _validate_budget(bytes_per_step, share_of_step)
+        if (bytes_per_step is None) == (share_of_step is None):
+            raise ValueError(
+                f"Invalid bytes_per_step and share_of_step: {bytes_per_step!r} and "
+                f"{share_of_step!r}. Must be one of them, not both and not none."
+            )
+        if share_of_step is None and not _is_between(0, bytes_per_step, math.inf):
+            raise ValueError(
+                f"Invalid bytes_per_step: {bytes_per_step!r}. Must be a number of bytes above 0."
+            )
+        if bytes_per_step is None and not _is_between(0, share_of_step, 1):
+            raise ValueError(
+                f"Invalid share_of_step: {share_of_step!r}. Must be a number above 0 and below 1."
+            )
         require_counts(max_rank=max_rank, interval=interval)
         if values is None and setting != "rank":
             raise ValueError(
@@ -89,7 +102,8 @@ class CommunicationBudget(RankPolicy):
                 f"ascending cost; by itself only ranks are known, from 1 to max_rank."
             )
         own = tuple(range(1, max_rank + 1) if values is None else values)
-        if not own or len(set(own)) < len(own) or not all(map(_is_number, own)):
+        are_numbers = all(_is_between(-math.inf, value, math.inf) for value in own)
+        if not own or len(set(own)) < len(own) or not are_numbers:
             raise ValueError(
                 f"Invalid values: {values!r}. Must be one or more numbers, each once, in order of "
                 f"ascending cost."
@@ -124,9 +138,9 @@ class CommunicationBudget(RankPolicy):
         if fitting is None:
             raise ValueError(
                 f"Invalid bytes_per_step: {self.bytes_per_step!r}. With {self.setting}="
-                f"{self.values[0]!r} a step sends {least} bytes, "
-                f"{self.background.nbytes} of them in parameters that are never compressed and in "
-                f"control words. Must be at least {least}; or give smaller values."
+                f"{self.values[0]!r} a step sends {least} bytes, {self.background.nbytes} of them "
+                f"in parameters that are never compressed and in control words. Must be at least "
+                f"{least}; or give smaller values."
             )
         return fitting
 
@@ -224,24 +238,5 @@ class CommunicationBudget(RankPolicy):
         return self.background.nbytes + own
 
 
-def _validate_budget(bytes_per_step: object, share_of_step: object) -> None:
-    if (bytes_per_step is None) == (share_of_step is None):
-        raise ValueError(
-            f"Invalid bytes_per_step and share_of_step: {bytes_per_step!r} and {share_of_step!r}. "
-            f"Must be one of them, not both and not none."
-        )
-    if bytes_per_step is not None and not (_is_number(bytes_per_step) and bytes_per_step > 0):
-        raise ValueError(
-            f"Invalid bytes_per_step: {bytes_per_step!r}. Must be a number of bytes above 0."
-        )
-    if share_of_step is not None and not (_is_number(share_of_step) and 0 < share_of_step < 1):
-        raise ValueError(
-            f"Invalid share_of_step: {share_of_step!r}. Must be a number above 0 and below 1; 0.3 "
-            f"spends three tenths of the time on communication."
-        )
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value)
+def _is_between(lower: float, value: object, upper: float) -> bool:
+    return is_number(value) and lower < value < upper  # type: ignore[operator]

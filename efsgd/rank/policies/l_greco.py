@@ -15,8 +15,8 @@ from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.allocation import Candidate, allocate_within
 from efsgd.rank.approximation.tables import ErrorTables
 from efsgd.rank.base import RankPolicy
-from efsgd.rank.checks import require_counts, require_numbers
-from efsgd.rank.costs.objectives import Costs, validated
+from efsgd.rank.checks import require_counts, require_exchange, require_numbers
+from efsgd.rank.costs.objectives import Costs
 from efsgd.rank.costs.volumes import byte_table
 from efsgd.rank.layers import Layer, Value
 from efsgd.rank.policies.uniform import Uniform
@@ -179,7 +179,12 @@ class LGreCo(RankPolicy):
         if self.costs is None:
             costs = byte_table(*options)
         else:
-            costs = yield from validated(self.costs(*options), len(known), len(self.values))
+            costs = yield from require_exchange(self.costs(*options), "costs")
+            if [len(row) for row in costs] != [len(self.values)] * len(known):
+                raise ValueError(
+                    f"Invalid costs: {costs!r}. Must be {len(known)} rows, one for each layer, of "
+                    f"{len(self.values)} numbers, one for each value."
+                )
         if not all(math.isfinite(error) for row in errors for error in row):
             return changed  # an overflow: there is nothing to go by
         # A layer without errors had no gradients, and keeps what the reference has for it.

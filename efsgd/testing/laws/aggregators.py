@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,11 @@ ROUNDING = 1e-6
 HORIZON, TRIED, TRIED_AT_RANDOM = 256, 6, 32
 
 
-@law
+@law(
+    "It must give the same on all workers (draw from draws.shared() alone), in the shape that was "
+    "asked for, without modifying the payload; and payloads of zeros, which workers send that "
+    "cannot take part in a step, must decompress to zeros: shift codes, or send a scale."
+)
 def decompresses_alike(trial: Trial) -> None:
     """What a payload decompresses to depends on payload, shape and shared numbers alone.
 
@@ -45,46 +49,31 @@ def decompresses_alike(trial: Trial) -> None:
         sent = [field.clone() for field in payload]
         once = compressor.decompress(payload, delta.shape, draws)
         if once.shape != delta.shape:
-            raise Violation(
-                f"{what} decompress returns shape {list(once.shape)}",
-                "decompress must return the shape that it is given.",
-            )
+            raise Violation(f"{what} decompress returns shape {list(once.shape)}")
         if not torch.equal(once, compressor.decompress(payload, delta.shape, draws)):
-            raise Violation(
-                f"{what} decompress returns something else when it is called again",
-                "All workers must get the same from a payload: draw from draws.shared() alone.",
-            )
+            raise Violation(f"{what} decompress returns something else when called again")
         out = torch.ones_like(delta)
         compressor.add_decompressed_(out, payload, draws, -0.5)
         # Two roundings of float64, relative to the largest summand.
         if largest(out - (1 - 0.5 * once)) > 1e-14 * max(1.0, largest(once)):
-            raise Violation(
-                f"{what} add_decompressed_ adds something else than alpha times what decompress "
-                f"returns",
-                "Let both say the same, or leave add_decompressed_ away.",
-            )
+            raise Violation(f"{what} add_decompressed_ does not add alpha times the same")
         if not all(map(torch.equal, sent, payload)):
-            raise Violation(f"{what} decompressing modifies the payload", "It must not.")
+            raise Violation(f"{what} decompressing modifies the payload")
         zeros = [torch.zeros_like(field) for field in payload]
         if compressor.decompress(zeros, delta.shape, draws).any():
-            raise Violation(
-                f"{what} a payload of zeros does not decompress to zeros",
-                "Workers that cannot take part in a step send zeros. Shift codes, or send a scale.",
-            )
+            raise Violation(f"{what} a payload of zeros does not decompress to zeros")
 
 
-@law
+@law("Copy what is to be changed or sent, for example by delta.clone().")
 def leaves_deltas_alone(trial: Trial) -> None:
     """Compressing does not modify what is compressed, and no payload is a view of it.
 
     What was compressed becomes the new error once what was sent is subtracted, in place.
     """
-    remedy = "Copy what is to be changed or sent, for example by delta.clone()."
     for delta, payload, _ in _payloads(trial):
         own = delta.untyped_storage().data_ptr()
         if any(field.untyped_storage().data_ptr() == own for field in payload):
-            what = f"for shape {list(delta.shape)} compress returns a view of delta"
-            raise Violation(what, remedy)
+            raise Violation(f"for shape {list(delta.shape)} compress returns a view of delta")
     for dtype in (torch.float32, torch.float64):
         [sender] = _senders(trial, 1, dtype)
         deltas = sender.fill("gaussian")
@@ -93,13 +82,14 @@ def leaves_deltas_alone(trial: Trial) -> None:
         for batch in deltas.layout.batches:
             for entry in batch.entries:
                 if not torch.equal(deltas.views[entry.index], kept[entry.index]):
-                    raise Violation(
-                        f"compress modifies a tensor of shape {list(entry.shape)} in {dtype}",
-                        remedy,
-                    )
+                    shape = list(entry.shape)
+                    raise Violation(f"compress modifies a tensor of shape {shape} in {dtype}")
 
 
-@law
+@law(
+    "With `averages`, `decompress` must be linear: what the mean of payloads decompresses to must "
+    "be the mean of what each decompresses to. Gather them otherwise."
+)
 def averages_what_is_sent(trial: Trial) -> None:
     """What all workers get is the mean of what each of them has sent.
 
@@ -116,40 +106,35 @@ def averages_what_is_sent(trial: Trial) -> None:
             if not wrong <= TOLERANCE * greatest:
                 raise Violation(
                     f"in step {step} with {world_size} workers, what they get differs by "
-                    f"{wrong:.3g} from the mean of what each has sent, beside values up to "
-                    f"{greatest:.3g}",
-                    "With `averages`, `decompress` must be linear: what the mean of payloads "
-                    "decompresses to must be the mean of what each decompresses to. Gather them "
-                    "otherwise.",
+                    f"{wrong:.3g} from the mean of what is sent, values up to {greatest:.3g}"
                 )
 
 
-@law
+@law(
+    "Claim averages=True where all that is sent is averaged by all-reduce, and False otherwise: "
+    "what a worker receives then grows with their number."
+)
 def travels_as_claimed(trial: Trial) -> None:
     """Where `claims().averages`, no step gathers anything; otherwise some step does."""
-    averages, gathered = trial.compressor.claims().averages, False
+    averages = trial.compressor.claims().averages
     if not trial.compressed_shapes():
         return
     workers = trial.simulate(trial.several)
+    gathered = False
     for step in range(1 + max(trial.steps - 1, *trial.first_steps())):
         scene, _, trace = workers.take(step, kinds=["gaussian"])
-        for traced in trace:
-            gathers = traced.kind in ("AllGather", "AllToAll")
-            gathered = gathered or gathers
-            if averages and gathers:
-                raise Violation(
-                    f"{scene} gathers {traced.purpose!r} by {traced.kind}, and claims to be "
-                    f"averaged",
-                    "Claim averages=False: what a worker receives grows with their number.",
-                )
+        gathering = [t.purpose for t in trace if t.kind in ("AllGather", "AllToAll")]
+        gathered = gathered or bool(gathering)
+        if averages and gathering:
+            raise Violation(f"{scene} gathers {gathering[0]!r}, and it claims to be averaged")
     if not averages and not gathered:
-        raise Violation(
-            "no step gathers anything, and it claims not to be averaged",
-            "Claim averages=True where all that is sent is averaged by all-reduce.",
-        )
+        raise Violation("no step gathers anything, and it claims not to be averaged")
 
 
-@law
+@law(
+    "Claim is_random=True where anything is drawn, and False otherwise. What else depends on the "
+    "step's number belongs into `step_kind`."
+)
 def draws_as_claimed(trial: Trial) -> None:
     """Where not `claims().is_random`, the number of a step makes no difference within a kind.
 
@@ -171,26 +156,17 @@ def draws_as_claimed(trial: Trial) -> None:
                 if is_random:
                     return
                 raise Violation(
-                    f"what is sent or kept for the same tensors is another in step {step} than "
-                    f"in step {steps[0]}, and it claims not to be random",
-                    "Claim is_random=True where anything is drawn. What else depends on the "
-                    "step's number belongs into `step_kind`.",
+                    f"step {step} sends or keeps something else for the same tensors than step "
+                    f"{steps[0]}, and it claims not to be random"
                 )
             missing = largest(found.deltas - found.sent)
             is_lossy = is_lossy or missing > ROUNDING * largest(found.deltas)
     if is_random and is_lossy and all(len(steps) > 1 for steps in kinds):
-        raise Violation(
-            "what is sent and kept for the same tensors is the same in all steps, and it claims to "
-            "be random",
-            "Claim is_random=False: what it claims then holds always, not in the mean alone.",
-        )
+        raise Violation("all steps send and keep the same, and it claims to be random")
 
 
 def _payloads(trial: Trial) -> Iterator[tuple[Tensor, Payload, Draws]]:
-    """Tensors, what is sent for them, and what is drawn from when decompressing it.
-
-    None where the compressor is not one of single tensors.
-    """
+    """Tensors, their payloads, and draws to decompress these; of a `TensorCompressor` alone."""
     compressor, shapes = trial.compressor, trial.compressed_shapes()
     if not isinstance(compressor, TensorCompressor):
         return
@@ -202,8 +178,7 @@ def _payloads(trial: Trial) -> Iterator[tuple[Tensor, Payload, Draws]]:
         yield delta, compressor.compress(delta, Draws(*where, 0)), Draws(*where, None)
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What came of an exchange on one worker: matrices, flat; and what the next starts from."""
 
     deltas: Tensor

@@ -21,19 +21,17 @@ ROUNDING = 1e-6
 
 DRAWS = 150
 
-
 # Of one test of a few dozen; ln 1e8.
 NATS = 18.4
 
-# One-sided at 7 standard errors: 1e-12 for a normal mean; a mean of 150 squares of normal
-# numbers, with their own standard deviation, is that far below its expectation with 1e-7.
+# One-sided: 1e-12 for a normal mean, 1e-7 for a mean of 150 squares of normal numbers.
 STANDARD_ERRORS = 7.0
 
-# At least and at most; in between, until the mean is known as exactly as this.
+# At least and at most; in between, until the mean is known to within `WIDTH`.
 MANY_DRAWS, WIDTH = (400, 1000), 0.03
 
 
-@law
+@law("Claim less: the largest δ that is proven, or None where nothing is known.")
 def contracts_as_claimed(trial: Trial) -> None:
     """What is not sent is as short as `claims().contraction` says.
 
@@ -45,12 +43,11 @@ def contracts_as_claimed(trial: Trial) -> None:
     claims = trial.compressor.claims()
     if claims.contraction is None or not trial.compressed_shapes():
         return
-    remedy = "Claim less: the largest δ that is proven, or None where nothing is known."
     shapes, kinds = trial.compressed_shapes(), ["gaussian", "one_hot", "constant", "rank_deficient"]
     promised = {shape: claims.contraction(shape) for shape in shapes}
     for shape, claimed in promised.items():
         if not 0 <= claimed <= 1:
-            raise Violation(f"for shape {list(shape)} it claims δ = {claimed!r}", remedy)
+            raise Violation(f"for shape {list(shape)} it claims δ = {claimed!r}")
     in_the_mean = claims.is_random and any(promised.values())
     if in_the_mean:  # many draws of few
         shapes, kinds = [*shapes[len(shapes) // 2 : -1][:1], shapes[-1]], kinds[:3]
@@ -64,8 +61,7 @@ def contracts_as_claimed(trial: Trial) -> None:
         if is_broken:
             raise Violation(
                 f"of {kind} tensors of shape {list(shape)} it leaves out {worst:.6g} of the "
-                f"squared norm{what}, and claims δ = {claimed:.6g}",
-                remedy,
+                f"squared norm{what}, and claims δ = {claimed:.6g}"
             )
 
 
@@ -87,10 +83,9 @@ def _sent(workers: Simulation, deltas: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_above(sample: Sequence[float], limit: float, *, is_smooth: bool) -> bool:
-    """Whether the expectation of what was sampled is above a limit from 0 to 1, surely.
+    """Whether the expectation is surely above a limit from 0 to 1.
 
-    By Chernoff's bound for means of numbers from 0 to 1, and, for numbers that are spread, by the
-    standard error of their mean.
+    By Chernoff's bound, and, for numbers that are spread, by the standard error of their mean.
     """
     limit = min(limit + ROUNDING, 1.0)
     values = torch.tensor(sample, dtype=torch.float64, device="cpu")
@@ -108,7 +103,10 @@ def _divergence(mean: float, limit: float) -> float:
     return sum(p * (math.log(p / q) if q > 0 else math.inf) for p, q in pairs if p > 0)
 
 
-@law
+@law(
+    "Do not claim to be without bias, or divide what is sent by the probability with which it is "
+    "sent, and round up with the probability that the fraction says."
+)
 def is_unbiased_as_claimed(trial: Trial) -> None:
     """Where `claims().is_unbiased`, the mean of what is decompressed is what was compressed.
 
@@ -140,19 +138,11 @@ def is_unbiased_as_claimed(trial: Trial) -> None:
         if mean[worst] > _slack(values)[worst]:
             raise Violation(
                 f"the mean of {len(own)} draws for a tensor of shape {list(shape)} differs from it "
-                f"by {float(mean[worst]):.3g} of its length {_DIRECTIONS[worst]}, with a standard "
-                f"error of {float(values.std(0)[worst]) / math.sqrt(len(own)):.2g}",
-                "Do not claim to be without bias, or divide what is sent by the probability with "
-                "which it is sent, and round up with the probability that the fraction says.",
+                f"by {float(mean[worst]):.3g} of its length along {_DIRECTIONS[worst]}"
             )
 
 
-_DIRECTIONS = (
-    "along itself",
-    "along its signs",
-    "along all ones",
-    *["along a random direction"] * 2,
-)
+_DIRECTIONS = ("itself", "its signs", "all ones", *["a random direction"] * 2)
 
 
 def _directions(delta: Tensor, seed: int) -> Tensor:

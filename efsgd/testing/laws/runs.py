@@ -18,7 +18,11 @@ from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
 
 
-@law
+@law(
+    "All that is random must come from the seed, the parameter's index, the step and the worker: "
+    "draw from draws.shared() or draws.private(); data and dropout must not depend on how "
+    "gradients are compressed."
+)
 def repeats_to_the_bit(trial: Trial) -> None:
     """The same run twice gives the same to the bit, and no global generator is touched.
 
@@ -34,19 +38,9 @@ def repeats_to_the_bit(trial: Trial) -> None:
                 workers.take(step, with_missing=True)
             for name, state in _generators().items():
                 if state != before[name]:
-                    raise Violation(
-                        f"a run draws from the global generator of {name}",
-                        "Draw from draws.shared() or draws.private(); data and dropout must not "
-                        "depend on how gradients are compressed.",
-                    )
+                    raise Violation(f"a run draws from the global generator of {name}")
             ends.append(workers.snapshots())
-    require_equal(
-        ends[1],
-        ends[0],
-        "after the same run with another global seed",
-        "All that is random must come from the seed, the parameter's index, the step and the "
-        "worker: draw from draws.shared() or draws.private().",
-    )
+    require_equal(ends[1], ends[0], "after the same run with another global seed")
 
 
 def _generators() -> dict[str, Any]:
@@ -58,7 +52,11 @@ def _generators() -> dict[str, Any]:
     return found
 
 
-@law
+@law(
+    "What is kept from step to step must change in the aggregator's `commit_` alone, and "
+    "`shows_nonfinite` be True only if its first buffer shows every NaN and infinity; what is "
+    "asked for must not depend on data."
+)
 def refuses_without_a_trace(trial: Trial) -> None:
     """A step that is refused, as one worker has a NaN or infinity, asks for the same and is undone.
 
@@ -79,37 +77,32 @@ def refuses_without_a_trace(trial: Trial) -> None:
                 if asked != expected:
                     raise Violation(
                         f"with {world_size} workers a refused step asked for {asked}, and the "
-                        f"same step, when it was not refused, for {expected}",
-                        "What is asked for must not depend on data.",
+                        f"same step, when it was not refused, for {expected}"
                     )
-        when = f"at the end of {steps} steps, each of them once refused,"
-        require_equal(workers.snapshots(), others.snapshots(), when, _REMEDY)
-
-
-_REMEDY = (
-    "What is kept from step to step must change in the aggregator's `commit_` alone, and "
-    "`shows_nonfinite` be True only if its first buffer shows every NaN and infinity."
-)
+        when = f"at the end of {steps} steps, each of them once refused"
+        require_equal(workers.snapshots(), others.snapshots(), when)
 
 
 def _refuse(workers: Simulation, own: Gradients, position: int) -> list[str]:
-    """Has the workers refuse a step, which must change nothing. What did it ask for?"""
+    """What a step asks for that is refused, and changes nothing."""
     value = (torch.nan, torch.inf, -torch.inf)[position % 3]
     bad = copy.deepcopy(own)
     gradient = bad[-1][position]
     assert gradient is not None
     gradient.view(-1)[-1] = value
     before, count = workers.snapshots(), workers.optimizers[0].communication_stats()
-    scene = workers.scene
-    what = f"{scene}, with {value} in the gradient of parameter {position} on the last worker,"
+    what = f"{workers.scene}, with {value} in parameter {position}'s gradient on the last worker,"
     asked = requests(workers.step(bad))
     if workers.optimizers[0].communication_stats()["skipped_steps"] == count["skipped_steps"]:
-        raise Violation(f"{what} is not refused", _REMEDY)
-    require_equal(workers.snapshots(), before, f"after {what} which is refused", _REMEDY)
+        raise Violation(f"{what} is not refused")
+    require_equal(workers.snapshots(), before, f"after {what} which is refused")
     return asked
 
 
-@law
+@law(
+    "What is kept from step to step must be in the aggregator's `state`, from where it is saved, "
+    "or be computed from the number of the step."
+)
 def resumes_to_the_bit(trial: Trial) -> None:
     """From a copy of parameters and `state_dict` a run continues as if it was not interrupted.
 
@@ -130,16 +123,14 @@ def resumes_to_the_bit(trial: Trial) -> None:
         for step in range(2, 2 + trial.steps):
             workers.take(step)
             resumed.take(step)
-            require_equal(
-                resumed.snapshots(),
-                workers.snapshots(),
-                f"{step - 1} steps after a state_dict was loaded",
-                "What is kept from step to step must be in the aggregator's `state`, from where "
-                "it is saved, or be computed from the number of the step.",
-            )
+            when = f"{step - 1} steps after a state_dict was loaded"
+            require_equal(resumed.snapshots(), workers.snapshots(), when)
 
 
-@law
+@law(
+    "An answer may be the buffer that was sent, or another: read neither before the answer is "
+    "there, and write to neither afterwards."
+)
 def agrees_when_alone(trial: Trial) -> None:
     """`optimizer.step()` of one worker without a process group is a step of one in lockstep."""
     workers, alone = trial.simulate(1), trial.simulate(1)
@@ -151,10 +142,5 @@ def agrees_when_alone(trial: Trial) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run(optimizer.exchange(), Alone()) if has_group else optimizer.step()
-        require_equal(
-            alone.snapshots(),
-            workers.snapshots(),
-            f"after step {step} without a process group, compared with lockstep",
-            "An answer may be the buffer that was sent, or another: read neither before the "
-            "answer is there, and write to neither afterwards.",
-        )
+        when = f"after step {step} without a process group, compared with lockstep"
+        require_equal(alone.snapshots(), workers.snapshots(), when)

@@ -13,7 +13,10 @@ from efsgd.testing.violations import Violation
 from efsgd.wire.control_words import ControlWords
 
 
-@law
+@law(
+    "payload_bytes must announce what one worker hands to all collectives of a step, uncompressed "
+    "tensors included, and control words left out."
+)
 def sends_what_it_announces(trial: Trial) -> None:
     """What a step hands to collectives has as many bytes as `payload_bytes` announces.
 
@@ -23,16 +26,14 @@ def sends_what_it_announces(trial: Trial) -> None:
     """
     for world_size in trial.world_sizes:
         for dtype in (torch.float32, torch.float64):
-            if _miscounted(trial, trial.shapes, world_size, dtype) is None:
+            found = _miscounted(trial, trial.shapes, world_size, dtype)
+            if found is None:
                 continue
-            alone: list[Sequence[Sequence[int]]] = [[s] for s in trial.shapes if math.prod(s) > 0]
-            for shapes in [*alone, trial.shapes]:  # a single shape says more than all of them
-                if found := _miscounted(trial, shapes, world_size, dtype):
-                    raise Violation(
-                        found,
-                        "payload_bytes must announce what one worker hands to all collectives of "
-                        "a step, uncompressed tensors included, and control words left out.",
-                    )
+            for shape in trial.shapes:  # a single shape says more than all of them
+                own = _miscounted(trial, [shape], world_size, dtype) if math.prod(shape) else None
+                if own is not None:
+                    raise Violation(own)
+            raise Violation(found)
 
 
 def _miscounted(
@@ -53,7 +54,10 @@ def _miscounted(
     return None
 
 
-@law
+@law(
+    "The size of a payload may depend on shapes and settings, not on data. Where steps differ, "
+    "`step_kind` must tell them apart."
+)
 def has_one_schedule(trial: Trial) -> None:
     """What a step asks for (kinds, sizes and dtypes of collectives, in order) depends on its kind.
 
@@ -72,10 +76,8 @@ def has_one_schedule(trial: Trial) -> None:
                 other, expected = known.setdefault(step_kind, (what, asked))
                 if asked != expected:
                     raise Violation(
-                        f"{what} asked for {asked}, and {other} for {expected}",
-                        f"Both steps are of kind {step_kind!r}. The size of a payload may depend "
-                        f"on shapes and settings, not on data. Where steps differ, `step_kind` "
-                        f"must tell them apart.",
+                        f"{what} asked for {asked}, and {other} for {expected}, both of kind "
+                        f"{step_kind!r}"
                     )
 
 
