@@ -35,14 +35,8 @@ _LARGEST_PART = 2.0**-16
 class QuantizedPowerIteration(PowerIteration):
     """Algorithm 1 for the matrices of one layout, with factors as codes.
 
-    The vectors of the layout travel uncompressed, in an all-reduce of their own.
-
-    Args:
-        layout: the plan; the level of an entry is its rank.
-        placement: see `efsgd.compressors.Aggregator`.
-        quantizer: makes the codes.
-        scatters: whether each worker averages a part of the factors; else each averages all.
-        options: those of `PowerIteration`.
+    The vectors of the layout travel uncompressed, in an all-reduce of their own. If it `scatters`
+    each worker averages a part of the factors; else each averages all.
     """
 
     shows_nonfinite = False  # codes show nothing

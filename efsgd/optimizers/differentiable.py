@@ -13,11 +13,7 @@ from efsgd.engine.state import State
 
 
 def require_differentiable(groups: Sequence[dict[str, Any]], compressor: Compressor) -> None:
-    """Checks that a step of these groups, on one worker, can be differentiated.
-
-    Raises:
-        NotImplementedError: something is compressed.
-    """
+    """Raises NotImplementedError where a step of these groups would compress something."""
     for info in list_parameters(groups):
         if info.entry(compressor).level is not None:
             raise NotImplementedError(
@@ -33,13 +29,7 @@ def step_differentiably_(
     state: MutableMapping[Tensor, State],
     weight: float = 1.0,
 ) -> None:
-    """One step of one worker, in operations that autograd records.
-
-    Args:
-        groups: parameter groups, in either momentum form (parameters modified in place).
-        state: of the parameters; momenta may require gradients (modified in place).
-        weight: the gradients are multiplied by it.
-    """
+    """One step of one worker in operations that autograd records, in either momentum form."""
     present = [p for group in groups for p in group["params"] if p.grad is not None]
     scale: float | Tensor = weight
     needs_scale = weight != 1.0 or groups[0]["max_grad_norm"] is not None

@@ -53,22 +53,13 @@ _FIXED_IN_SIGNUM = {
 
 
 def validate_sgd_group(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks all settings of a parameter group of an SGD.
-
-    Raises:
-        ValueError: a value is out of range, or two settings contradict each other.
-        RuntimeError: `fused` is asked for together with `differentiable` or `foreach`.
-    """
+    """Checks all settings of a parameter group of an SGD."""
     _validate_sgd(group)
     validate_changes(group, compressor)
 
 
 def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks the settings of a parameter group of an SGD that torch itself does not look at again.
-
-    Raises:
-        ValueError: a value is out of range, or two settings contradict each other.
-    """
+    """Checks the settings of a parameter group of an SGD that torch does not look at again."""
     _require(group, (*SGD_SETTINGS, "momentum_form"))
     form = group["momentum_form"]
     if form not in ("paper", "sgd"):
@@ -88,12 +79,7 @@ def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
 
 
 def validate_signum_group(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks all settings of a parameter group of a Signum.
-
-    Raises:
-        TypeError: a number is none.
-        ValueError: a value is missing or out of range.
-    """
+    """Checks all settings of a parameter group of a Signum."""
     _require(group, ("lr", "momentum", "weight_decay", "maximize", *_FIXED_IN_SIGNUM))
     _validate_numbers(group, ("lr", "momentum", "weight_decay"))
     if group["momentum"] >= 1.0:
@@ -111,11 +97,7 @@ def validate_signum_group(group: Mapping[str, Any], compressor: Compressor) -> N
 
 
 def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks what a parameter group says about the exchange of gradients.
-
-    Raises:
-        ValueError: a value is missing, of the wrong type or out of range.
-    """
+    """Checks what a parameter group says about the exchange of gradients."""
     _require(group, (*SHARED, PER_PARAMETER, *compressor.settings()))
     for name in ("start_compressing_at", "check_every", *LOCAL, "step"):
         value, what = group[name], "an integer" if name in LOCAL else "a number of steps"
@@ -161,12 +143,7 @@ def _validate_numbers(group: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 def number_of(group: Mapping[str, Any], name: str) -> float:
-    """A setting that must be a finite number, or a tensor of one.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: it is not finite.
-    """
+    """A setting that must be a finite number, or a tensor of one."""
     value = group[name]
     if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
         raise TypeError(f"Invalid {name}: {value!r}. Must be a number.")
@@ -190,11 +167,7 @@ def validate_groups(
     compressor: Compressor,
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Checks each group, and that settings of the optimizer as a whole are equal in all.
-
-    Raises:
-        ValueError: names the first setting that is not.
-    """
+    """Checks each group, and that settings of the optimizer as a whole are equal in all."""
     for group in groups:
         validate(group, compressor)
         for name in (*SHARED, *compressor.shared_settings()) if group is not groups[0] else ():
@@ -207,11 +180,7 @@ def validate_groups(
 
 
 def validate_compressor(compressor: object) -> None:
-    """Checks that a compressor is one.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Checks that a compressor is one."""
     if isinstance(compressor, type):
         raise TypeError(
             f"Invalid compressor: {compressor!r}. Must be an object, not its class: write "
@@ -230,15 +199,7 @@ def kind_of(compressor: object) -> str:
 
 
 def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None:
-    """Checks that a compressor's settings have names of their own.
-
-    Args:
-        compressor: whose settings will be in the parameter groups.
-        taken: names of the optimizer's own settings.
-
-    Raises:
-        ValueError: they have not.
-    """
+    """Checks that a compressor's settings have other names than the optimizer's, `taken`."""
     names = {"params", "param_names", "initial_lr", "momentum_form", *SGD_SETTINGS, *taken}
     if clash := sorted(names.intersection(compressor.settings())):
         raise ValueError(
@@ -248,11 +209,7 @@ def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None
 
 
 def validate_parameter(parameter: Tensor, name: str) -> None:
-    """Checks that a parameter is of a kind that can be exchanged.
-
-    Raises:
-        NotImplementedError: parameters sharded by FSDP or DTensor.
-    """
+    """Checks that a parameter is of a kind that can be exchanged: not sharded."""
     is_sharded = type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements")
     # FullyShardedDataParallel marks what it has made of parameters, and the parameters themselves.
     is_flat = type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")

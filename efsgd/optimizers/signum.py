@@ -126,15 +126,10 @@ def signum_(
     maximize: bool = False,
     together: bool = False,
 ) -> None:
-    """Moves by votes: x ← x − lr (v + weight_decay x).
+    """Moves by votes: x ← x − lr (v + weight_decay x). Both lists are modified in place.
 
-    Args:
-        votes: v, each of the shape of its parameter, float32 or float64 (modified in place).
-        parameters: x (modified in place); sums are rounded to their dtype once.
-        lr: learning rate.
-        weight_decay: multiple of x that is added to v.
-        maximize: ascend instead; the decay stays what it is.
-        together: whether many tensors share a kernel, where all have one dtype: on accelerators.
+    Sums are rounded to the dtype of x once. `maximize` leaves the decay what it is. With `together`
+    many tensors of one dtype share a kernel.
 
     Example:
         >>> from efsgd.optimizers.signum import signum_

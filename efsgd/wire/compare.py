@@ -38,10 +38,6 @@ def compare(
 
     Returns:
         For each flag, whether it is set on any worker.
-
-    Raises:
-        WorkerMismatchError: names the first line that differs, as each worker has it, or the first
-            value that differs, and the workers.
     """
     named = {} if values is None else values
     text = "\0".join(["\n".join(lines), "\n".join(f"there is {name}" for name in named)]).encode()
@@ -84,12 +80,7 @@ class GradientSummary:
 def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchange[frozenset[int]]:
     """Warns if all workers' gradients are bitwise equal: then there is nothing left to average.
 
-    Args:
-        summary: of this worker's.
-        device: where buffers may live.
-
-    Returns:
-        Positions of the gradients that are sparse on any worker.
+    Returns the positions of the gradients that are sparse on any worker.
     """
     own, is_sparse = [summary.digest, int(any(summary.is_sparse))], summary.is_sparse
     summaries = (yield _gather(own, device, "digests of gradients")).cpu()
@@ -107,12 +98,7 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
 
 
 def broadcast_values(tensors: Sequence[Tensor], source: int) -> Exchange[None]:
-    """Gives every worker the values of worker `source`, one tensor after the other.
-
-    Args:
-        tensors: of equal shapes and dtypes on every worker (modified in place).
-        source: the worker whose values all take.
-    """
+    """Gives every worker the values of worker `source`, one tensor after the other (in place)."""
     for tensor in tensors:
         own = real_view(tensor.detach())
         own.copy_((yield Broadcast(own.contiguous(), "parameters", source)))
@@ -125,9 +111,6 @@ def checksums(named: Mapping[str, Tensor]) -> dict[str, int]:
 
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's elements and their order; 0 for all zero bits.
-
-    Args:
-        tensor: of any shape, dtype and memory format; sparse ones are made dense.
 
     Example:
         >>> from efsgd.wire.compare import checksum
