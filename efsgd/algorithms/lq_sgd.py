@@ -72,7 +72,7 @@ class QuantizedPowerIteration(PowerIteration):
         with self.phases("Alg. 1, line 4: average P"):
             what = "codes of P (Alg. 1, line 4)"
             in_flight = yield Start(self._P_mean.send(coded_P, what))
-            yield vectors  # answers come in the order of the questions: see `efsgd.wire.replay`
+            yield vectors  # answers come in the order of the questions
             received = yield in_flight
             mean_P = yield from self._P_mean.mean(received, "mean P (Alg. 1, line 4)")
             self._P_flat.copy_(mean_P)  # line 4

@@ -32,9 +32,7 @@ from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 # Halko, Martinsson, Tropp, arXiv 0909.4061, sections 4.2 and 4.5.
 _OVERSAMPLING = 8
 
-
 _ITERATIONS = 2
-
 
 # Keeps the numbers that are drawn here apart from those of the first Q.
 _STREAM = 2

@@ -113,7 +113,7 @@ class Handshake:
         return any_new
 
     def conclude(self, groups: Groups, device: torch.device) -> Exchange[None]:
-        """All workers have made new plans: they agree on these if they compute alike."""
+        """All workers have made new plans: they agree on these if their numerics are equal."""
         plan, group = self._plan, groups[0]
         yield from self._counted(compare(list(plan.describe_numerics()), device))
         assert plan.signature is not None

@@ -147,8 +147,9 @@ def apply_updates_(
     **changes: float,
 ) -> None:
     """Updates momenta and parameters, after `Bucket.commit_`; `changes` replace rules' options."""
+    numbers = {name: float(value) for name, value in changes.items()}  # a scalar tensor, perhaps
     for job in _jobs(bucket, infos, states, rules, _target):
-        decompress_with_(bucket, mean, job.function, *job.operands, **job.options | changes)
+        decompress_with_(bucket, mean, job.function, *job.operands, **job.options | numbers)
         for flag in job.started:
             flag.fill_(True)
 

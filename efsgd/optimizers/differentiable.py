@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.algorithms.interfaces import Compressor
+from efsgd.checks import plain
 from efsgd.engine.parameters import list_parameters
 from efsgd.engine.state import State
 
@@ -36,7 +37,7 @@ def step_differentiably_(
     if groups[0]["max_grad_norm"] is not None and present:
         norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in present])
         norm = torch.linalg.vector_norm(norms) * weight
-        scale = weight * (groups[0]["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        scale = weight * (plain(groups[0]["max_grad_norm"]) / (norm + 1e-6)).clamp(max=1.0)
     for group in groups:
         parameters = [p for p in group["params"] if p.grad is not None]
         gradients = [p.grad * scale if needs_scale else p.grad.clone() for p in parameters]

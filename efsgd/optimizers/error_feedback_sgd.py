@@ -62,8 +62,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
     over the workers, and updates. What the compressor leaves alone is averaged as it is.
 
     The other arguments are those of `PowerSGDOptimizer`, which is the case
-    `compressor=PowerSGD(...)`. Under torch.amp.GradScaler steps are always skipped, whatever
-    `nonfinite` says.
+    `compressor=PowerSGD(...)`.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.

@@ -51,6 +51,8 @@ class Signum(ErrorFeedbackOptimizer):
     Adam's. Votes weigh the same however sure a worker is: the theory asks for noise that is
     symmetric, as it is in large batches.
 
+    The other arguments are those of `PowerSGDOptimizer`.
+
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups. Names appear in errors.
             `lr`, `momentum`, `weight_decay` and `maximize` may be set per group.
@@ -58,13 +60,6 @@ class Signum(ErrorFeedbackOptimizer):
         momentum: β, at least 0 and below 1; the same weight for old and new as in Adam.
         weight_decay: multiple of the parameters that is added to the vote.
         maximize: ascend instead of descending.
-        nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
-            a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed. Under
-            torch.amp.GradScaler steps are always skipped.
-        check_every: compare the workers' settings, parameters and replicated state before every
-            so-manieth step; 0 does so before the first alone.
-        process_group: the workers; None is the default group, looked up at each step. It is not
-            pickled.
 
     Raises:
         ValueError: an argument is out of range.

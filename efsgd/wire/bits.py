@@ -12,7 +12,6 @@ from torch import Tensor
 #: The most that a code may have.
 MAX_BITS = 32
 
-
 # By the bits of a code: integers that are as large as eight codes together.
 _EIGHT_CODES = {2: torch.int16, 4: torch.int32}
 

@@ -17,6 +17,12 @@ from efsgd.errors import WorkerMismatchError, warn_user
 from efsgd.layout import real_view
 from efsgd.wire.collectives import AllGather, Broadcast, Exchange
 
+# A cause that the difference itself does not show.
+_ZERO = (
+    "torch's ZeroRedundancyOptimizer gives each worker other parameters: construct this optimizer "
+    "directly, without it."
+)
+
 _CHUNK = 1 << 17  # of eight bytes: it and the weights stay in cache
 
 
@@ -180,7 +186,7 @@ def _name_different_value(names: Sequence[str], checksums: Tensor) -> Never:
         f"{names[position]} differs between workers: its values on {_workers(differing)} are not "
         f"those of worker 0. All workers must hold the same values: call "
         f"optimizer.broadcast_parameters() on all of them, or, for the state as well, load one "
-        f"consolidated checkpoint everywhere."
+        f"consolidated checkpoint everywhere. {_ZERO}"
     )
 
 
@@ -196,7 +202,8 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str | None:
             return (
                 f"Workers disagree about what they train. {held}. All workers must construct the "
                 f"optimizer with the same parameters, in the same order, and the same settings, "
-                f"and change them alike; and with compile=True all of them need a compiler."
+                f"and change them in the same way; and with compile=True all of them need a "
+                f"compiler. {_ZERO}"
             )
     return None
 
