@@ -13,9 +13,7 @@ import torch
 def generator_of(*path: int) -> torch.Generator:
     """A generator on the CPU that belongs to a tuple of integers; the global one is not touched.
 
-    Args:
-        path: for example the seed of an optimizer, the index of a parameter, a step. A hash
-            spreads neighbors over unrelated states.
+    A hash spreads neighbors over unrelated states.
 
     Example:
         >>> from efsgd.randomness import generator_of

@@ -50,15 +50,8 @@ class AlternatingPowerIteration(LowRankAggregator):
     has found. M changes in between, so the approximation is worse than that of Algorithm 1, which
     projects on a subspace of M's own mean; error feedback makes up for it.
 
-    Attributes:
-        queries: the warm-started Q of each batch, [b, r, m]; changed by `commit_` alone.
-        lefts: the warm-started P of each batch, [b, n, r]; changed by `commit_` alone.
-
-    Args:
-        layout: the plan; the level of an entry is its rank.
-        placement: dtype and device of factors and buffers.
-        start: the number of the first compressed step, which multiplies from the right.
-        options: those of `LowRankAggregator`.
+    `queries` are the warm-started Q of each batch, `lefts` its P; `commit_` alone changes them.
+    `start` is the number of the first compressed step, which multiplies from the right.
     """
 
     # Each element of M is a term in an element of P and in one of Q, and in floating point NaN and

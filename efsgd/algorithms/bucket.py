@@ -23,18 +23,9 @@ class Bucket:
             takes along.
         indices: of all tensors.
         compressed: of those that are compressed.
-        phases: names the phases of a step.
-        traffic: counts what is sent.
 
     Args:
-        layout: see above.
-        aggregator: see above.
-        control: see above.
         dtype: of errors, deltas and updates.
-        device: where all of it is.
-        error_feedback: whether what was not sent is kept.
-        phases: None: new ones.
-        traffic: None: a new one.
         memory: for errors and deltas, [layout.matrix_floats] each; None: new memory, of zeros.
     """
 
@@ -70,9 +61,8 @@ class Bucket:
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the new errors and the compressor's new state those of the next step.
 
-        Args:
-            absent: parameters that no worker had a gradient for. Nothing of them is applied, so
-                their errors stay what they are.
+        Nothing of `absent` parameters, for which no worker had a gradient, is applied, so their
+        errors stay what they are.
         """
         self.aggregator.commit_(absent)
         for index in self.pending_errors.keys() - absent:

@@ -35,14 +35,8 @@ _LARGEST_PART = 2.0**-16
 class QuantizedPowerIteration(PowerIteration):
     """Algorithm 1 for the matrices of one layout, with factors as codes.
 
-    The vectors of the layout travel uncompressed, in an all-reduce of their own.
-
-    Args:
-        layout: the plan; the level of an entry is its rank.
-        placement: see `efsgd.compressors.Aggregator`.
-        quantizer: makes the codes.
-        scatters: whether each worker averages a part of the factors; else each averages all.
-        options: those of `PowerIteration`.
+    The vectors of the layout travel uncompressed, in an all-reduce of their own. If it `scatters`
+    each worker averages a part of the factors; else each averages all.
     """
 
     shows_nonfinite = False  # codes show nothing
@@ -78,7 +72,7 @@ class QuantizedPowerIteration(PowerIteration):
         with self.phases("Alg. 1, line 4: average P"):
             what = "codes of P (Alg. 1, line 4)"
             in_flight = yield Start(self._P_mean.send(coded_P, what))
-            yield vectors  # answers come in the order of the questions: see `efsgd.wire.replay`
+            yield vectors  # answers come in the order of the questions
             received = yield in_flight
             mean_P = yield from self._P_mean.mean(received, "mean P (Alg. 1, line 4)")
             self._P_flat.copy_(mean_P)  # line 4

@@ -48,14 +48,8 @@ class Voting(Aggregator):
     """Signs of local momenta, gathered and counted, for the tensors of one layout.
 
     A step makes two collectives: the all-reduce that carries the control words, and the all-gather
-    of the signs, one bit for each element. The sign of zero is +1.
-
-    Attributes:
-        momenta: of this worker; changed by `commit_` alone.
-
-    Args:
-        layout: the plan; `groups` has each tensor's momentum parameter β, whatever it is now.
-        placement: dtype and device of momenta.
+    of the signs, one bit for each element. The sign of zero is +1. `groups` has each tensor's
+    momentum parameter β, whatever it is now. `commit_` alone changes the momenta.
     """
 
     def __init__(self, layout: Layout, placement: Placement) -> None:
@@ -76,14 +70,9 @@ class Voting(Aggregator):
         self._gradients: Blocks | None = None
 
     def compress(self, deltas: Blocks, step: int) -> Exchange[Votes]:
-        """Sends the signs of what the momenta will be.
+        """Sends the signs of what the momenta will be; returns this worker's own vote, in flight.
 
-        Args:
-            deltas: this worker's gradients; not modified, and read again by `commit_`.
-            step: makes no difference.
-
-        Returns:
-            This worker's own vote, that of all in flight.
+        `deltas` are this worker's gradients; not modified, and read again by `commit_`.
         """
         self._gradients, total = deltas, self.layout.matrix_floats
         with self.phases("Signum: signs of momenta"):
@@ -170,13 +159,10 @@ class Voting(Aggregator):
 
 @dataclass(frozen=True)
 class Votes(Compressed):
-    """Votes of one worker or of all: +1, -1, or 0 where as many are for as against.
+    """Votes of one worker or of all: +1, -1, or 0 where as many are for as against; int8.
 
-    Attributes:
-        layout: of the tensors that are voted on.
-        blocks: the votes, int8.
-        scratch: memory for the chunks that are handed over.
-        in_flight: where these are one worker's own: the collectives that carry them.
+    `scratch` is memory for the chunks that are handed over. One worker's own votes have the
+    collectives that carry them `in_flight`.
     """
 
     layout: Layout

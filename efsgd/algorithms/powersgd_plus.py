@@ -32,9 +32,7 @@ from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 # Halko, Martinsson, Tropp, arXiv 0909.4061, sections 4.2 and 4.5.
 _OVERSAMPLING = 8
 
-
 _ITERATIONS = 2
-
 
 # Keeps the numbers that are drawn here apart from those of the first Q.
 _STREAM = 2
@@ -44,16 +42,8 @@ class RefreshedPowerIteration(PowerIteration):
     """Algorithm 1, with a refresh in the first compressed step and every `refresh_every` after it.
 
     At a refresh the workers average their whole matrices, so that the first buffer shows all that
-    is not finite. Memory for that is taken for the one step.
-
-    Args:
-        layout: see `PowerIteration`.
-        placement: see `PowerIteration`.
-        refresh_every: the number of steps from one refresh to the next.
-        start: the number of the first compressed step.
-        svd: "exact" or "randomized".
-        is_exact: at a refresh, whether the mean itself is the result, not its best approximation.
-        options: those of `PowerIteration`.
+    is not finite. Memory for that is taken for the one step. With `is_exact` the mean itself is the
+    result, not its best approximation. `start` is the number of the first compressed step.
     """
 
     def __init__(
@@ -112,11 +102,7 @@ class RefreshedPowerIteration(PowerIteration):
 
 @dataclass(frozen=True)
 class Whole(Dense):
-    """One worker's matrices, sent as they are.
-
-    Attributes:
-        mean: those of all workers, averaged.
-    """
+    """One worker's matrices, sent as they are; `mean` is that of all workers."""
 
     mean: Blocks = field(kw_only=True)
 
@@ -124,15 +110,11 @@ class Whole(Dense):
 def leading_left_singular_vectors(
     matrices: Tensor, rank: int, generators: Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """The left singular vectors of each matrix that belong to its largest singular values.
+    """The left singular vectors, [b, n, r], of the largest singular values of matrices [b, n, m].
 
     Orthonormal for every finite matrix, also for zero. Elements that are not finite count as zero.
-
-    Args:
-        matrices: [b, n, m], float32 or float64. Not modified.
-        rank: r, at most min(n, m), of the vectors [b, n, r].
-        generators: one for each matrix, on the CPU, for a randomized SVD (Halko, Martinsson, Tropp,
-            arXiv 0909.4061, Algorithms 4.4 and 5.1). None: an exact one, by LAPACK.
+    With a generator for each matrix, on the CPU, by a randomized SVD (Halko, Martinsson, Tropp,
+    arXiv 0909.4061, Algorithms 4.4 and 5.1); else exact, by LAPACK.
     """
     found = []
     for index, matrix in enumerate(matrices):  # one at a time, for the sake of memory

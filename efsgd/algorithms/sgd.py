@@ -30,22 +30,9 @@ def sgd_(
     """torch.optim.SGD's rule, to the bit except for float16 parameters.
 
     Those are updated from float32: a sum of gradients and errors may exceed what float16 holds.
-
-    Args:
-        updates: Δ', each of the shape of its parameter (modified in place).
-        parameters: (modified in place).
-        momenta: (modified in place); None without momentum.
-        is_first: the momenta are not begun yet.
-        lr: learning rate.
-        momentum: factor of the momenta.
-        dampening: what the newest update is dampened by as it enters the momentum.
-        nesterov: whether the step looks ahead.
-        weight_decay: multiple of the parameters that is added to the updates.
-        maximize: ascend instead.
-        together: whether torch's own function does it, with its kernels for many tensors.
-        foreach: which of them; see torch.optim.SGD.
-        fused: the same.
-        clip: Δ' is multiplied by this first.
+    Updates, which `clip` multiplies first, parameters and momenta are modified in place. In the
+    first step momenta are not begun yet. With `together` torch's own function does it, with its
+    kernels for many tensors, `foreach` or `fused`.
     """
     if clip is not None:
         updates = [update.mul_(clip) for update in updates]

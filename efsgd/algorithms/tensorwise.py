@@ -26,12 +26,9 @@ from efsgd.wire.payload import Format
 
 
 class Tensorwise(Aggregator):
-    """Compresses each tensor of one layout by the operator that is its level.
+    """Compresses each tensor of one layout by the `Operator` that is its level.
 
-    Args:
-        layout: the plan; the level of an entry is its `Operator`.
-        placement: dtype, device and worker.
-        averages: whether payloads may be averaged; all fields are then values.
+    `averages` says whether payloads may be averaged; all fields are then values.
     """
 
     def __init__(self, layout: Layout, placement: Placement, *, averages: bool = False) -> None:
@@ -122,11 +119,7 @@ class Tensorwise(Aggregator):
 class Sent(Compressed):
     """What one worker sends, not decompressed.
 
-    Attributes:
-        aggregator: that made it.
-        payloads: of each unit.
-        step: the number of the step.
-        drawn: what was drawn once for the step; it is kept as long as this is. See `Draws`.
+    `drawn` is what was drawn once for the step, and is kept as long as this is. See `Draws`.
     """
 
     aggregator: Tensorwise
@@ -154,12 +147,7 @@ class Sent(Compressed):
 
 @dataclass(frozen=True)
 class Dense(Compressed):
-    """Tensors that are decompressed already.
-
-    Attributes:
-        blocks: their values.
-        is_finite: whether all of them are, as far as it is known.
-    """
+    """Tensors that are decompressed already, and whether all are finite, as far as it is known."""
 
     blocks: Blocks
     is_finite: bool = True

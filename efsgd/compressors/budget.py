@@ -38,14 +38,8 @@ def floats_of_rank(shape: Sequence[int], rank: int) -> int:
 class BudgetCompressor(TensorCompressor):
     """What compressors have in common that send some elements of a tensor as they are.
 
-    Subclasses write `compress` and `add_decompressed_`.
-
-    Attributes:
-        density: which share of a tensor's elements is sent, above 0 and at most 1.
-        rank: in place of `density`, the rank of a PowerSGD that sends as many floats.
-
-    Raises:
-        ValueError: one of them is out of range, or both are given, or none.
+    Subclasses write `compress` and `add_decompressed_`. They are given either the share of the
+    elements that is sent, or the rank of a PowerSGD that sends as many floats.
     """
 
     density: float | None = None
@@ -94,12 +88,6 @@ class DrawnCompressor(BudgetCompressor):
 
     Positions need not be sent, so values are averaged. Subclasses write `compress` and
     `add_decompressed_`.
-
-    Attributes:
-        seed: of what is drawn, the same on every worker.
-
-    Raises:
-        ValueError: it is no integer of at least 0.
     """
 
     seed: int = 0

@@ -18,11 +18,8 @@ def power_of_two(low: Tensor, high: Tensor) -> Tensor:
     """The largest power of two that is no larger than the larger of two bounds; 1 for zeros.
 
     Dividing by it changes no digit, and leaves elements below 2 in magnitude, the largest at least
-    1: their differences and squares neither overflow nor all vanish.
-
-    Args:
-        low: the smallest element, [], floating point.
-        high: the largest element, [].
+    1: their differences and squares neither overflow nor all vanish. The bounds are the smallest
+    and the largest element, [].
     """
     largest = torch.maximum(-low, high)
     return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)

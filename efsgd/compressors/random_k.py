@@ -17,10 +17,7 @@ SMALL_SHARE = 1 / 32
 def draw_subset(numel: int, k: int, generator: torch.Generator) -> Tensor:
     """Draws k different positions in a tensor; all subsets of that size are equally likely.
 
-    Args:
-        numel: of the tensor, up to 2**53.
-        k: at most numel, for positions [k] int64 in ascending order, on the CPU.
-        generator: on the CPU.
+    `numel` is at most 2**53. Positions are [k] int64 in ascending order, on the CPU.
     """
     is_small = k <= numel * SMALL_SHARE
     return _few(numel, k, generator) if is_small else _many(numel, k, generator)

@@ -20,12 +20,8 @@ from efsgd.wire.payload import Field
 def inclusion_probabilities(values: Tensor, count: int) -> Tensor:
     """The probabilities min(1, c·σ) that sum to `count`: those of least variance (water-filling).
 
-    Source: ATOMO, Algorithm 1.
-
-    Args:
-        values: σ: [k] float64, at least 0, in descending order. Where less than `count` of them are
-            above 0, the first `count` are sure.
-        count: the size of the sample, from 1 to k.
+    The σ are [k] float64, at least 0, in descending order. Where less than `count` of them are
+    above 0, the first `count` are sure. Source: ATOMO, Algorithm 1.
 
     Example:
         >>> from efsgd.compressors.spectral_atomo import inclusion_probabilities
@@ -46,13 +42,9 @@ def inclusion_probabilities(values: Tensor, count: int) -> Tensor:
 def systematic_sample(probabilities: Tensor, count: int, draw: float) -> Tensor:
     """A sample of exactly `count`, each with its own probability of being in it.
 
-    The probabilities are laid end to end, from 0 to `count`. Of a comb whose teeth are one apart,
-    and which is shifted by `draw`, each tooth picks the one on which it stands.
-
-    Args:
-        probabilities: [k] float64, in descending order, with a sum of `count`.
-        count: the size of the sample, positions [count] int64 in ascending order.
-        draw: uniform, from 0 to 1 (1 excluded).
+    The probabilities, [k] float64 in descending order, are laid end to end, from 0 to `count`. Of a
+    comb whose teeth are one apart, and which is shifted by `draw`, uniform in [0, 1), each tooth
+    picks the one on which it stands. Positions are [count] int64 in ascending order.
     """
     whole = torch.arange(count, dtype=probabilities.dtype, device=probabilities.device)
     teeth = torch.minimum(whole + draw, torch.nextafter(whole + 1, whole))  # 1 stays excluded

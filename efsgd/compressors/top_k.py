@@ -25,15 +25,11 @@ AT_ONCE = 2**17
 
 
 def largest(flat: Tensor, k: int) -> Tensor:
-    """Positions of the k elements of largest magnitude; of equal ones any.
+    """Positions, [k] int64 in ascending order, of the k elements of largest magnitude.
 
-    torch.topk looks at every element several times, on a CPU. So a threshold is guessed from a
-    sample, such that probably a few more than k are above it, and topk sees those alone. The
-    result does not depend on the guess, and neither it nor the result on chance.
-
-    Args:
-        flat: [numel], finite.
-        k: from 1 to numel, for positions [k] int64 in ascending order.
+    Of equal ones any. torch.topk looks at every element several times, on a CPU. So a threshold is
+    guessed from a sample, such that probably a few more than k are above it, and topk sees those
+    alone. The result does not depend on the guess, and neither it nor the result on chance.
     """
     is_guessed = flat.device.type == "cpu" and flat.numel() > FEW
     threshold = _guess_threshold(flat, k) if is_guessed else None

@@ -42,14 +42,7 @@ def make_bucket(
 ) -> Bucket:
     """A bucket for parameters of one kind, with errors of zero.
 
-    Args:
-        infos: the parameters, in order.
-        kind: device, and dtype of errors and factors.
-        compressor: decides what is compressed and how far.
-        context: the number of workers, and this worker.
-        phases: names the phases of a step.
-        traffic: counts what is sent.
-        memory: of `memory_of`; None: new memory.
+    `context` is the number of workers, and this worker; `memory` comes from `memory_of`.
     """
     (device, dtype), (world_size, worker), settings = kind, context, infos[0].group
     words = ControlWords.count(len(infos), world_size)
@@ -76,16 +69,11 @@ def memory_of(
     infos: Iterable[ParameterInfo],
     compressor: Compressor,
 ) -> Memory:
-    """Buffers of buckets that those after them can have, as they compress the same tensors.
+    """Memory of old `buckets` for new ones, where they compress the same tensors.
 
     Scratch becomes the new errors, into which the old ones are copied, and these become the new
-    scratch: nothing is allocated, and nothing is written over that has not been copied.
-
-    Args:
-        buckets: that are given up once new ones are made.
-        before: the parameters that they were made for.
-        infos: the parameters of the new ones.
-        compressor: decides what is compressed.
+    scratch: nothing is allocated, and nothing is written over that has not been copied. `before`
+    are the parameters that the old ones were made for, `infos` those of the new ones.
     """
     kinds, found = by_kind(infos), {}
     parameters = {info.index: info.parameter for info in before}

@@ -58,11 +58,7 @@ def _plain(value: Any) -> Any:
 
 @torch.no_grad()
 def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -> Exchange[None]:
-    """Compares settings, parameters and replicated state, as they are now.
-
-    Raises:
-        WorkerMismatchError: names the first difference.
-    """
+    """Compares settings, parameters and replicated state; a difference is a WorkerMismatchError."""
     infos = list(list_parameters(groups))
     values = checksums(replicated(infos, state, method.compressor))
     yield from compare(describe(infos, method), infos[0].parameter.device, values)
@@ -70,16 +66,7 @@ def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -
 
 @torch.no_grad()
 def broadcast_parameters(groups: Groups, method: Method, source: int) -> Exchange[None]:
-    """Gives all workers the parameters of one, once it is known that they have the same list.
-
-    Args:
-        groups: parameter groups (parameters modified in place).
-        method: how the optimizer treats them.
-        source: the worker whose parameters are taken.
-
-    Raises:
-        WorkerMismatchError: the workers do not have the same parameters.
-    """
+    """Gives all workers the parameters of one, once it is known that they have the same list."""
     infos = list(list_parameters(groups))
     yield from compare(describe(infos, method), infos[0].parameter.device)
     yield from broadcast_values([info.values for info in infos], source)
@@ -91,20 +78,12 @@ def drop_foreign_errors_(
     compressor: Compressor,
     context: tuple[int, int],
 ) -> str | None:
-    """Zeroes loaded errors that are those of another worker (modified in place).
+    """Zeroes loaded errors that are those of another worker, and returns what to warn of.
 
     If all workers kept them they would count several times, and in place of the workers' own. Local
     momenta are kept, whoever's they are: each is an estimate of the same mean gradient, counts
-    once in each vote, and is soon forgotten.
-
-    Args:
-        groups: say whose errors these are. With one worker, they are the mean over the workers.
-        state: of all parameters.
-        compressor: declares what else is local.
-        context: the number of workers now, and this worker.
-
-    Returns:
-        What to warn of, if it was so.
+    once in each vote, and is soon forgotten. Groups say whose errors these are; those saved by one
+    worker are the mean over all. `context` is the number of workers now, and this worker.
     """
     saved = groups[0]["worker"], groups[0]["world_size"]
     world_size, worker = context

@@ -48,13 +48,8 @@ class Agreement:
 class Handshake:
     """What the workers have agreed on, kept between steps.
 
-    Attributes:
-        expected: the number of the step that the others are about to take, as far as is known.
-
-    Args:
-        method: how the optimizer treats its groups.
-        plan: of this worker, whose old buckets carry what it has to say.
-        traffic: counts what is sent.
+    The old buckets of `plan` carry what this worker has to say. `expected` is the number of the
+    step that the others are about to take, as far as is known.
     """
 
     def __init__(self, method: Method, plan: Plan, traffic: TrafficCounter) -> None:
@@ -97,17 +92,7 @@ class Handshake:
     def compare(
         self, groups: Groups, state: Mapping[Tensor, State], context: tuple[int, int], *, new: bool
     ) -> Exchange[bool]:
-        """Compares settings and values. Has anyone news?
-
-        Args:
-            groups: parameter groups.
-            state: of the parameters.
-            context: the number of workers, and this worker.
-            new: whether this worker has.
-
-        Raises:
-            WorkerMismatchError: names the first difference.
-        """
+        """Compares settings and values. Returns whether any worker has something `new`."""
         infos = list(list_parameters(groups, self._plan.sparse))
         parameters: Hashable = context, tuple(id(info.parameter) for info in infos)
         is_first, device = parameters != self._compared, infos[0].parameter.device
@@ -128,7 +113,7 @@ class Handshake:
         return any_new
 
     def conclude(self, groups: Groups, device: torch.device) -> Exchange[None]:
-        """All workers have made new plans: they agree on these if they compute alike."""
+        """All workers have made new plans: they agree on these if their numerics are equal."""
         plan, group = self._plan, groups[0]
         yield from self._counted(compare(list(plan.describe_numerics()), device))
         assert plan.signature is not None
@@ -153,16 +138,7 @@ class Handshake:
             yield from self.raise_mismatch(groups, verdicts[0].changed, step)
 
     def raise_mismatch(self, groups: Groups, workers: Sequence[int], step: int) -> Exchange[Never]:
-        """Raises on all workers, as they all know that some have changed and some have not.
-
-        Args:
-            groups: parameter groups.
-            workers: those that have changed.
-            step: the number of the step, from 0.
-
-        Raises:
-            WorkerMismatchError: says who has changed, and the first difference.
-        """
+        """Raises on all workers, since they all know that `workers` have changed and others not."""
         text = describe_change(workers, step)
         infos = list(list_parameters(groups, self._plan.sparse))
         try:
@@ -175,13 +151,9 @@ class Handshake:
     def report_failure(
         self, error: Exception, device: torch.device, step: int, *, compares: bool
     ) -> Exchange[None]:
-        """Tells the others, who are about to take a step, that this worker cannot.
+        """Tells the others, who are about to take `step`, that this worker cannot.
 
-        Args:
-            error: why.
-            device: where buffers may live.
-            step: that they are about to take.
-            compares: whether they begin with a comparison.
+        `compares` says whether they begin with a comparison.
         """
         if not compares:
             yield from self._abstain("unable", step)

@@ -18,11 +18,7 @@ PER_PARAMETER = "per_parameter"
 
 
 def settings_of(group: dict[str, Any], position: int) -> dict[str, Any]:
-    """The settings of one parameter.
-
-    Args:
-        group: its parameter group.
-        position: its place in the group.
+    """The settings of the parameter at this position of a group.
 
     Example:
         >>> from efsgd.engine.parameters import settings_of
@@ -35,24 +31,16 @@ def settings_of(group: dict[str, Any], position: int) -> dict[str, Any]:
 
 
 def overrides_of(group: Mapping[str, Any], position: int) -> dict[str, Any]:
-    """What one parameter has in the place of its group's settings.
-
-    Args:
-        group: its parameter group.
-        position: its place in the group.
-    """
+    """What the parameter at this position of a group has in place of the group's settings."""
     own = group.get(PER_PARAMETER) or {}
     chosen = ((name, own[name][position]) for name in sorted(own))
     return {name: value for name, value in chosen if value is not None}
 
 
 def set_overrides_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
-    """Gives single parameters values of a setting.
+    """Gives single parameters values of a setting, by their positions over all groups.
 
-    Args:
-        groups: parameter groups (`per_parameter` is replaced where it changes).
-        name: of the setting.
-        values: by the parameters' positions over all groups; those left out keep what they have.
+    Those left out keep what they have. `per_parameter` is replaced where it changes.
     """
     first = 0
     for group in groups:
@@ -80,17 +68,7 @@ def require_dense(gradient: Tensor | None) -> None:
 
 
 def validate_per_parameter(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks the compressor's settings in a group, and what it says about single parameters.
-
-    Args:
-        group: a parameter group, or the defaults of one.
-        compressor: whose settings these are.
-
-    Raises:
-        TypeError: `per_parameter` is of the wrong type.
-        ValueError: it names what is no setting of single parameters, has not one value for each
-            of them, or a value, there or in the group, is out of range.
-    """
+    """Checks the compressor's settings in a group, and what it says about single parameters."""
     compressor.validate(group)
     own = group.get(PER_PARAMETER)
     if own is None:
@@ -214,9 +192,7 @@ def list_parameters(
 ) -> Iterator[ParameterInfo]:
     """All parameters of all groups, in order; one that is listed twice appears once.
 
-    Args:
-        groups: parameter groups.
-        sparse: the parameters that are known to have sparse gradients.
+    Those in `sparse` are known to have sparse gradients.
     """
     index, seen = 0, set()
     for group in groups:

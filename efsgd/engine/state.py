@@ -42,11 +42,7 @@ def local_state(compressor: Compressor) -> tuple[str, ...]:
 
 
 def complete_(state: State, info: ParameterInfo, method: Method) -> None:
-    """Adds to one parameter's state what is missing in it, and fits the rest (modified in place).
-
-    Raises:
-        ValueError: a tensor in it has not the shape that the parameter asks for.
-    """
+    """Adds to one parameter's state what is missing in it, and fits the rest (in place)."""
     compressor = method.compressor
     parameter, settings, entry = info.parameter, info.settings, info.entry(compressor)
     if method.keeps_momentum:
@@ -86,12 +82,7 @@ def validate_states(
     states: Mapping[Tensor, Mapping[str, Any]],
     compressor: Compressor,
 ) -> None:
-    """Checks what users may have put into the state, before anything is changed.
-
-    Raises:
-        TypeError: an entry is no tensor.
-        ValueError: it has not the shape that its parameter asks for.
-    """
+    """Checks what users may have put into the state, before anything is changed."""
     for info in infos:
         shapes = {"momentum_buffer": info.parameter.shape}
         shapes |= dict.fromkeys(local_state(compressor), info.shape)
@@ -102,12 +93,7 @@ def validate_states(
 
 
 def complete_momentum_(state: State, info: ParameterInfo) -> None:
-    """The part of `complete_` for m, which users may replace between steps (modified in place).
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: its shape is not the parameter's.
-    """
+    """The part of `complete_` for m, which users may replace between steps (modified in place)."""
     parameter, present = info.parameter, state.get("momentum_buffer")
     has_started = state.get("momentum_started")
     if has_started is not None:
@@ -146,10 +132,7 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
 class StateViews:
     """What `optimizer.state` shows of the buckets: the only way out of them, and back in.
 
-    Args:
-        infos: the parameters that require a gradient.
-        states: of each, complete, by index (modified in place).
-        method: how the optimizer treats its groups.
+    `states` are those of the parameters that require a gradient, by index (modified in place).
     """
 
     def __init__(
@@ -162,10 +145,8 @@ class StateViews:
     def release_zeros_(self, kept: Iterable[Tensor] = ()) -> None:
         """Frees the memory of local state that is zero, until `attach_`.
 
-        A fresh optimizer then never has it twice, in its state and in its buckets.
-
-        Args:
-            kept: buffers that nothing is gained by freeing parts of.
+        A fresh optimizer then never has it twice, in its state and in its buckets. Nothing is
+        gained by freeing parts of buffers that are `kept`.
         """
         addresses = {buffer.untyped_storage().data_ptr() for buffer in kept}
         names = local_state(self._method.compressor)
@@ -203,12 +184,7 @@ class StateViews:
                 self._shown[index]["error"] = self._states[index]["error"] = view
 
     def adopt_replaced_(self) -> None:
-        """Takes over tensors that users have put into a state in place of those it showed.
-
-        Raises:
-            TypeError: one of them is no tensor.
-            ValueError: it has not the shape that the parameter asks for.
-        """
+        """Takes over tensors that users have put into a state in place of those it showed."""
         keeps_momentum = self._method.keeps_momentum
         for info in self._infos:
             state, shown = self._states[info.index], self._shown[info.index]

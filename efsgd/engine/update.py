@@ -146,18 +146,10 @@ def apply_updates_(
     rules: Rules,
     **changes: float,
 ) -> None:
-    """Updates momenta and parameters.
-
-    Args:
-        bucket: after `commit_`.
-        mean: C(Δ), from which Δ' is decompressed.
-        infos: those parameters of the bucket that are updated (modified in place).
-        states: of each; holds the momenta (modified in place).
-        rules: of `Method.rules`.
-        changes: replace options of the rules.
-    """
+    """Updates momenta and parameters, after `Bucket.commit_`; `changes` replace rules' options."""
+    numbers = {name: float(value) for name, value in changes.items()}  # a scalar tensor, perhaps
     for job in _jobs(bucket, infos, states, rules, _target):
-        decompress_with_(bucket, mean, job.function, *job.operands, **job.options | changes)
+        decompress_with_(bucket, mean, job.function, *job.operands, **job.options | numbers)
         for flag in job.started:
             flag.fill_(True)
 

@@ -40,10 +40,11 @@ def buffer_exchange(module: torch.nn.Module) -> Exchange[None]:
     for buffer in named.values():
         if buffer.is_floating_point():
             kinds.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-    for alike in kinds.values():
-        flat = torch.cat([b.reshape(-1) for b in alike])
+    for same_kind in kinds.values():
+        flat = torch.cat([b.reshape(-1) for b in same_kind])
         mean = yield AllReduceMean(flat, "buffers")
-        for buffer, part in zip(alike, mean.split([b.numel() for b in alike]), strict=True):
+        sizes = [b.numel() for b in same_kind]
+        for buffer, part in zip(same_kind, mean.split(sizes), strict=True):
             buffer.copy_(part.view(buffer.shape))
     others = [buffer for buffer in named.values() if not buffer.is_floating_point()]
     yield from broadcast_values(others, source=0)

@@ -31,18 +31,14 @@ class GradientAverager(ErrorFeedbackOptimizer):
     Algorithm 2 of PowerSGD, lines 7 to 11. It behaves like an optimizer whose parameters are the
     gradients: groups, `state_dict()`, `load_state_dict()`, hooks.
 
+    The other arguments are those of `PowerSGDOptimizer`.
+
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups; `rank` and
             `min_compression_rate` may be set per group.
         compressor: what is sent; None is `PowerSGD()`.
-        error_feedback: whether what was not sent is kept, and sent later.
-        start_compressing_at: the number of steps that are sent uncompressed first.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip": leave the gradients as they are and return False.
-        max_grad_norm: the norm of all Δ' together is clipped to it; None does not.
-        check_every: compare the workers' settings, parameters and replicated state before every
-            so-manieth step; 0 does so before the first alone.
-        process_group: the workers; None is the default group, looked up at each step.
 
     Raises:
         ValueError: an argument is out of range.
@@ -157,12 +153,6 @@ class GradientAverager(ErrorFeedbackOptimizer):
 def replace_(
     updates: Sequence[Tensor], gradients: Sequence[Tensor], *, clip: float | Tensor | None = None
 ) -> None:
-    """Writes Δ' over each gradient.
-
-    Args:
-        updates: Δ', of the gradients' shapes (modified in place).
-        gradients: (modified in place).
-        clip: Δ' is multiplied by this first.
-    """
+    """Writes Δ', multiplied by `clip`, over each gradient (both modified in place)."""
     for update, gradient in zip(updates, gradients, strict=True):
         gradient.copy_(update if clip is None else update.mul_(clip))

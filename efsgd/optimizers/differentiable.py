@@ -8,16 +8,13 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.algorithms.interfaces import Compressor
+from efsgd.checks import plain
 from efsgd.engine.parameters import list_parameters
 from efsgd.engine.state import State
 
 
 def require_differentiable(groups: Sequence[dict[str, Any]], compressor: Compressor) -> None:
-    """Checks that a step of these groups, on one worker, can be differentiated.
-
-    Raises:
-        NotImplementedError: something is compressed.
-    """
+    """Raises NotImplementedError where a step of these groups would compress something."""
     for info in list_parameters(groups):
         if info.entry(compressor).level is not None:
             raise NotImplementedError(
@@ -33,20 +30,14 @@ def step_differentiably_(
     state: MutableMapping[Tensor, State],
     weight: float = 1.0,
 ) -> None:
-    """One step of one worker, in operations that autograd records.
-
-    Args:
-        groups: parameter groups, in either momentum form (parameters modified in place).
-        state: of the parameters; momenta may require gradients (modified in place).
-        weight: the gradients are multiplied by it.
-    """
+    """One step of one worker in operations that autograd records, in either momentum form."""
     present = [p for group in groups for p in group["params"] if p.grad is not None]
     scale: float | Tensor = weight
     needs_scale = weight != 1.0 or groups[0]["max_grad_norm"] is not None
     if groups[0]["max_grad_norm"] is not None and present:
         norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in present])
         norm = torch.linalg.vector_norm(norms) * weight
-        scale = weight * (groups[0]["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+        scale = weight * (plain(groups[0]["max_grad_norm"]) / (norm + 1e-6)).clamp(max=1.0)
     for group in groups:
         parameters = [p for p in group["params"] if p.grad is not None]
         gradients = [p.grad * scale if needs_scale else p.grad.clone() for p in parameters]

@@ -26,13 +26,7 @@ from efsgd.wire.transports import Workers
 
 
 def rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
-    """SGD's rules, in each group's momentum form.
-
-    Raises:
-        TypeError: a setting is not a number.
-        ValueError: it is not finite.
-        NotImplementedError: `differentiable`, which goes another way, of one worker only.
-    """
+    """SGD's rules, in each group's momentum form; `differentiable` goes another way."""
     rules = {}
     for group in groups:
         if group["differentiable"]:
@@ -67,32 +61,12 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
     `step()` takes each worker's own gradients, adds what was not sent before, compresses, averages
     over the workers, and updates. What the compressor leaves alone is averaged as it is.
 
-    The arguments are those of `PowerSGDOptimizer`, which is the case `compressor=PowerSGD(...)`.
+    The other arguments are those of `PowerSGDOptimizer`, which is the case
+    `compressor=PowerSGD(...)`.
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups.
-        lr: learning rate γ.
-        momentum: λ.
-        dampening: as in torch.optim.SGD; needs `momentum_form="sgd"`.
-        weight_decay: multiple of the parameters that is added to the averaged update.
-        nesterov: as in torch.optim.SGD; needs `momentum_form="sgd"`.
-        maximize: ascend instead of descending.
-        foreach: whether many tensors share a kernel; None: on accelerators.
-        differentiable: whether autograd goes through the step; for one worker that compresses
-            nothing.
-        fused: as in torch.optim.SGD; needs `momentum_form="sgd"`.
         compressor: what is sent; None is `PowerSGD()`.
-        momentum_form: "paper", or torch.optim.SGD's "sgd".
-        error_feedback: whether what was not sent is kept, and sent later.
-        start_compressing_at: the number of steps that are sent uncompressed first.
-        nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
-            a `NonFiniteGradientError`, or "skip" the step. Under torch.amp.GradScaler steps
-            are always skipped.
-        max_grad_norm: the norm of all parameters' Δ' together is clipped to it; None does not.
-        check_every: compare the workers' settings, parameters and replicated state before every
-            so-manieth step; 0 does so before the first alone.
-        process_group: the workers; None is the default group, looked up at each step. It is not
-            pickled.
 
     Raises:
         ValueError: an argument is out of range, or two of them contradict each other.

@@ -24,11 +24,7 @@ def give_notice(optimizer: Any) -> None:
 
 
 class StepsWithoutGradients(JoinHook):
-    """Steps of a worker that has joined: it takes part in the others' without gradients.
-
-    Args:
-        optimizer: of this worker, an `ErrorFeedbackOptimizer`.
-    """
+    """Steps of a worker that has joined: it takes part in the others' without gradients."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer: Any = optimizer

@@ -27,16 +27,8 @@ def fit_(
 ) -> tuple[Compressor, Mapping[str, Any], str | None]:
     """Makes what `__setstate__` is given a state of this optimizer (modified in place).
 
-    Args:
-        state: unpickled, copied, or of torch's load_state_dict.
-        present: the optimizer's own attributes until now; may be none.
-        validate: checks a group.
-
-    Returns:
-        The compressor, the defaults of groups, and what to warn of.
-
-    Raises:
-        ValueError: a setting is out of range, or contradicts another.
+    `present` are the optimizer's own attributes until now. Returns the compressor, the defaults of
+    groups, and what to warn of.
     """
     compressor: Compressor = (state if "_compressor" in state else present)["_compressor"]
     defaults = (state if "defaults" in state else present)["defaults"]
@@ -52,14 +44,8 @@ def fit_(
 def keep_other_settings(groups: Sequence[dict[str, Any]], compressor: Compressor) -> str | None:
     """Leaves out a compressor's settings from groups that were saved with one of another kind.
 
-    Errors and momenta are as good for the one as for the other, settings are not.
-
-    Args:
-        groups: as loaded (modified in place).
-        compressor: of the optimizer that loads.
-
-    Returns:
-        What to warn of, if it was so.
+    Errors and momenta are as good for the one as for the other, settings are not. Returns what to
+    warn of.
     """
     own, others = kind_of(compressor), set()
     for group in groups:
@@ -83,10 +69,7 @@ def fill_missing_settings(
 ) -> None:
     """Gives loaded groups the settings they lack, as an SGD's groups lack all of ours.
 
-    Args:
-        groups: as loaded (modified in place).
-        present: the optimizer's groups until now, whose settings are kept; may be empty.
-        defaults: of the constructor, for what is in neither.
+    They come from the `present` groups, and where these have none, from the constructor.
     """
     for position, group in enumerate(groups):
         before = present[position] if position < len(present) else {}
@@ -103,14 +86,6 @@ def exact_copies(
 
     torch's Optimizer.load_state_dict casts whatever it finds to the parameter's dtype, which for
     a bfloat16 parameter would destroy the errors.
-
-    Args:
-        groups: of the optimizer that loads.
-        state_dict: what it loads, with as many parameters in each group.
-        compressor: of the optimizer.
-
-    Raises:
-        ValueError: a momentum or an error has not its parameter's shape.
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     saved = state_dict["state"]
@@ -125,11 +100,7 @@ _MUST = "Must be what state_dict() returned, of this class or, for an SGD, of to
 
 
 def validate_type(state_dict: object) -> None:
-    """Checks that what is loaded is a dict.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Checks that what is loaded is a dict."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"Invalid state_dict: {state_dict!r}. {_MUST}")
 
@@ -137,12 +108,7 @@ def validate_type(state_dict: object) -> None:
 def validate_structure(state_dict: Mapping[str, Any], settings: Iterable[str]) -> None:
     """Checks that what is loaded is a state_dict of an optimizer of the right kind.
 
-    Args:
-        state_dict: what is loaded.
-        settings: names of which every group must have one: they tell the right kinds of optimizers.
-
-    Raises:
-        ValueError: it is not built as `state_dict()` builds it, or is another optimizer's.
+    Every group must have one of `settings`, which tell the right kinds.
     """
     for name, kind in (("state", Mapping), ("param_groups", list)):
         if not isinstance(state_dict.get(name), kind):
@@ -166,11 +132,7 @@ def validate_structure(state_dict: Mapping[str, Any], settings: Iterable[str]) -
 
 
 def refuse_overwritten(saved: Mapping[Any, Any], buckets: Sequence[Bucket]) -> None:
-    """Refuses a state_dict that was kept without copying it while training went on.
-
-    Raises:
-        ValueError: its errors lie in memory that later steps have used for other things.
-    """
+    """Refuses a state_dict that was kept without a copy, and whose errors later steps overwrote."""
     scratch = {
         batch.untyped_storage().data_ptr()
         for bucket in buckets
@@ -213,17 +175,7 @@ def _exact_copy(
 
 
 def complete_states_(groups: Groups, states: MutableMapping[Tensor, State], method: Method) -> None:
-    """Adds to all parameters' states what is missing in them, and fits the rest.
-
-    Args:
-        groups: parameter groups.
-        states: of the parameters (modified in place).
-        method: how the optimizer treats its groups.
-
-    Raises:
-        TypeError: an entry is no tensor.
-        ValueError: a tensor has not the shape that its parameter asks for.
-    """
+    """Adds to all parameters' states what is missing in them, and fits the rest (in place)."""
     for info in list_parameters(groups):
         if info.parameter.requires_grad:
             complete_(states[info.parameter], info, method)

@@ -40,16 +40,17 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         min_compression_rate: a matrix is compressed where n·m > rate·r·(n + m). 1.0: wherever
             fewer floats are sent, as in the paper's figures. 0.0: always. math.inf: never.
         momentum_form: "paper" or "sgd", see above.
-        warm_start: whether power iteration goes on from the last step's Q; else Q is drawn
+        warm_start: whether power iteration starts from the last step's Q; else Q is drawn
             anew at each step.
         error_feedback: whether what was not sent is kept by each worker, and sent later.
         start_compressing_at: the number of steps that are sent uncompressed first.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
-            a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed.
+            a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed. Under
+            torch.amp.GradScaler steps are always skipped.
         max_grad_norm: the norm of all parameters' Δ' together is clipped to it, the same on every
             worker; None does not. With math.inf it is measured only.
-        check_every: compare the workers' settings, parameters and replicated state before every
-            so-manieth step; 0 does so before the first alone.
+        check_every: compare the workers' settings, parameters and replicated state every
+            `check_every` steps; 0 does so before the first alone.
         seed: of the first Q, the same on every worker. The global generator is not touched.
         compile: whether torch.compile fuses products of ranks up to 8 into the passes that use
             them, where that is faster. Results are the same to rounding. The same for all groups
@@ -58,7 +59,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         alternating: whether a step multiplies from one side only, by turns: one all-reduce per
             step in place of two, and half the bytes. See `efsgd.PowerSGD`.
         process_group: the workers; None is the default group, looked up at each step. Without
-            torch.distributed there is one worker, and nothing is communicated.
+            torch.distributed there is one worker, and nothing is communicated. Not pickled.
 
     Raises:
         ValueError: an argument is out of range, or two of them contradict each other.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.majority_vote import LOCAL_FORM
+from efsgd.checks import is_integer, is_number, plain, require_bool, require_choice
 from efsgd.engine.parameters import PER_PARAMETER, validate_per_parameter
 
 #: Names of torch.optim.SGD's settings.
@@ -24,7 +25,6 @@ SGD_SETTINGS = (
     "fused",
 )
 
-
 #: Settings of the optimizer as a whole. They live in every group, since that is what a
 #: state_dict saves, and must be the same in all of them. A compressor may add its own.
 SHARED = (
@@ -38,10 +38,8 @@ SHARED = (
     "world_size",
 )
 
-
 #: Those of them that may differ between workers: whose errors are kept, in which step's company.
 LOCAL = ("worker", "world_size")
-
 
 # What a vote cannot do: it is no estimate of the gradient, and its norm says nothing.
 _FIXED_IN_SIGNUM = {
@@ -53,26 +51,24 @@ _FIXED_IN_SIGNUM = {
 
 
 def validate_sgd_group(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks all settings of a parameter group of an SGD.
-
-    Raises:
-        ValueError: a value is out of range, or two settings contradict each other.
-        RuntimeError: `fused` is asked for together with `differentiable` or `foreach`.
-    """
-    _validate_sgd(group)
+    """Checks all settings of a parameter group of an SGD."""
+    # torch.optim.SGD's own checks, with its texts, so that code which matches them goes on.
+    _require(group, SGD_SETTINGS)
+    _validate_numbers(group, ("lr", "momentum", "dampening", "weight_decay"))
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+    if group["fused"] and group["differentiable"]:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if group["fused"] and group["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     validate_changes(group, compressor)
 
 
 def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks the settings of a parameter group of an SGD that torch itself does not look at again.
-
-    Raises:
-        ValueError: a value is out of range, or two settings contradict each other.
-    """
+    """Checks the settings of a parameter group of an SGD that torch does not look at again."""
     _require(group, (*SGD_SETTINGS, "momentum_form"))
     form = group["momentum_form"]
-    if form not in ("paper", "sgd"):
-        raise ValueError(f"Invalid momentum_form: {form!r}. Must be 'paper' or 'sgd'.")
+    require_choice("momentum_form", form, ("paper", "sgd"))
     if form == "paper" and (group["nesterov"] or group["dampening"] != 0):
         raise ValueError(
             f"nesterov={group['nesterov']} and dampening={group['dampening']} belong to "
@@ -88,12 +84,7 @@ def validate_changes(group: Mapping[str, Any], compressor: Compressor) -> None:
 
 
 def validate_signum_group(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks all settings of a parameter group of a Signum.
-
-    Raises:
-        TypeError: a number is none.
-        ValueError: a value is missing or out of range.
-    """
+    """Checks all settings of a parameter group of a Signum."""
     _require(group, ("lr", "momentum", "weight_decay", "maximize", *_FIXED_IN_SIGNUM))
     _validate_numbers(group, ("lr", "momentum", "weight_decay"))
     if group["momentum"] >= 1.0:
@@ -111,39 +102,21 @@ def validate_signum_group(group: Mapping[str, Any], compressor: Compressor) -> N
 
 
 def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks what a parameter group says about the exchange of gradients.
-
-    Raises:
-        ValueError: a value is missing, of the wrong type or out of range.
-    """
+    """Checks what a parameter group says about the exchange of gradients."""
     _require(group, (*SHARED, PER_PARAMETER, *compressor.settings()))
     for name in ("start_compressing_at", "check_every", *LOCAL, "step"):
-        value, what = group[name], "an integer" if name in LOCAL else "a number of steps"
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"Invalid {name}: {value!r}. Must be {what}, at least 0.")
-    if not isinstance(group["error_feedback"], bool):
-        raise ValueError(f"Invalid error_feedback: {group['error_feedback']!r}. Must be a bool.")
-    if group["nonfinite"] not in ("raise", "skip"):
-        raise ValueError(f"Invalid nonfinite: {group['nonfinite']!r}. Must be 'raise' or 'skip'.")
+        if not is_integer(group[name], 0):
+            what = "an integer" if name in LOCAL else "a number of steps"
+            raise ValueError(f"Invalid {name}: {group[name]!r}. Must be {what}, at least 0.")
+    require_bool("error_feedback", group["error_feedback"])
+    require_choice("nonfinite", group["nonfinite"], ("raise", "skip"))
     norm = group["max_grad_norm"]
-    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
+    if norm is not None and not (is_number(norm) and norm > 0):
         raise ValueError(
             f"Invalid max_grad_norm: {norm!r}. Must be a positive number, math.inf to measure the "
             f"norm alone, or None."
         )
     validate_per_parameter(group, compressor)
-
-
-def _validate_sgd(group: Mapping[str, Any]) -> None:
-    """torch.optim.SGD's own checks, with its texts, so that code which matches them goes on."""
-    _require(group, SGD_SETTINGS)
-    _validate_numbers(group, ("lr", "momentum", "dampening", "weight_decay"))
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-    if group["fused"] and group["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if group["fused"] and group["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
 
 
 def _validate_numbers(group: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -161,19 +134,14 @@ def _validate_numbers(group: Mapping[str, Any], names: Iterable[str]) -> None:
 
 
 def number_of(group: Mapping[str, Any], name: str) -> float:
-    """A setting that must be a finite number, or a tensor of one.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: it is not finite.
-    """
+    """A setting that must be a finite number, or a tensor of one."""
     value = group[name]
-    if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
+    if not isinstance(number, Real):
         raise TypeError(f"Invalid {name}: {value!r}. Must be a number.")
-    number = float(value.detach() if isinstance(value, Tensor) else value)
     if not math.isfinite(number):
         raise ValueError(f"Invalid {name}: {number}. Must be finite: every parameter would be NaN.")
-    return number
+    return float(number)
 
 
 def _require(group: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -190,11 +158,7 @@ def validate_groups(
     compressor: Compressor,
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Checks each group, and that settings of the optimizer as a whole are equal in all.
-
-    Raises:
-        ValueError: names the first setting that is not.
-    """
+    """Checks each group, and that settings of the optimizer as a whole are equal in all."""
     for group in groups:
         validate(group, compressor)
         for name in (*SHARED, *compressor.shared_settings()) if group is not groups[0] else ():
@@ -207,11 +171,7 @@ def validate_groups(
 
 
 def validate_compressor(compressor: object) -> None:
-    """Checks that a compressor is one.
-
-    Raises:
-        TypeError: it is not.
-    """
+    """Checks that a compressor is one."""
     if isinstance(compressor, type):
         raise TypeError(
             f"Invalid compressor: {compressor!r}. Must be an object, not its class: write "
@@ -230,15 +190,7 @@ def kind_of(compressor: object) -> str:
 
 
 def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None:
-    """Checks that a compressor's settings have names of their own.
-
-    Args:
-        compressor: whose settings will be in the parameter groups.
-        taken: names of the optimizer's own settings.
-
-    Raises:
-        ValueError: they have not.
-    """
+    """Checks that a compressor's settings have other names than the optimizer's, `taken`."""
     names = {"params", "param_names", "initial_lr", "momentum_form", *SGD_SETTINGS, *taken}
     if clash := sorted(names.intersection(compressor.settings())):
         raise ValueError(
@@ -248,11 +200,7 @@ def validate_setting_names(compressor: Compressor, taken: Iterable[str]) -> None
 
 
 def validate_parameter(parameter: Tensor, name: str) -> None:
-    """Checks that a parameter is of a kind that can be exchanged.
-
-    Raises:
-        NotImplementedError: parameters sharded by FSDP or DTensor.
-    """
+    """Checks that a parameter is of a kind that can be exchanged: not sharded."""
     is_sharded = type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements")
     # FullyShardedDataParallel marks what it has made of parameters, and the parameters themselves.
     is_flat = type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_fsdp_flattened")

@@ -51,6 +51,8 @@ class Signum(ErrorFeedbackOptimizer):
     Adam's. Votes weigh the same however sure a worker is: the theory asks for noise that is
     symmetric, as it is in large batches.
 
+    The other arguments are those of `PowerSGDOptimizer`.
+
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups. Names appear in errors.
             `lr`, `momentum`, `weight_decay` and `maximize` may be set per group.
@@ -58,13 +60,6 @@ class Signum(ErrorFeedbackOptimizer):
         momentum: β, at least 0 and below 1; the same weight for old and new as in Adam.
         weight_decay: multiple of the parameters that is added to the vote.
         maximize: ascend instead of descending.
-        nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
-            a `NonFiniteGradientError`, or "skip" the step. Either way nothing has changed. Under
-            torch.amp.GradScaler steps are always skipped.
-        check_every: compare the workers' settings, parameters and replicated state before every
-            so-manieth step; 0 does so before the first alone.
-        process_group: the workers; None is the default group, looked up at each step. It is not
-            pickled.
 
     Raises:
         ValueError: an argument is out of range.
@@ -126,15 +121,10 @@ def signum_(
     maximize: bool = False,
     together: bool = False,
 ) -> None:
-    """Moves by votes: x ← x − lr (v + weight_decay x).
+    """Moves by votes: x ← x − lr (v + weight_decay x). Both lists are modified in place.
 
-    Args:
-        votes: v, each of the shape of its parameter, float32 or float64 (modified in place).
-        parameters: x (modified in place); sums are rounded to their dtype once.
-        lr: learning rate.
-        weight_decay: multiple of x that is added to v.
-        maximize: ascend instead; the decay stays what it is.
-        together: whether many tensors share a kernel, where all have one dtype: on accelerators.
+    Sums are rounded to the dtype of x once. `maximize` leaves the decay what it is. With `together`
+    many tensors of one dtype share a kernel.
 
     Example:
         >>> from efsgd.optimizers.signum import signum_

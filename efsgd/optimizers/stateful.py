@@ -22,12 +22,6 @@ class StatefulOptimizer(Optimizer):
 
     Attributes:
         engine: takes the steps, and keeps what is derived from the groups between them.
-
-    Args:
-        params: parameters, (name, parameter) pairs, or parameter groups.
-        defaults: of the groups' settings.
-        compressor: decides what is compressed and how far.
-        process_group: the workers. It is neither saved nor pickled.
     """
 
     _keeps_momentum: ClassVar[bool] = False

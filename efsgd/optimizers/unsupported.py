@@ -7,9 +7,6 @@ def refuse_backward_optimizer(optimizer: Optimizer) -> None:
     """Raises where `optimizer` was made for steps of single parameters within the backward pass.
 
     Several workers need not finish their gradients in the same order, and would wait for ever.
-
-    Raises:
-        NotImplementedError: it is so.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -12,7 +12,6 @@ from torch import Tensor
 #: The most that a code may have.
 MAX_BITS = 32
 
-
 # By the bits of a code: integers that are as large as eight codes together.
 _EIGHT_CODES = {2: torch.int16, 4: torch.int32}
 
@@ -29,17 +28,9 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Packs codes, each in `bits` bits.
+    """Packs codes, [count] bool or integers from 0 to 2**bits - 1, each in `bits` bits, 1 to 32.
 
-    Args:
-        codes: [count], bool or integers from 0 to 2**bits - 1.
-        bits: 1 to 32.
-
-    Returns:
-        [packed_size(count, bits)] uint8.
-
-    Raises:
-        ValueError: `bits` is out of range.
+    Returns [packed_size(count, bits)] uint8.
 
     Example:
         >>> from efsgd.wire.bits import pack, unpack
@@ -72,16 +63,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    """What was packed.
-
-    Args:
-        packed: [packed_size(count, bits)] uint8.
-        count: the number of codes.
-        bits: of each.
-
-    Returns:
-        [count]; bool for 1 bit, uint8 for 2 to 8, int32 for 9 to 31, int64 for 32.
-    """
+    """What was packed: [count] bool for 1 bit, uint8 up to 8, int32 up to 31, int64 for 32."""
     _validate(bits)
     if bits == 8:
         return packed.clone()
@@ -142,13 +124,7 @@ def _spread_bytes(device: torch.device) -> Tensor:
 
 
 def majority(ballots: Tensor) -> tuple[Tensor, Tensor]:
-    """For each bit, whether more ballots have it set than not, and whether as many.
-
-    Args:
-        ballots: [voters, count], any integer dtype; bits of it are what is voted on.
-
-    Returns:
-        (more, as_many), each [count].
+    """For each bit of `ballots`, [voters, count], whether more have it set than not, and as many.
 
     Example:
         >>> from efsgd.wire.bits import majority

@@ -17,6 +17,12 @@ from efsgd.errors import WorkerMismatchError, warn_user
 from efsgd.layout import real_view
 from efsgd.wire.collectives import AllGather, Broadcast, Exchange
 
+# A cause that the difference itself does not show.
+_ZERO = (
+    "torch's ZeroRedundancyOptimizer gives each worker other parameters: construct this optimizer "
+    "directly, without it."
+)
+
 _CHUNK = 1 << 17  # of eight bytes: it and the weights stay in cache
 
 
@@ -38,10 +44,6 @@ def compare(
 
     Returns:
         For each flag, whether it is set on any worker.
-
-    Raises:
-        WorkerMismatchError: names the first line that differs, as each worker has it, or the first
-            value that differs, and the workers.
     """
     named = {} if values is None else values
     text = "\0".join(["\n".join(lines), "\n".join(f"there is {name}" for name in named)]).encode()
@@ -84,12 +86,7 @@ class GradientSummary:
 def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchange[frozenset[int]]:
     """Warns if all workers' gradients are bitwise equal: then there is nothing left to average.
 
-    Args:
-        summary: of this worker's.
-        device: where buffers may live.
-
-    Returns:
-        Positions of the gradients that are sparse on any worker.
+    Returns the positions of the gradients that are sparse on any worker.
     """
     own, is_sparse = [summary.digest, int(any(summary.is_sparse))], summary.is_sparse
     summaries = (yield _gather(own, device, "digests of gradients")).cpu()
@@ -107,12 +104,7 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
 
 
 def broadcast_values(tensors: Sequence[Tensor], source: int) -> Exchange[None]:
-    """Gives every worker the values of worker `source`, one tensor after the other.
-
-    Args:
-        tensors: of equal shapes and dtypes on every worker (modified in place).
-        source: the worker whose values all take.
-    """
+    """Gives every worker the values of worker `source`, one tensor after the other (in place)."""
     for tensor in tensors:
         own = real_view(tensor.detach())
         own.copy_((yield Broadcast(own.contiguous(), "parameters", source)))
@@ -125,9 +117,6 @@ def checksums(named: Mapping[str, Tensor]) -> dict[str, int]:
 
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's elements and their order; 0 for all zero bits.
-
-    Args:
-        tensor: of any shape, dtype and memory format; sparse ones are made dense.
 
     Example:
         >>> from efsgd.wire.compare import checksum
@@ -197,7 +186,7 @@ def _name_different_value(names: Sequence[str], checksums: Tensor) -> Never:
         f"{names[position]} differs between workers: its values on {_workers(differing)} are not "
         f"those of worker 0. All workers must hold the same values: call "
         f"optimizer.broadcast_parameters() on all of them, or, for the state as well, load one "
-        f"consolidated checkpoint everywhere."
+        f"consolidated checkpoint everywhere. {_ZERO}"
     )
 
 
@@ -213,7 +202,8 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str | None:
             return (
                 f"Workers disagree about what they train. {held}. All workers must construct the "
                 f"optimizer with the same parameters, in the same order, and the same settings, "
-                f"and change them alike; and with compile=True all of them need a compiler."
+                f"and change them in the same way; and with compile=True all of them need a "
+                f"compiler. {_ZERO}"
             )
     return None
 

@@ -64,16 +64,9 @@ _UNABLE, _CHANGED, _OVERFLOWED, _SCALED = 2, 3, 4, 5
 
 
 class ControlWords:
-    """The control words of one worker for the parameters of one bucket.
+    """The control words of one worker for the parameters of one bucket, in the order of `indices`.
 
-    Attributes:
-        world_size: the number of workers.
-        has_sent: whether the exchange that they were last attached to has asked for a collective.
-
-    Args:
-        indices: the parameters' indices, in the order of their words.
-        world_size: the number of workers.
-        worker: this worker.
+    `has_sent` says whether the exchange that they were last attached to has asked for a collective.
     """
 
     def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
@@ -115,9 +108,6 @@ class ControlWords:
             has_overflowed: it is known already that a gradient of this worker is not finite.
             is_scaled: its gradients are those of a scaled loss.
             abstains: why this worker takes part with zeros alone, if it does.
-
-        Returns:
-            The result of `exchange`, and the verdict.
         """
         self.has_sent, is_good, mean_is_finite = False, abstains is None, True
         is_checked = False
@@ -216,13 +206,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], step: int) -> str:
-    """Says which gradient of which worker was not finite.
-
-    Args:
-        verdicts: of all buckets, at least one of them not good.
-        names: of the parameters, by index.
-        step: the number of the step.
-    """
+    """Says which gradient of which worker was not finite, of verdicts not all of which are good."""
     found = []
     for worker, index in (item for verdict in verdicts for item in verdict.nonfinite.items()):
         if index is None:
@@ -249,12 +233,7 @@ def raise_unable(verdicts: Iterable[Verdict]) -> None:
 
 
 def describe_change(workers: Iterable[int], step: int) -> str:
-    """Says that these workers, and not all, have changed what they train.
-
-    Args:
-        workers: who has.
-        step: the number of the step, from 0.
-    """
+    """Says that these workers, and not all, have changed what they train."""
     who = ", ".join(map(str, workers))
     return (
         f"Step {step} was abandoned: worker {who} has changed what it trains since the last step, "

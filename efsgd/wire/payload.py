@@ -57,17 +57,11 @@ class _Region:
 
 
 class Format:
-    """Where each field of each tensor lies in a buffer of bytes.
+    """Where each field of each tensor lies in a buffer of `nbytes` bytes.
 
     Fields of one kind lie together, larger elements first, and packed codes of one width follow
-    each other without gaps, over all tensors; they end at a multiple of four bytes.
-
-    Attributes:
-        nbytes: the length of the buffer.
-
-    Args:
-        fields: of each tensor.
-        dtype: of values without a dtype of their own.
+    each other without gaps, over all tensors; they end at a multiple of four bytes. `dtype` is that
+    of values without one of their own.
 
     Example:
         >>> from efsgd.wire.payload import Field, Format
@@ -106,15 +100,9 @@ class Format:
         self.nbytes = first
 
     def pack_(self, payloads: Sequence[Sequence[Tensor]], buffer: Tensor) -> None:
-        """Writes payloads into a buffer.
+        """Writes the payloads of all tensors, in the order of their fields, into [nbytes] uint8.
 
-        Args:
-            payloads: for each tensor, its fields: [count], of the dtype announced, or any integer
-                dtype for codes.
-            buffer: [nbytes] uint8 (modified in place).
-
-        Raises:
-            ValueError: a payload is not what was announced.
+        A payload that is not what was announced is a ValueError. Codes may have any integer dtype.
         """
         parts: dict[tuple[torch.dtype, int | None], list[Tensor]] = {k: [] for k in self._regions}
         for announced, payload in zip(self._fields, payloads, strict=True):
@@ -144,11 +132,7 @@ class Format:
                 place[len(packed) :] = 0
 
     def unpack(self, buffer: Tensor) -> list[tuple[Tensor, ...]]:
-        """The payloads that a buffer holds; parts of it, or tensors made from it.
-
-        Args:
-            buffer: [nbytes] uint8, from any worker.
-        """
+        """The payloads in a buffer, [nbytes] uint8, of any worker; parts of it, or made from it."""
         if buffer.storage_offset() % 8 != 0:
             buffer = buffer.clone()  # so that eight bytes can be read at a time
         parts = {}

@@ -130,7 +130,6 @@ def test_gradients_that_were_averaged_before_are_noticed_on_every_worker(workers
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("ZeroRedundancyOptimizer", ["ZeroRedundancyOptimizer"]),
         ("_apply_optimizer_in_backward", ["backward"]),
         ("fully_shard", ["DTensor", "DistributedDataParallel"]),
         ("FSDP, flat parameters", ["FullyShardedDataParallel", "DistributedDataParallel"]),
@@ -144,6 +143,16 @@ def test_sharded_and_scattered_parameters_are_refused(
     assert {error["type"] for error in errors} == {"NotImplementedError"}, errors
     assert len({error["text"] for error in errors}) == 1
     assert all(word in errors[0]["text"] for word in words), errors
+
+
+def test_parameters_that_zero_redundancy_optimizer_splits_are_found_at_the_first_step(
+    workers: Reports,
+) -> None:
+    errors = [worker["refusals"]["ZeroRedundancyOptimizer"] for worker in workers]
+    assert {error["type"] for error in errors} == {"WorkerMismatchError"}, errors
+    assert len({error["text"] for error in errors}) == 1
+    assert "torch's ZeroRedundancyOptimizer gives each worker other" in errors[0]["text"]
+    assert "construct this optimizer directly" in errors[0]["text"]
 
 
 # ---- the loop -----------------------------------------------------------------------------------

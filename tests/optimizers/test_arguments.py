@@ -1,5 +1,10 @@
 """Arguments of this package's own, and groups. SGD's: swap_in/test_construction.py."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 
 import efsgd
@@ -32,6 +37,32 @@ def test_a_tensor_learning_rate_is_read_at_each_step() -> None:
         optimizer.step()
         assert parameter[0].item() == {"paper": -1.0, "sgd": -0.5}[form]
         assert optimizer.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize(
+    ("number", "count"),
+    [(np.float64, np.int64), (np.array, np.array), (torch.tensor, torch.tensor)],
+)
+def test_scalars_of_numpy_and_torch_are_numbers(
+    number: Callable[[float], Any], count: Callable[[int], Any]
+) -> None:
+    ends = []
+    for real, whole in ((float, int), (number, count)):
+        parameter = torch.ones(8, 8, requires_grad=True)
+        optimizer = PowerSGDOptimizer(
+            [parameter],
+            real(0.5),
+            real(0.25),
+            weight_decay=real(0.125),
+            max_grad_norm=real(0.5),
+            start_compressing_at=whole(1),
+            check_every=whole(2),
+        )
+        for _ in range(3):
+            parameter.grad = torch.ones(8, 8)
+            optimizer.step()
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
 
 
 def test_error_feedback_sgd_takes_a_compressor() -> None:

@@ -17,21 +17,16 @@ _ROUNDING = 2.0**-44
 
 
 def resized(kept: Tensor, fresh: Tensor) -> Tensor:
-    """A factor with as many columns as another one, which is drawn at random.
+    """A factor, [m, r], with as many columns as another one, [m, r'], which is drawn at random.
 
     Where there are fewer, the factor is rotated by its SVD and keeps the columns of its largest
     singular values: of all subspaces of that dimension, the one that has most of what the last step
     found. Where there are more, and where one is zero or rounding, they point where those of
     `fresh` do, and are shorter than all that were learned.
 
-    Args:
-        kept: [m, r], what was learned.
-        fresh: [m, r'], drawn from the shared generator.
-
-    Returns:
-        [m, r'] float64, on the CPU; the same bits for the same values, whatever their strides, on
-        workers of one kind. Between processors of several kinds it may differ by rounding, which
-        the mean of the next step takes away.
+    The result is float64, on the CPU: the same bits for the same values, whatever their strides, on
+    workers of one kind. Between processors of several kinds it may differ by rounding, which the
+    mean of the next step takes away.
     """
     # Contiguous, as sums of other strides have other bits: a state in training is a view, a loaded
     # one is not.
@@ -70,20 +65,10 @@ def _rotated(known: Tensor) -> Tensor:
 
 
 def initial_query(seed: int, index: int, m: int, r: int, *, step: int = 0) -> Tensor:
-    """Q for one parameter before anything is known of it: i.i.d. standard normal.
+    """Q, [m, r] float64 on the CPU, before anything is known of it: i.i.d. standard normal.
 
-    The same on every worker and in every run, whatever else draws random numbers. Source: Algorithm
-    1, line 1.
-
-    Args:
-        seed: of the optimizer.
-        index: the parameter's position in the optimizer.
-        m: rows of Q, the columns of the gradient's matrix.
-        r: columns of Q, the rank.
-        step: number of the step it is drawn for; 0 for a warm start.
-
-    Returns:
-        [m, r], float64, on the CPU.
+    The same on every worker and in every run, whatever else draws random numbers. With a warm start
+    `step` is 0. Source: Algorithm 1, line 1.
     """
     generator = generator_of(seed, index, step)
     return torch.randn(m, r, dtype=torch.float64, generator=generator, device="cpu")

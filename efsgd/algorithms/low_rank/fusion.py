@@ -77,15 +77,9 @@ class Fusion:
     ) -> bool:
         """Calls `function([P̂Q^T], *([operand] for operand in operands), **options)`, fused.
 
-        Args:
-            function: elementwise.
-            P_hat: [n, r].
-            Q: [r, m].
-            operands: of one shape, n·m elements each, the first dimension n (modified in place).
-            options: floats become tensors of no dimension; all else is compiled in.
-
-        Returns:
-            Whether it was done. If not, nothing has changed.
+        P̂ is [n, r], Q [r, m]; operands have n·m elements each and one shape, the first dimension n
+        (modified in place). Options that are floats become tensors of no dimension; all else is
+        compiled in. Returns whether it was done; if not, nothing has changed.
         """
         (n, r), m = P_hat.shape, Q.shape[1]
         if not self.gains(n, m, r, P_hat.device.type):

@@ -27,12 +27,7 @@ from efsgd.wire.collectives import AllGather, AllToAll, Collective, Exchange
 
 @dataclass(frozen=True)
 class Coded:
-    """One worker's matrices, as codes.
-
-    Attributes:
-        codes: [numbers] int64.
-        scales: [matrices], the largest magnitude in each.
-    """
+    """One worker's matrices: codes, [numbers] int64, and the largest magnitudes, [matrices]."""
 
     codes: Tensor
     scales: Tensor
@@ -41,11 +36,8 @@ class Coded:
 class GatheredMean:
     """All codes and scales go to all workers: what one receives grows with their number.
 
-    Args:
-        quantizer: makes the codes.
-        sizes: the number of elements of each matrix, none of them zero. They lie one after the
-            other in a flat buffer.
-        placement: dtype and device of the buffer.
+    `sizes` are the numbers of elements of the matrices, none of them zero, which lie one after the
+    other in a flat buffer.
     """
 
     def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], placement: Placement) -> None:
@@ -124,13 +116,7 @@ class Parts:
 
 
 class ScatteredMean(GatheredMean):
-    """Each worker averages one part: what one receives does not grow with their number.
-
-    Args:
-        quantizer: see `GatheredMean`.
-        sizes: see `GatheredMean`; of at least one matrix.
-        placement: dtype and device, worker and number of workers.
-    """
+    """Each worker averages one part: what one receives does not grow with their number."""
 
     def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], placement: Placement) -> None:
         super().__init__(quantizer, sizes, placement)

@@ -72,10 +72,7 @@ class LogQuantizer:
     def encode(self, x: Tensor, scale: Tensor) -> Tensor:
         """The codes of finite numbers, int64 from -L to L.
 
-        Args:
-            x: float32 or float64.
-            scale: the largest magnitude in x, or more; of a shape that broadcasts. Where it is
-                zero, x is.
+        `scale` is the largest magnitude in x, or more, of a shape that broadcasts; 0 where x is.
         """
         if self.bits > _BITS_OF_FLOAT32 or self.alpha > _ALPHA_OF_FLOAT32:
             x, scale = x.double(), scale.double()
@@ -83,14 +80,10 @@ class LogQuantizer:
         return self.compand(ratio).mul_(self.levels).round_().long()
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """What codes decode to: zeros where they or the scales are zero.
+        """What codes decode to, in the dtype of `scale`: zeros where they or the scales are zero.
 
-        Equal codes and scales give bitwise equal numbers.
-
-        Args:
-            codes: integers, of which the lowest `bits` count: from -L to L, or in their place
-                from 0 to 2^bits - 1 what `efsgd.wire.bits` packs.
-            scale: float32 or float64, which the result is then; of a shape that broadcasts.
+        Equal codes and scales give bitwise equal numbers. Of a code the lowest `bits` count: it is
+        from -L to L, or in its place from 0 to 2^bits - 1 what `efsgd.wire.bits` packs.
         """
         codes = codes.long() & (2**self.bits - 1)
         if self.bits <= _BITS_OF_FLOAT32:
