@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -26,8 +25,8 @@ from pathlib import Path
 
 from tests.checkpoint import killed_worker as script
 from tests.checkpoint.killed_worker import EVERY, STEPS, Kill
+from tests.launcher import environment
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 170  # seconds for a launch with all its lives, of which loading torch takes most
 
 WORDS = {
@@ -65,8 +64,7 @@ def launch(task: str, world_size: int, kills: Sequence[Kill], folder: Path) -> E
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", f"--max-restarts={len(kills)}"]
     command += [script.__file__, task, str(folder), json.dumps([asdict(kill) for kill in kills])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     if done.returncode != 0:
         raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     found = [json.loads((folder / f"{w}.json").read_text()) for w in range(world_size)]

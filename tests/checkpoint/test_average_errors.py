@@ -20,14 +20,14 @@ from tests.simulation import (
     replicated,
     snapshot,
     step_with,
+    train,
 )
 from tests.strategies import Scenario
 
 
 def trained(steps: int = 4, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
     workers, scenario = a_run(**options)
-    for step in range(steps):
-        step_with(workers, scenario.gradients(step))
+    train(scenario, range(steps), workers)
     return workers, scenario
 
 
@@ -65,8 +65,7 @@ def test_training_goes_on_as_it_would_have(options: dict[str, Any]) -> None:
     others, _ = trained(**options)
     average(workers)
     for step in range(4, 9):
-        step_with(workers, scenario.gradients(step))
-        step_with(others, scenario.gradients(step))
+        train(scenario, [step], workers, others)
         assert all(bits(parameters_of(o)) == bits(parameters_of(workers[0])) for o in workers)
         for mine, plain in zip(parameters_of(workers[0]), parameters_of(others[0]), strict=True):
             # Both are right to float64's rounding, which power iteration amplifies a little.
@@ -99,9 +98,7 @@ def test_averaged_and_resumed_is_uninterrupted_to_the_bit() -> None:
     resumed = make_workers([p.detach().clone() for p in parameters_of(workers[0])], 3, rank=1)
     for optimizer in resumed:
         optimizer.load_state_dict(saved)
-    for step in range(4, 9):
-        step_with(workers, scenario.gradients(step))
-        step_with(resumed, scenario.gradients(step))
+    train(scenario, range(4, 9), workers, resumed)
     assert bits(snapshot(resumed)) == bits(snapshot(workers))
 
 
