@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd import PowerSGDOptimizer, TensorCompressor
+from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer, TensorCompressor, TopK
 from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
-from efsgd.rank import RankPolicy, Value
+from efsgd.rank import LGreCo, RankPolicy, Value
 from efsgd.testing import Traced
 from tests.rank.rank_runs import Team
 from tests.simulation import errors_of
 from tests.strategies import gaussian
 
 Shape = tuple[int, ...]
+
+SHAPES: list[Shape] = [(16, 12), (9,), (12, 20), (10, 4, 3)]
+OPTIONS: dict[str, Any] = {"lr": 0.01, "min_compression_rate": 0.0, "rank": 2}
+DENSITIES: dict[str, Any] = {"values": [0.05, 0.1, 0.2], "setting": "density"}
 
 
 def decaying(shape: Shape, decay: float, *seed: int) -> Tensor:
@@ -34,11 +38,7 @@ class Workers(Team):
     """Some workers with L-GreCo, all of whose parameters are in one group.
 
     Each parameter's gradients are the same matrix all the time, and a smaller one that is new in
-    each step and on each worker; all are made from a seed.
-
-    Attributes:
-        count: how many steps were taken.
-        seen: Δ_w = g_w + e_w of each step, as `seen[step][w][i]`.
+    each step and on each worker. `seen[step][w][i]` is Δ_w = g_w + e_w of each step.
     """
 
     def __init__(
@@ -102,6 +102,25 @@ class Workers(Team):
             [sum(parts, start=torch.zeros(())) for parts in zip(*steps, strict=True)]
             for steps in zip(*self.seen[len(self.seen) - last :], strict=True)
         ]
+
+
+def greco(
+    reference: Any = 2, world_size: int = 2, *, steps: int = 0, start: Any = None, **options: Any
+) -> Workers:
+    """Workers with PowerSGD and L-GreCo on `SHAPES`, after some steps."""
+    made = {**OPTIONS, **(start or {})}
+    workers = Workers(lambda: LGreCo(reference, **options), world_size, SHAPES, **made)
+    workers.steps(steps)
+    return workers
+
+
+def sparse_greco(
+    world_size: int = 2, shapes: Sequence[Shape] = SHAPES, *, start: Any = None, **options: Any
+) -> Workers:
+    """Workers with Top K and L-GreCo, which chooses densities."""
+    made = {"compressor": TopK(density=0.1), "lr": 0.01, **(start or {})}
+    policy = {**DENSITIES, **options}
+    return Workers(lambda: LGreCo(0.1, **policy), world_size, shapes, ErrorFeedbackSGD, **made)
 
 
 def mean_of(summed: Sequence[Sequence[Tensor]]) -> list[Tensor]:

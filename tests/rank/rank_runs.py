@@ -35,18 +35,7 @@ def individual(optimizer: torch.optim.Optimizer, setting: str = "rank") -> list[
 
 
 class Team:
-    """Some workers with a scheduler each.
-
-    Attributes:
-        optimizers: of each worker.
-        schedulers: of each worker.
-
-    Args:
-        policies: makes a worker's policy.
-        world_size: the number of workers.
-        shapes: of the parameters, each in a group of its own.
-        make: makes a worker's optimizer from its groups.
-    """
+    """Some workers, each with an optimizer and a scheduler; each parameter has its own group."""
 
     def __init__(
         self,

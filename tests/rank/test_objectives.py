@@ -170,30 +170,22 @@ class Slow(TensorCompressor):
         return self.size < 9
 
 
-def durations(clocks: list[Callable[[], float]], repeats: int = 3) -> Any:
+def durations(clocks: list[Callable[[], float]]) -> Any:
     CALLS.clear()
     compressor, values = Slow(), (1, 2, 9)
     layers = layers_with(compressor, "size", values, [(2, 3), (5,), (2, 3)])
-    return lockstep(
-        [
-            compression_seconds(compressor, layers, "size", values, repeats=repeats, clock=clock)
-            for clock in clocks
-        ]
-    )
+    own = compressor, layers, "size", values
+    return lockstep([compression_seconds(*own, repeats=3, clock=clock) for clock in clocks])
 
 
-def test_measured_seconds_are_medians_and_the_mean_of_the_workers() -> None:
+def test_measured_seconds_are_medians_and_the_mean_of_the_workers_once_for_equal_layers() -> None:
     assert durations([CLOCK]).results[0][0] == [6.0, 12.0, 0.0]
+    assert len(CALLS) == 2 * 2 * (3 + 1)
     found = durations([CLOCK, lambda: 2 * CLOCK.now])
     expected = [[9.0, 18.0, 0.0], [7.5, 15.0, 0.0], [9.0, 18.0, 0.0]]
     assert found.results == [expected, expected]
     assert [traced.kind for traced in found.trace] == [AllReduceMean.__name__]
     assert found.trace[0].shape == (3, 3)
-
-
-def test_equal_layers_are_measured_once() -> None:
-    durations([CLOCK], repeats=4)
-    assert len(CALLS) == 2 * 2 * (4 + 1)
 
 
 def test_a_worker_that_cannot_measure_leaves_none_waiting() -> None:

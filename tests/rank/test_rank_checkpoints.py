@@ -1,7 +1,6 @@
 """Checkpoints of rank schedulers: to the bit with as many workers, else the same decisions."""
 
 import copy
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,21 +20,13 @@ from tests.rank.rank_runs import (
     made_gradients,
     run_windows,
 )
-from tests.simulation import bits, difference, parameters_of
+from tests.simulation import bits, difference, parameters_of, through_a_file
 from tests.strategies import gaussian
 
 STEPS = 2  # in a window
 ORDERS = ["scheduler first", "optimizer first"]
 
 Saved = tuple[list[Any], dict[str, Any], dict[str, Any]]
-
-
-def through_a_file(value: Any) -> Any:
-    """What torch.load makes of what torch.save has written."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def save(team: Team, worker: int) -> Saved:

@@ -196,15 +196,6 @@ def test_a_collective_that_fails_changes_nothing_and_the_next_call_decides() -> 
         assert settings_now(workers) == settings_now(twin)
 
 
-def test_the_number_of_windows_goes_on_from_a_state_dict() -> None:
-    workers, others = made(0.3, interval=3), made(0.3, interval=3)
-    workers.train(2)
-    workers.decide()
-    for own, other in zip(workers.schedulers, others.schedulers, strict=True):
-        other.load_state_dict(own.state_dict())
-    assert policies(others)[0].state_dict() == {"windows": 1}
-
-
 def test_the_default_device_makes_no_difference() -> None:
     found = []
     for device in ("cpu", "meta"):
