@@ -102,6 +102,5 @@ def _rotated(kept: Tensor) -> Tensor:
     """Q V, with the columns of V turned so that their largest elements are positive."""
     rotation = torch.linalg.svd(kept, full_matrices=False).Vh
     signs = [1.0 if own[own.abs().argmax()] > 0 else -1.0 for own in rotation]
-    return torch.stack(
-        [kept @ own * sign for own, sign in zip(rotation, signs, strict=True)], dim=1
-    )
+    turned = [kept @ own * sign for own, sign in zip(rotation, signs, strict=True)]
+    return torch.stack(turned, dim=1)

@@ -191,7 +191,7 @@ def test_a_layer_that_had_no_gradients_keeps_the_reference_s_rank_while_others_c
     assert workers.values[1] == 2 and workers.values != [2, 2, 2]
 
 
-# ---- what decisions send --------------------------------------------------------------------------
+# ---- what decisions send ------------------------------------------------------------------------
 
 
 def nbytes(trace: list[Traced], *words: str) -> int:
