@@ -91,6 +91,11 @@ class Workers(Team):
         for _ in range(count):
             self.step()
 
+    def window(self, count: int) -> list[Traced]:
+        """Some steps, and a decision: what the decision sends."""
+        self.steps(count)
+        return self.decide()
+
     def sent(self) -> int:
         """The bytes of an ordinary step, counted; the first one after a change is left out."""
         self.step()
@@ -151,19 +156,22 @@ def payload_bytes(compressor: Any, shape: Shape, setting: str, value: Value) -> 
     return int(own.payload_bytes([shape], torch.float64, 1))
 
 
-def least_total(
+def assert_least(
+    values: Sequence[Value],
     sizes: Sequence[Mapping[Any, float]],
     errors: Sequence[Mapping[Any, float]],
     reference: Sequence[Value],
     tolerance: float = 1.0,
-) -> float:
-    """The least total size of all choices within the error of the reference: all are tried."""
-    budget = tolerance * math.fsum(own[v] for own, v in zip(errors, reference, strict=True))
-    return min(
-        math.fsum(own[v] for own, v in zip(sizes, chosen, strict=True))
-        for chosen in itertools.product(*sizes)
-        if math.fsum(own[v] for own, v in zip(errors, chosen, strict=True)) <= budget
-    )
+) -> None:
+    """Of all choices within the error of the reference none has a smaller total size."""
+    budget = tolerance * _total(errors, reference)
+    choices = itertools.product(*sizes)
+    within = [chosen for chosen in choices if _total(errors, chosen) <= budget]
+    assert _total(sizes, values) == min(_total(sizes, chosen) for chosen in within)
+
+
+def _total(numbers: Sequence[Mapping[Any, float]], chosen: Sequence[Value]) -> float:
+    return math.fsum(own[value] for own, value in zip(numbers, chosen, strict=True))
 
 
 def purposes(trace: Sequence[Traced]) -> list[str]:

@@ -78,6 +78,12 @@ class Team:
         own = [of_norm(norm, shape) for norm, shape in zip(norms, shapes, strict=True)]
         return self.step([own for _ in self.optimizers])
 
+    def window_alike(self, *norms: float) -> list[Any]:
+        """`step_alike`, and a decision: the ranks then."""
+        self.step_alike(*norms)
+        self.decide()
+        return self.ranks
+
     def set_lr(self, *lrs: float) -> None:
         """Of each group, on all workers."""
         for optimizer in self.optimizers:

@@ -140,8 +140,7 @@ def test_a_sum_that_overflows_is_critical_and_does_no_harm_afterwards() -> None:
 def test_layers_decide_for_themselves() -> None:
     team = Team(accordion, 2, [SQUARE, (32, 8), (64,), SQUARE])
     for norms in ((3, 4, 9, 8), (3, 1, 0, 9)):
-        team.step_alike(*norms)
-        team.decide()
+        team.window_alike(*norms)
     assert team.ranks == [LOW, HIGH, None, LOW]
     assert team.schedulers[0].get_last_ranks() == {
         "parameter 0": LOW,
@@ -157,8 +156,7 @@ def test_a_model_decides_by_the_norm_of_all_its_compressed_layers(
     """From (3, 4), of norm 5, to norms of √10, 2.1 and 5."""
     team = Team(lambda: accordion(scope="model"), 2, [SQUARE, SQUARE, (64,)])
     for each in ((3, 4, 7), (*norms, 0)):
-        team.step_alike(*each)
-        team.decide()
+        team.window_alike(*each)
     assert team.ranks == [expected, expected, None]
 
 
@@ -218,9 +216,7 @@ def test_any_setting_that_single_parameters_may_have_can_be_decided_on(
     team = Team(lambda: accordion(low=low, high=high, setting=setting), 2, **made)
     decided = []
     for norm in (4, 4, 4, 1, 1):
-        team.step_alike(norm)
-        team.decide()
-        decided += team.ranks
+        decided += team.window_alike(norm)
     assert decided == [high, low, low, high, low]
     assert [type(value) for value in decided] == [
         type(value) for value in (high, low, low, high, low)
@@ -261,6 +257,5 @@ def test_a_layer_that_is_sent_whole_at_the_high_rank_can_become_low() -> None:
 def test_steps_before_compression_starts_count() -> None:
     team = Team(accordion, 1, start_compressing_at=2)
     for _ in range(2):
-        team.step_alike(4)
-        team.decide()
+        team.window_alike(4)
     assert team.ranks == [LOW]

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from efsgd import LQSGD, PowerSGD, TopK, UniformQuantized
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.rank import CommunicationBudget, RankScheduler
 from tests.rank.made_time import MadeClock, MadeWorkers, optimizers
+from tests.simulation import parameters_of
 from tests.strategies import Shape, matrix_shapes, shape_lists
 
 SHAPES: list[Shape] = [(24, 16), (16,), (12, 3, 3, 2), (24, 16), (40, 30)]
@@ -140,16 +140,14 @@ def test_frozen_and_added_parameters_change_what_fits() -> None:
     workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
     assert chosen(workers) == [4] * 4
     (optimizer,) = workers.optimizers
-    workers.parameters_of(0)[4].requires_grad_(False)
-    workers.train(1)
-    workers.decide()
+    parameters_of(optimizer)[4].requires_grad_(False)
+    workers.window(1)
     assert chosen(workers)[-1] == 4  # it keeps its own
     assert min(chosen(workers)[:-1]) > 4
     assert 0.9 * budget < workers.train(1)[0] <= budget
     optimizer.add_param_group({"params": [torch.zeros(30, 30, requires_grad=True)]})
-    workers.parameters_of(0)[4].requires_grad_(True)
-    workers.train(1)
-    workers.decide()
+    parameters_of(optimizer)[4].requires_grad_(True)
+    workers.window(1)
     assert workers.train(1)[0] <= budget
     assert optimizer.param_groups[1]["per_parameter"]["rank"][0] < 4
 
@@ -179,8 +177,7 @@ def test_a_budget_that_has_become_too_small_takes_the_smallest_value_and_says_so
     with pytest.warns(UserWarning, match=rf"With rank=1 .*more than bytes_per_step={budget}"):
         workers.decide()
     assert workers.ranks() == [[1] * 5]
-    workers.train(1)
-    workers.decide()  # a second warning would be an error here
+    workers.window(1)  # a second warning would be an error here
 
 
 def test_decisions_in_bytes_send_nothing_but_what_every_decision_does() -> None:
@@ -192,40 +189,12 @@ def test_decisions_in_bytes_send_nothing_but_what_every_decision_does() -> None:
 
 def test_the_policy_goes_on_from_a_state_dict() -> None:
     workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=5000))
-    workers.train(1)
-    workers.decide()
+    workers.window(1)
     saved = workers.schedulers[0].state_dict()
     others = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=9000))
     others.schedulers[0].load_state_dict(saved)
     assert others.ranks() == workers.ranks()
     assert saved["policy"] == {"windows": 1} == others.schedulers[0].policy.state_dict()
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({}, "Invalid bytes_per_step and share_of_step: None and None. Must be one of them"),
-    ({"bytes_per_step": 9, "share_of_step": 0.3}, "9 and 0.3. Must be one of them"),
-    ({"bytes_per_step": 0}, "Invalid bytes_per_step: 0. Must be a number of bytes above 0"),
-    ({"bytes_per_step": "9"}, "Invalid bytes_per_step: '9'"),
-    ({"bytes_per_step": math.nan}, "Invalid bytes_per_step: nan"),
-    ({"bytes_per_step": math.inf}, "Invalid bytes_per_step: inf"),
-    ({"bytes_per_step": True}, "Invalid bytes_per_step: True"),
-    ({"share_of_step": 0.0}, "Invalid share_of_step: 0.0. Must be a number above 0 and below 1"),
-    ({"share_of_step": 1}, "Invalid share_of_step: 1"),
-    ({"share_of_step": 0.3, "max_rank": 0}, "Invalid max_rank: 0. Must be an integer of at least"),
-    ({"share_of_step": 0.3, "max_rank": 2.5}, "Invalid max_rank: 2.5"),
-    ({"share_of_step": 0.3, "interval": 0}, "Invalid interval: 0"),
-    ({"share_of_step": 0.3, "interval": "9"}, "Invalid interval: '9'"),
-    ({"share_of_step": 0.3, "values": []}, r"Invalid values: \[\]. Must be one or more numbers"),
-    ({"share_of_step": 0.3, "values": [1, 2, 1]}, "Invalid values: .*each once"),
-    ({"share_of_step": 0.3, "values": ["1"]}, "Invalid values: "),
-    ({"share_of_step": 0.3, "setting": "density"}, "Invalid values: None. Must be a list of valu"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), WRONG)
-def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CommunicationBudget(**options)
 
 
 def test_values_in_order_of_descending_cost_are_refused() -> None:

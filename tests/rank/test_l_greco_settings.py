@@ -1,7 +1,6 @@
 """What L-GreCo accepts, what it refuses, and that it fails on all workers or on none."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,49 +21,6 @@ from efsgd.testing import LockstepError
 from efsgd.wire.collectives import Exchange
 from tests.rank.l_greco_runs import OPTIONS, SHAPES, Workers, greco, sparse_greco
 from tests.rank.rank_runs import nothing_changes
-
-ABOVE = "Must be a finite number above 0.0."
-COUNT = "Must be an integer of at least 1."
-FINITE = "Must be a finite number of at least 0."
-WRONG: list[tuple[dict[str, Any], str]] = [
-    *(({"reference": v}, f"Invalid value: {v!r}. {FINITE}") for v in ("4", -1, True)),
-    *(
-        ({name: value}, f"Invalid {name}: {value!r}. {ABOVE}")
-        for name in ("shrink", "grow", "tolerance")
-        for value in (0.0, math.inf, math.nan, "2")
-    ),
-    *(
-        ({name: value}, f"Invalid {name}: {value!r}. {COUNT}")
-        for name in ("observations", "interval", "iterations", "sketch")
-        for value in (0, 2.0)
-    ),
-    ({"spectrum": "qr"}, "Invalid spectrum: 'qr'. Must be one of ['power', 'svd']."),
-    ({"gradients": "all"}, "Invalid gradients: 'all'. Must be one of ['mean', 'worker 0']."),
-    ({"values": [1, 2]}, "Invalid values: [1, 2]. They lack [4], which the reference may ask for"),
-    ({"values": []}, "Invalid values: []. They lack [4], which the reference may ask for"),
-    ({"values": [4, "8"]}, "Invalid values[1]: '8'. Must be a finite number of at least 0."),
-    ({"shrink": 2.0}, "Invalid values: [8]. They lack [4], which the reference may ask for"),
-    (
-        {"reference": 0.1, "setting": "density"},
-        "Invalid values: None. Must be given where those of the reference are no integers, as "
-        "here: [0.1].",
-    ),
-    (
-        {"reference": Accordion(1, 4), "setting": "density"},
-        "Invalid setting: 'density'. The reference decides on 'rank'; make it with another "
-        "setting, or leave this one out.",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"), WRONG, ids=[message.split(". ")[0] for _, message in WRONG]
-)
-def test_a_wrong_argument_is_named_with_what_must_hold(
-    arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        LGreCo(**arguments)
 
 
 def test_a_uniform_reference_of_another_setting_may_be_given_in_either_way() -> None:

@@ -13,8 +13,8 @@ from tests.rank.l_greco_runs import (
     OPTIONS,
     SHAPES,
     Workers,
+    assert_least,
     greco,
-    least_total,
     low_rank_error,
     mean_of,
     purposes,
@@ -108,8 +108,7 @@ def test_the_ranks_of_accordion_are_what_it_is_compared_with(interval: int) -> N
         means = mean_of(both.summed(1))
         errors = [{r: low_rank_error(means[index], r) for r in ranks} for index in MATRICES]
         sizes = [{r: float(r * length) for r in ranks} for length in lengths]
-        chosen = math.fsum(own[int(r)] for own, r in zip(sizes, both.values, strict=True))
-        assert chosen == least_total(sizes, errors, accordion.values)
+        assert_least(both.values, sizes, errors, accordion.values)
         seen.add(tuple(accordion.values))
     assert seen == {(3, 3, 3), (1, 1, 1)}
 
@@ -153,8 +152,7 @@ def test_values_stay_where_a_sum_has_overflowed(
     workers.decide()
     is_seen = worker == 0 or "gradients" not in options
     assert (workers.values == before) == is_seen
-    workers.steps(2)
-    workers.decide()
+    workers.window(2)
     assert workers.values != before
 
 
@@ -204,8 +202,7 @@ def test_a_decision_by_power_iteration_sends_so_many_steps_of_the_greatest_rank(
 ) -> None:
     shapes = [(16, 12), (12, 20), (10, 4, 3)]
     workers = Workers(lambda: LGreCo(2, iterations=iterations, sketch=100), 2, shapes, **OPTIONS)
-    workers.steps(2)
-    trace = workers.decide()
+    trace = workers.window(2)
     factors = 4 * ((16 + 12) + (12 + 20) + (10 + 12))  # ranks are up to 4
     assert nbytes(trace, "P of acc", "Q of acc") == iterations * 8 * factors
     assert nbytes(trace, "sketches of acc") == 8 * 3 * 100

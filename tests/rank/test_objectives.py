@@ -16,7 +16,7 @@ from efsgd.rank.costs.objectives import compression_seconds
 from efsgd.rank.costs.volumes import with_value
 from efsgd.testing import Lockstep, lockstep
 from efsgd.wire.collectives import AllReduceMean, Exchange
-from tests.rank.l_greco_runs import Shape, Workers, least_total, low_rank_error, mean_of
+from tests.rank.l_greco_runs import Shape, Workers, assert_least, low_rank_error, mean_of
 from tests.rank.made_time import MadeClock
 from tests.rank.test_costs import CASES, layers_with
 
@@ -79,12 +79,6 @@ def test_the_network_is_measured_where_none_is_given() -> None:
     assert len(done.trace) == 2 * (2 + 1) + 1
 
 
-@pytest.mark.parametrize("repeats", [0, 1.5, True])
-def test_repeats_must_be_a_count(repeats: Any) -> None:
-    with pytest.raises(ValueError, match=r"Invalid repeats: .*\. Must be an integer of at least 1"):
-        StepTime(repeats=repeats)
-
-
 def chosen_by(costs: Any) -> tuple[Workers, list[dict[Value, float]]]:
     """Workers that have decided by costs, and the errors of the ranks 2 to 6."""
     numbers = itertools.count()
@@ -94,8 +88,7 @@ def chosen_by(costs: Any) -> tuple[Workers, list[dict[Value, float]]]:
         SHAPES,
         **OPTIONS,
     )
-    workers.steps(3)
-    workers.decide()
+    workers.window(3)
     means = mean_of(workers.summed(3))
     return workers, [{r: low_rank_error(A, r) for r in range(2, 7)} for A in means]
 
@@ -118,11 +111,8 @@ def test_costs_may_come_of_what_workers_tell_each_other() -> None:
         return own
 
     workers, errors = chosen_by(costs)
-    sizes: list[dict[Value, float]] = [
-        {r: price * r for r in range(2, 7)} for price in (5.0, 5.0, 16.0)
-    ]
-    total = math.fsum(own[r] for own, r in zip(sizes, workers.values, strict=True))
-    assert total == least_total(sizes, errors, [3, 3, 3])
+    sizes = [{r: price * r for r in range(2, 7)} for price in (5.0, 5.0, 16.0)]
+    assert_least(workers.values, sizes, errors, [3, 3, 3])
 
 
 @pytest.mark.parametrize(

@@ -206,8 +206,7 @@ def test_another_interval_goes_on_from_what_was_saved() -> None:
 def alike(policy: Any = accordion, shapes: Any = SHAPES, **options: Any) -> dict[str, Any]:
     """The state_dict of another scheduler, in mid-window."""
     team = Team(policy, 1, shapes, **options)
-    team.step_alike(*[4.0] * len(shapes))
-    team.decide()
+    team.window_alike(*[4.0] * len(shapes))
     team.step_alike(*[4.0] * len(shapes))
     return team.schedulers[0].state_dict()
 

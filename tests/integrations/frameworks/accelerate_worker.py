@@ -93,7 +93,7 @@ def main() -> None:
         results["overflow"] = overflow(accelerator.process_index)
         plain = common.plain_digits(order, precision=torch.bfloat16, clip=common.CLIP)
         results["plain"] = {"accelerate": plain}
-    common.write(folder / task, accelerator.process_index, results)
+    common.write(folder, accelerator.process_index, results)
     accelerator.end_training()
 
 

@@ -15,6 +15,7 @@ from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import averaging_
 from efsgd.testing import lockstep, step_together
 from efsgd.wire.compare import checksum
+from tests.integrations.around_ddp_training import fingerprint
 
 WORKERS = 2
 BATCH = 16  # examples of one worker in one backward pass
@@ -40,16 +41,6 @@ def network() -> torch.nn.Module:
         return torch.nn.Sequential(
             torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 10)
         )
-
-
-def fingerprint(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
-    """Checksums of parameters and of each kind of state."""
-    found: dict[str, list[int]] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        found.setdefault("parameters", []).append(checksum(parameter.detach()))
-        for name, value in sorted(optimizer.state[parameter].items()):
-            found.setdefault(name, []).append(checksum(value.contiguous()))
-    return found
 
 
 def plain(
@@ -154,5 +145,4 @@ def warned(caught: list[warnings.WarningMessage], words: str) -> bool:
 
 def write(folder: Path, worker: int, report: dict[str, Any]) -> None:
     """Leaves the report of one worker for the test."""
-    folder.mkdir(exist_ok=True)
     (folder / f"{worker}.json").write_text(json.dumps(report))

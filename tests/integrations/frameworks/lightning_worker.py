@@ -209,7 +209,7 @@ def main() -> None:
         plugins = MixedPrecision("bf16-mixed", "cpu"), MixedPrecision("16-mixed", "cpu", scaler)
         results["clipped"] = [clipped(plugin) for plugin in plugins]
         results["plain"] = plain()
-    common.write(folder / task, dist.get_rank(), results)
+    common.write(folder, dist.get_rank(), results)
     dist.destroy_process_group()
 
 

@@ -157,7 +157,7 @@ def main() -> None:
     results: dict[str, Any] = {"trainer": fit(folder, is_resumed=task == "resume")}
     if task == "train":
         results["best"], results["plain"] = best(folder), {"trainer": plain()}
-    common.write(folder / task, dist.get_rank(), results)
+    common.write(folder, dist.get_rank(), results)
     dist.destroy_process_group()
 
 
