@@ -41,13 +41,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Ending:
-    """How a launch of torchrun has ended.
-
-    Attributes:
-        lives: how often the workers were started.
-        resumed: the steps at which they resumed.
-        states: names and digests of all that each worker holds.
-    """
+    """How often workers were started, at which steps they resumed, and digests of all they hold."""
 
     lives: int
     resumed: list[int]
@@ -55,11 +49,7 @@ class Ending:
 
 
 def launch(task: str, world_size: int, kills: Sequence[Kill], folder: Path) -> Ending:
-    """Trains to the end, through all kills.
-
-    Raises:
-        RuntimeError: torchrun gave up.
-    """
+    """Trains to the end, through all kills."""
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", f"--max-restarts={len(kills)}"]
@@ -100,12 +90,10 @@ def draw(chance: random.Random, world_size: int) -> list[Kill]:
 
 
 def describe(kill: Kill) -> str:
-    """A kill in words."""
     return f"worker {kill.worker} {WORDS[kill.point].format(**asdict(kill))}"
 
 
 def main() -> None:
-    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -42,7 +42,6 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """Launches each script once."""
     runs: dict[str, Run] = {}
 
     def find(script: str) -> Run:

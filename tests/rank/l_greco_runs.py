@@ -87,7 +87,6 @@ class Workers(Team):
         return super().step(own)
 
     def steps(self, count: int) -> None:
-        """Some of them."""
         for _ in range(count):
             self.step()
 
@@ -129,7 +128,6 @@ def sparse_greco(
 
 
 def mean_of(summed: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Over the workers."""
     return [torch.stack(list(own)).mean(0) for own in zip(*summed, strict=True)]
 
 

@@ -66,7 +66,6 @@ class MadeWorkers:
         return self.decide()
 
     def decide(self, fail_at: int | None = None) -> Lockstep[None]:
-        """One call of every scheduler's `step`."""
         count = len(self.schedulers)
         exchanges = [own.exchange(count, worker) for worker, own in enumerate(self.schedulers)]
         return self.run(exchanges, fail_at=fail_at)

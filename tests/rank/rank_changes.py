@@ -29,7 +29,6 @@ def ranks(optimizer: torch.optim.Optimizer) -> list[int | None]:
 
 
 def matrices(count: int) -> list[Tensor]:
-    """Parameters worth compressing."""
     return [gaussian((12, 10), index).requires_grad_() for index in range(count)]
 
 

@@ -18,14 +18,9 @@ TOP_K: dict[str, Any] = {"make": ErrorFeedbackSGD, "compressor": TopK(density=0.
 
 @dataclass(frozen=True)
 class Windows:
-    """A run of windows with one step each, and what must be decided after each of them.
+    """Windows of one step: a norm, what is expected after it (H or L), and a learning rate of each.
 
-    Attributes:
-        name: of the case.
-        norms: of the mean gradient in each window.
-        expected: a letter for each window: H for the high rank, L for the low one.
-        options: of Accordion.
-        lrs: of each window, and of the one that would follow; 1.0 if none are given.
+    The last learning rate is that of a window that would follow; all are 1.0 if none are given.
     """
 
     name: str

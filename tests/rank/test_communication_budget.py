@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from efsgd import LQSGD, PowerSGD, TopK, UniformQuantized
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.rank import CommunicationBudget, RankScheduler
-from tests.rank.made_time import MadeClock, MadeWorkers, optimizers
+from tests.rank.made_time import MadeWorkers, optimizers
 from tests.simulation import parameters_of
 from tests.strategies import Shape, matrix_shapes, shape_lists
 
@@ -35,8 +34,9 @@ KINDS: dict[str, tuple[Any, str, list[float]]] = {
 }
 
 
-def a_policy(**options: Any) -> Callable[[MadeClock], CommunicationBudget]:
-    return lambda clock: CommunicationBudget(**options)
+def with_budget(budget: int, world_size: int = 1, **options: Any) -> MadeWorkers:
+    made = optimizers(SHAPES, world_size, PowerSGD(**options))
+    return MadeWorkers(made, lambda clock: CommunicationBudget(bytes_per_step=budget))
 
 
 def sent(compressor: Compressor, shapes: list[Shape], world_size: int, **options: Any) -> int:
@@ -92,8 +92,7 @@ def test_the_budget_of_a_uniform_rank_gives_it_to_all_and_one_byte_less_does_not
     for rank in range(1, 10):
         budget = sent(PowerSGD(rank=rank), SHAPES, 1)
         for less in (0, 1) if rank > 1 else (0,):
-            made = CommunicationBudget(bytes_per_step=budget - less)
-            workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), lambda clock, own=made: own)
+            workers = with_budget(budget - less)
             assert min(chosen(workers)) == rank - less
             assert (chosen(workers) == [rank] * 4) == (less == 0)
             assert workers.train(1)[0] <= budget - less
@@ -102,15 +101,13 @@ def test_the_budget_of_a_uniform_rank_gives_it_to_all_and_one_byte_less_does_not
 def test_what_is_left_goes_to_the_layers_that_cost_least() -> None:
     # A rank more costs 160, 120, 160 and 280 bytes; rank 2 leaves 330 of them.
     budget = sent(PowerSGD(rank=2), SHAPES, 1) + 330
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
+    workers = with_budget(budget)
     assert chosen(workers) == [3, 3, 2, 2]
 
 
 def test_alternating_steps_keep_the_budget_in_the_mean() -> None:
     for budget in (3000, 4001, 7777):
-        workers = MadeWorkers(
-            optimizers(SHAPES, 1, PowerSGD(alternating=True)), a_policy(bytes_per_step=budget)
-        )
+        workers = with_budget(budget, alternating=True)
         left, right = workers.train(2)
         assert left != right and left + right <= 2 * budget
         larger = min(chosen(workers)) + 1
@@ -137,7 +134,7 @@ def test_too_small_a_budget_is_refused_with_what_it_must_be() -> None:
 
 def test_frozen_and_added_parameters_change_what_fits() -> None:
     budget = sent(PowerSGD(rank=4), SHAPES, 1)
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
+    workers = with_budget(budget)
     assert chosen(workers) == [4] * 4
     (optimizer,) = workers.optimizers
     parameters_of(optimizer)[4].requires_grad_(False)
@@ -171,7 +168,7 @@ def test_sparse_gradients_count_in_full_once_they_are_known() -> None:
 
 def test_a_budget_that_has_become_too_small_takes_the_smallest_value_and_says_so_once() -> None:
     budget = sent(PowerSGD(rank=1), SHAPES, 1) + 10
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
+    workers = with_budget(budget)
     workers.optimizers[0].add_param_group({"params": [torch.zeros(90, 90, requires_grad=True)]})
     workers.train(1)
     with pytest.warns(UserWarning, match=rf"With rank=1 .*more than bytes_per_step={budget}"):
@@ -181,17 +178,17 @@ def test_a_budget_that_has_become_too_small_takes_the_smallest_value_and_says_so
 
 
 def test_decisions_in_bytes_send_nothing_but_what_every_decision_does() -> None:
-    workers = MadeWorkers(optimizers(SHAPES, 2, PowerSGD()), a_policy(bytes_per_step=5000))
+    workers = with_budget(5000, 2)
     workers.train(1)
     purposes = [traced.purpose for traced in workers.decide().trace]
     assert purposes == ["digests of settings, parameters and state", "decisions"]
 
 
 def test_the_policy_goes_on_from_a_state_dict() -> None:
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=5000))
+    workers = with_budget(5000)
     workers.window(1)
     saved = workers.schedulers[0].state_dict()
-    others = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=9000))
+    others = with_budget(9000)
     others.schedulers[0].load_state_dict(saved)
     assert others.ranks() == workers.ranks()
     assert saved["policy"] == {"windows": 1} == others.schedulers[0].policy.state_dict()

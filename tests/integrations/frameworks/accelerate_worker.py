@@ -79,7 +79,6 @@ def order(worker: int, epoch: int) -> list[int]:
 
 
 def main() -> None:
-    """Entry point."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     accelerator = Accelerator(

@@ -28,7 +28,6 @@ RATES = [0.1] * 3 + [0.05] * 3 + [0.025] * 3  # of each step, by every framework
 
 
 def digits() -> TensorDataset:
-    """Some of scikit-learn's digits."""
     found = load_digits()
     inputs = torch.tensor(found.data[:EXAMPLES] / 16, dtype=torch.float32)
     return TensorDataset(inputs, torch.tensor(found.target[:EXAMPLES]))
@@ -53,12 +52,7 @@ def plain(
 ) -> list[dict[str, Any]]:
     """What two workers report of nine steps of an ordinary loop, in this thread.
 
-    Args:
-        models: one for each worker.
-        losses: of a model, a worker and a step, one for each backward pass.
-        averaged_after: the numbers of steps after which errors are averaged.
-        clip: largest norm of a worker's own gradient.
-        options: of the optimizer.
+    `losses` gives those of a model, a worker and a step, one for each backward pass.
     """
     options = {"momentum": 0.9, "rank": 2, "momentum_form": "sgd", **options}
     optimizers = [PowerSGDOptimizer(model.parameters(), **options) for model in models]
@@ -82,13 +76,7 @@ def plain(
 def plain_digits(
     order: Callable[[int, int], Sequence[int]], *, precision: torch.dtype, **options: Any
 ) -> list[dict[str, Any]]:
-    """`plain` with the network and the digits.
-
-    Args:
-        order: of the examples of a worker in an epoch.
-        precision: of the forward pass.
-        options: see `plain`.
-    """
+    """`plain` with the network and the digits, in the `order` of a worker and an epoch."""
     inputs, targets = digits().tensors
     per_epoch = EXAMPLES // (WORKERS * BATCH)
 
