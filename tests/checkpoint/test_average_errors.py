@@ -72,25 +72,6 @@ def test_training_goes_on_as_it_would_have(options: dict[str, Any]) -> None:
             assert difference(mine, plain) < 1e-10
 
 
-def test_one_worker_s_state_dict_continues_on_all_of_any_number() -> None:
-    workers, scenario = trained()
-    average(workers)
-    saved = copy.deepcopy(workers[2].state_dict())
-    values = [p.detach().clone() for p in parameters_of(workers[0])]
-    for world_size in (1, 4):
-        resumed = make_workers(values, world_size, lr=99.0)
-        uninterrupted = copy.deepcopy(workers)
-        for optimizer in resumed:
-            optimizer.load_state_dict(saved)
-        for step in range(4, 7):
-            each = zip(*scenario.gradients(step), strict=True)
-            mean = [torch.stack(own).mean(dim=0) for own in each]
-            step_with(resumed, [mean] * world_size)
-            step_with(uninterrupted, [mean] * 3)
-        pairs = zip(parameters_of(resumed[0]), parameters_of(uninterrupted[0]), strict=True)
-        assert all(difference(a, b) < 1e-10 for a, b in pairs)  # sums of 1, 3 and 4 round apart
-
-
 def test_averaged_and_resumed_is_uninterrupted_to_the_bit() -> None:
     workers, scenario = trained()
     average(workers)
