@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -26,8 +25,8 @@ from pathlib import Path
 
 from tests.checkpoint import killed_worker as script
 from tests.checkpoint.killed_worker import EVERY, STEPS, Kill
+from tests.launcher import environment
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 170  # seconds for a launch with all its lives, of which loading torch takes most
 
 WORDS = {
@@ -42,13 +41,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Ending:
-    """How a launch of torchrun has ended.
-
-    Attributes:
-        lives: how often the workers were started.
-        resumed: the steps at which they resumed.
-        states: names and digests of all that each worker holds.
-    """
+    """How often workers were started, at which steps they resumed, and digests of all they hold."""
 
     lives: int
     resumed: list[int]
@@ -56,17 +49,12 @@ class Ending:
 
 
 def launch(task: str, world_size: int, kills: Sequence[Kill], folder: Path) -> Ending:
-    """Trains to the end, through all kills.
-
-    Raises:
-        RuntimeError: torchrun gave up.
-    """
+    """Trains to the end, through all kills."""
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", f"--max-restarts={len(kills)}"]
     command += [script.__file__, task, str(folder), json.dumps([asdict(kill) for kill in kills])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     if done.returncode != 0:
         raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     found = [json.loads((folder / f"{w}.json").read_text()) for w in range(world_size)]
@@ -102,12 +90,10 @@ def draw(chance: random.Random, world_size: int) -> list[Kill]:
 
 
 def describe(kill: Kill) -> str:
-    """A kill in words."""
     return f"worker {kill.worker} {WORDS[kill.point].format(**asdict(kill))}"
 
 
 def main() -> None:
-    """Entry point."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -168,7 +168,6 @@ def digest(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Entry point."""
     name, folder = sys.argv[1], Path(sys.argv[2])
     kills = [Kill(**kill) for kill in json.loads(sys.argv[3])]
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

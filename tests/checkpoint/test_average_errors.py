@@ -20,14 +20,14 @@ from tests.simulation import (
     replicated,
     snapshot,
     step_with,
+    train,
 )
 from tests.strategies import Scenario
 
 
 def trained(steps: int = 4, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
     workers, scenario = a_run(**options)
-    for step in range(steps):
-        step_with(workers, scenario.gradients(step))
+    train(scenario, range(steps), workers)
     return workers, scenario
 
 
@@ -65,31 +65,11 @@ def test_training_goes_on_as_it_would_have(options: dict[str, Any]) -> None:
     others, _ = trained(**options)
     average(workers)
     for step in range(4, 9):
-        step_with(workers, scenario.gradients(step))
-        step_with(others, scenario.gradients(step))
+        train(scenario, [step], workers, others)
         assert all(bits(parameters_of(o)) == bits(parameters_of(workers[0])) for o in workers)
         for mine, plain in zip(parameters_of(workers[0]), parameters_of(others[0]), strict=True):
             # Both are right to float64's rounding, which power iteration amplifies a little.
             assert difference(mine, plain) < 1e-10
-
-
-def test_one_worker_s_state_dict_continues_on_all_of_any_number() -> None:
-    workers, scenario = trained()
-    average(workers)
-    saved = copy.deepcopy(workers[2].state_dict())
-    values = [p.detach().clone() for p in parameters_of(workers[0])]
-    for world_size in (1, 4):
-        resumed = make_workers(values, world_size, lr=99.0)
-        uninterrupted = copy.deepcopy(workers)
-        for optimizer in resumed:
-            optimizer.load_state_dict(saved)
-        for step in range(4, 7):
-            each = zip(*scenario.gradients(step), strict=True)
-            mean = [torch.stack(own).mean(dim=0) for own in each]
-            step_with(resumed, [mean] * world_size)
-            step_with(uninterrupted, [mean] * 3)
-        pairs = zip(parameters_of(resumed[0]), parameters_of(uninterrupted[0]), strict=True)
-        assert all(difference(a, b) < 1e-10 for a, b in pairs)  # sums of 1, 3 and 4 round apart
 
 
 def test_averaged_and_resumed_is_uninterrupted_to_the_bit() -> None:
@@ -99,9 +79,7 @@ def test_averaged_and_resumed_is_uninterrupted_to_the_bit() -> None:
     resumed = make_workers([p.detach().clone() for p in parameters_of(workers[0])], 3, rank=1)
     for optimizer in resumed:
         optimizer.load_state_dict(saved)
-    for step in range(4, 9):
-        step_with(workers, scenario.gradients(step))
-        step_with(resumed, scenario.gradients(step))
+    train(scenario, range(4, 9), workers, resumed)
     assert bits(snapshot(resumed)) == bits(snapshot(workers))
 
 

@@ -1,7 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint: nothing is lost, nothing is stored twice."""
 
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.checkpoint import checkpoint_worker as script
+from tests.launcher import environment
 from tests.simulation import bits, difference
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 160  # seconds for a whole launch, of which loading torch eight times takes most
 # Sums of four float64 numbers in another order, and three steps of training on top of that: some
 # units in the last place, 2e-16 each.
@@ -33,8 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("checkpoints")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node=8", script.__file__, str(made)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return made
 

@@ -50,6 +50,13 @@ def load(folder: Path, model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> N
     dcp.load(state, checkpoint_id=folder, planner=ElasticLoadPlanner())
 
 
+def copy_through(folder: Path, source: tuple[Any, Any], target: tuple[Any, Any]) -> None:
+    """Saves one model and optimizer, and has others load them: all must then be equal."""
+    save(folder, *source)
+    load(folder, *target)
+    assert bits(target[1].state_dict()) == bits(source[1].state_dict())
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A checkpoint, and what it should hold."""
@@ -135,9 +142,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, dtype: torch.dtype)
     options = {"lr": torch.tensor(0.05), "nonfinite": "skip", "start_compressing_at": 1}
     optimizer, other = make(model, **options), make(resumed, lr=torch.tensor(1.0))
     train(model, optimizer)
-    save(tmp_path, model, optimizer)
-    load(tmp_path, resumed, other)
-    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+    copy_through(tmp_path, (model, optimizer), (resumed, other))
     for each, its in ((model, optimizer), (resumed, other)):
         train(each, its, range(3, 6))
     assert bits(other.state_dict()) == bits(optimizer.state_dict())
@@ -169,8 +174,7 @@ def test_sparse_gradients_and_complex_parameters(tmp_path: Path) -> None:
             optimizer.step()
 
     go(models[0], optimizers[0], range(3))
-    save(tmp_path, models[0], optimizers[0])
-    load(tmp_path, models[1], optimizers[1])
+    copy_through(tmp_path, *zip(models, optimizers, strict=True))
     for model, optimizer in zip(models, optimizers, strict=True):
         go(model, optimizer, range(3, 6))
     assert bits(optimizers[1].state_dict()) == bits(optimizers[0].state_dict())
@@ -181,9 +185,7 @@ def test_a_gradient_averager_is_saved_like_an_optimizer(tmp_path: Path) -> None:
     models = [make_model(), make_model()]
     averagers = [GradientAverager(model.parameters(), PowerSGD(rank=2)) for model in models]
     train(models[0], averagers[0])
-    save(tmp_path, models[0], averagers[0])
-    load(tmp_path, models[1], averagers[1])
-    assert bits(averagers[1].state_dict()) == bits(averagers[0].state_dict())
+    copy_through(tmp_path, *zip(models, averagers, strict=True))
     assert any(state["error"].any() for state in averagers[1].state.values() if "error" in state)
 
 
@@ -191,9 +193,7 @@ def test_errors_that_were_averaged_stay_nobody_s(tmp_path: Path) -> None:
     model, optimizer = made()
     other = make(model)
     average_errors_(optimizer)
-    save(tmp_path, model, optimizer)
-    load(tmp_path, model, other)
-    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+    copy_through(tmp_path, (model, optimizer), (model, other))
     assert other.param_groups[0]["world_size"] == 0
 
 

@@ -146,33 +146,31 @@ def test_a_truncated_file_is_an_error_on_all_workers(tmp_path: Path, part: float
     assert steps_of(together(2, tmp_path, load)) == [10, 10]
 
 
-def test_another_number_of_workers_is_an_error_that_says_so(tmp_path: Path) -> None:
-    together(4, tmp_path, save(10, 0, 1, 2, 3))
-    first, second = together(2, tmp_path, load)
-    assert first == second
-    assert "of 4 workers, and this run has 2" in first
+def load_as_another_run(checkpoints: Checkpoints) -> Any:
+    checkpoints.run = {"rank": "2"}
+    return checkpoints.load()
 
 
-def test_lost_files_are_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "lost", "action", "words"),
+    [
+        (4, [], load, "of 4 workers, and this run has 2"),
+        (2, [1], load, "worker 0: [10, 20]; worker 1: []"),
+        (2, [], load_as_another_run, "with rank 4, and this one has 2"),
+    ],
+    ids=["another number of workers", "lost files", "another run"],
+)
+def test_what_another_run_has_left_is_an_error_on_all_workers_and_not_a_new_start(
+    tmp_path: Path, world_size: int, lost: list[int], action: Any, words: str
+) -> None:
     for step in (10, 20):
-        together(2, tmp_path, save(step, 0, 1))
-    for path in tmp_path.glob("*-worker-1-*"):
-        path.unlink()
-    first, second = together(2, tmp_path, load)
+        together(world_size, tmp_path, save(step, *range(world_size)))
+    for worker in lost:
+        for path in tmp_path.glob(f"*-worker-{worker}-*"):
+            path.unlink()
+    first, second = together(2, tmp_path, action)
     assert first == second
-    assert "worker 0: [10, 20]; worker 1: []" in first
-
-
-def test_another_run_is_refused_by_all_workers(tmp_path: Path) -> None:
-    together(2, tmp_path, save(10, 0, 1))
-
-    def load_as_another(checkpoints: Checkpoints) -> Any:
-        checkpoints.run = {"rank": "2"}
-        return checkpoints.load()
-
-    first, second = together(2, tmp_path, load_as_another)
-    assert first == second
-    assert "with rank 4, and this one has 2" in first
+    assert words in first
 
 
 def test_when_a_checkpoint_is_due() -> None:

@@ -42,18 +42,17 @@ def results_of(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
+Launched = tuple[subprocess.CompletedProcess[str], Path]
+
+
 @pytest.fixture(scope="module")
-def images_on_two_workers(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[subprocess.CompletedProcess[str], Path]:
+def images_on_two_workers(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """A launch of the script for images, and the folder of its results."""
     folder = tmp_path_factory.mktemp("images")
     return run(*TORCHRUN, "--nproc-per-node=2", *IMAGES, "--output", str(folder)), folder
 
 
-def test_images_on_two_workers(
-    images_on_two_workers: tuple[subprocess.CompletedProcess[str], Path],
-) -> None:
+def test_images_on_two_workers(images_on_two_workers: Launched) -> None:
     done, folder = images_on_two_workers
     assert done.returncode == 0, done.stderr
     assert "Rank 2: test accuracy" in done.stdout
@@ -68,7 +67,7 @@ def test_images_on_two_workers(
 
 
 def test_a_worker_is_killed_and_torchrun_goes_on_from_the_checkpoint(
-    images_on_two_workers: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+    images_on_two_workers: Launched, tmp_path: Path
 ) -> None:
     command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", "--max-restarts=3", *IMAGES]
     command += ["--output", str(tmp_path), "--checkpoint", str(tmp_path / "checkpoints")]

@@ -87,7 +87,6 @@ def train(
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

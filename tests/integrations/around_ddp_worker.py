@@ -175,7 +175,6 @@ def buffers(worker: int) -> dict[str, Any]:
 
 
 def reported(module: nn.Module) -> dict[str, Any]:
-    """Its buffers, as numbers."""
     return {name: buffer.tolist() for name, buffer in module.named_buffers()}
 
 
@@ -239,7 +238,6 @@ TASKS: list[Callable[[int], dict[str, Any]]] = [
 
 
 def main() -> None:
-    """Entry point."""
     torch.set_num_threads(1)
     worker, _ = join()
     results = {task.__name__: task(worker) for task in TASKS}

@@ -4,10 +4,6 @@ What each of them trains is held, bit by bit, against an ordinary loop over the 
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +14,7 @@ import torch
 
 from efsgd.wire.compare import checksum
 from tests.integrations.frameworks import common
-
-ROOT = Path(__file__).parents[2]
-LIMIT = 150  # seconds for a whole launch, of which loading a framework takes most
+from tests.launcher import LIMIT, launch
 
 # One process of pytest runs them all: they share launches, and several would crowd the cores.
 # The first test of each framework waits for two launches.
@@ -37,19 +31,6 @@ PACKAGES = {"lightning": "lightning", "accelerate": "accelerate", "trainer": "tr
 Reports = list[dict[str, Any]]
 
 
-def launch(script: str, task: str, folder: Path) -> Reports:
-    """What two workers report that train, or resume in new processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={common.WORKERS}"]
-    command += [str(ROOT / f"tests/integrations/frameworks/{script}_worker.py"), task, str(folder)]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **offline, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = [folder / task / f"{worker}.json" for worker in range(common.WORKERS)]
-    return [json.loads(file.read_text()) for file in files]
-
-
 @dataclass(frozen=True)
 class Run:
     """What the workers of one framework report, and the folder with their checkpoints."""
@@ -61,7 +42,6 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """Launches each script once."""
     runs: dict[str, Run] = {}
 
     def find(script: str) -> Run:
@@ -69,8 +49,12 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
             pytest.skip(f"{PACKAGES[script]} is not installed")
         if script not in runs:
             folder = tmp_path_factory.mktemp(script)
-            trained = launch(script, "train", folder)
-            runs[script] = Run(folder, trained, launch(script, "resume", folder))
+            program = str(Path(common.__file__).with_name(f"{script}_worker.py"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("HF_HUB_OFFLINE", "1")
+                patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+                tasks = (launch(program, common.WORKERS, folder, t) for t in ("train", "resume"))
+                runs[script] = Run(folder, *tasks)
         return runs[script]
 
     return find

@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd import PowerSGDOptimizer, TensorCompressor
+from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer, TensorCompressor, TopK
 from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
-from efsgd.rank import RankPolicy, Value
+from efsgd.rank import LGreCo, RankPolicy, Value
 from efsgd.testing import Traced
 from tests.rank.rank_runs import Team
 from tests.simulation import errors_of
 from tests.strategies import gaussian
 
 Shape = tuple[int, ...]
+
+SHAPES: list[Shape] = [(16, 12), (9,), (12, 20), (10, 4, 3)]
+OPTIONS: dict[str, Any] = {"lr": 0.01, "min_compression_rate": 0.0, "rank": 2}
+DENSITIES: dict[str, Any] = {"values": [0.05, 0.1, 0.2], "setting": "density"}
 
 
 def decaying(shape: Shape, decay: float, *seed: int) -> Tensor:
@@ -34,11 +38,7 @@ class Workers(Team):
     """Some workers with L-GreCo, all of whose parameters are in one group.
 
     Each parameter's gradients are the same matrix all the time, and a smaller one that is new in
-    each step and on each worker; all are made from a seed.
-
-    Attributes:
-        count: how many steps were taken.
-        seen: Δ_w = g_w + e_w of each step, as `seen[step][w][i]`.
+    each step and on each worker. `seen[step][w][i]` is Δ_w = g_w + e_w of each step.
     """
 
     def __init__(
@@ -87,9 +87,13 @@ class Workers(Team):
         return super().step(own)
 
     def steps(self, count: int) -> None:
-        """Some of them."""
         for _ in range(count):
             self.step()
+
+    def window(self, count: int) -> list[Traced]:
+        """Some steps, and a decision: what the decision sends."""
+        self.steps(count)
+        return self.decide()
 
     def sent(self) -> int:
         """The bytes of an ordinary step, counted; the first one after a change is left out."""
@@ -104,8 +108,26 @@ class Workers(Team):
         ]
 
 
+def greco(
+    reference: Any = 2, world_size: int = 2, *, steps: int = 0, start: Any = None, **options: Any
+) -> Workers:
+    """Workers with PowerSGD and L-GreCo on `SHAPES`, after some steps."""
+    made = {**OPTIONS, **(start or {})}
+    workers = Workers(lambda: LGreCo(reference, **options), world_size, SHAPES, **made)
+    workers.steps(steps)
+    return workers
+
+
+def sparse_greco(
+    world_size: int = 2, shapes: Sequence[Shape] = SHAPES, *, start: Any = None, **options: Any
+) -> Workers:
+    """Workers with Top K and L-GreCo, which chooses densities."""
+    made = {"compressor": TopK(density=0.1), "lr": 0.01, **(start or {})}
+    policy = {**DENSITIES, **options}
+    return Workers(lambda: LGreCo(0.1, **policy), world_size, shapes, ErrorFeedbackSGD, **made)
+
+
 def mean_of(summed: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Over the workers."""
     return [torch.stack(list(own)).mean(0) for own in zip(*summed, strict=True)]
 
 
@@ -132,19 +154,22 @@ def payload_bytes(compressor: Any, shape: Shape, setting: str, value: Value) -> 
     return int(own.payload_bytes([shape], torch.float64, 1))
 
 
-def least_total(
+def assert_least(
+    values: Sequence[Value],
     sizes: Sequence[Mapping[Any, float]],
     errors: Sequence[Mapping[Any, float]],
     reference: Sequence[Value],
     tolerance: float = 1.0,
-) -> float:
-    """The least total size of all choices within the error of the reference: all are tried."""
-    budget = tolerance * math.fsum(own[v] for own, v in zip(errors, reference, strict=True))
-    return min(
-        math.fsum(own[v] for own, v in zip(sizes, chosen, strict=True))
-        for chosen in itertools.product(*sizes)
-        if math.fsum(own[v] for own, v in zip(errors, chosen, strict=True)) <= budget
-    )
+) -> None:
+    """Of all choices within the error of the reference none has a smaller total size."""
+    budget = tolerance * _total(errors, reference)
+    choices = itertools.product(*sizes)
+    within = [chosen for chosen in choices if _total(errors, chosen) <= budget]
+    assert _total(sizes, values) == min(_total(sizes, chosen) for chosen in within)
+
+
+def _total(numbers: Sequence[Mapping[Any, float]], chosen: Sequence[Value]) -> float:
+    return math.fsum(own[value] for own, value in zip(numbers, chosen, strict=True))
 
 
 def purposes(trace: Sequence[Traced]) -> list[str]:

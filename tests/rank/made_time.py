@@ -10,6 +10,7 @@ from efsgd import ErrorFeedbackSGD
 from efsgd.rank import RankPolicy, RankScheduler
 from efsgd.testing import Lockstep, lockstep
 from efsgd.wire.collectives import Collective, Exchange, intercept
+from tests.simulation import parameters_of
 from tests.strategies import Shape, gaussian
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class MadeWorkers:
         for _ in range(steps):
             for worker in range(len(self.optimizers)):
                 self.clocks[worker].now += self.computation[worker % len(self.computation)]
-                for index, p in enumerate(self.parameters_of(worker)):
+                for index, p in enumerate(parameters_of(self.optimizers[worker])):
                     made = gaussian(tuple(p.shape), worker, self.steps, index)
                     p.grad = made.to(p.dtype) if p.requires_grad else None
             count = len(self.optimizers)
@@ -59,8 +60,12 @@ class MadeWorkers:
             self.steps += 1
         return found
 
+    def window(self, steps: int) -> Lockstep[None]:
+        """Some steps, and a decision: what the decision sends."""
+        self.train(steps)
+        return self.decide()
+
     def decide(self, fail_at: int | None = None) -> Lockstep[None]:
-        """One call of every scheduler's `step`."""
         count = len(self.schedulers)
         exchanges = [own.exchange(count, worker) for worker, own in enumerate(self.schedulers)]
         return self.run(exchanges, fail_at=fail_at)
@@ -73,10 +78,6 @@ class MadeWorkers:
     def ranks(self) -> list[list[float]]:
         """The values that are set, on each worker."""
         return [list(scheduler.get_last_ranks().values()) for scheduler in self.schedulers]
-
-    def parameters_of(self, worker: int) -> list[torch.Tensor]:
-        """Of one worker, in order."""
-        return [p for group in self.optimizers[worker].param_groups for p in group["params"]]
 
     def _slowed(self, exchange: Exchange[T], worker: int) -> Exchange[T]:
         def outgoing(collective: Collective) -> None:

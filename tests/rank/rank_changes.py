@@ -15,8 +15,6 @@ from tests.promises.reference import Reference
 from tests.simulation import SEED, parameters_of
 from tests.strategies import gaussian, matrix_dimensions
 
-__all__ = ["OWN", "Changes", "change_reference", "matrices", "naive_resized", "ranks", "set_own"]
-
 #: For the parameters of `tests.simulation.a_run`: two matrices, and a vector between them.
 OWN: dict[str, Any] = {"rank": (1, None, 3)}
 
@@ -31,17 +29,11 @@ def ranks(optimizer: torch.optim.Optimizer) -> list[int | None]:
 
 
 def matrices(count: int) -> list[Tensor]:
-    """Parameters worth compressing."""
     return [gaussian((12, 10), index).requires_grad_() for index in range(count)]
 
 
 class Changes:
-    """Draws settings of single parameters, from some choices for each.
-
-    Args:
-        choices: by the setting's name. None stands for the group's own value.
-        seed: of what is drawn.
-    """
+    """Draws settings of single parameters, from some choices for each; None is the group's own."""
 
     def __init__(self, choices: Mapping[str, Sequence[Any]], seed: int) -> None:
         self._choices, self._random = choices, random.Random(seed)
@@ -106,26 +98,8 @@ def _power(number: float) -> float:
 
 
 def _rotated(kept: Tensor) -> Tensor:
-    """Q V by Jacobi's method: pairs of columns are turned until all are at right angles."""
-    columns, rotation = list(kept.T), list(torch.eye(kept.shape[1], dtype=torch.float64))
-    for _ in range(60):
-        has_turned = False
-        for i in range(len(columns)):
-            for j in range(i + 1, len(columns)):
-                x, y = columns[i], columns[j]
-                product = float(x @ y)
-                if abs(product) <= 1e-16 * float(x.norm() * y.norm()):
-                    continue
-                has_turned = True
-                zeta = float(y @ y - x @ x) / (2 * product)
-                tangent = (1.0 if zeta >= 0 else -1.0) / (abs(zeta) + (1 + zeta**2) ** 0.5)
-                c = 1 / (1 + tangent**2) ** 0.5
-                s = c * tangent
-                for both in (columns, rotation):
-                    x, y = both[i], both[j]
-                    both[i], both[j] = c * x - s * y, s * x + c * y
-        if not has_turned:
-            break
-    order = sorted(range(len(columns)), key=lambda i: -float(columns[i].norm()))
-    signs = [1.0 if rotation[i][rotation[i].abs().argmax()] > 0 else -1.0 for i in order]
-    return torch.stack([columns[i] * sign for i, sign in zip(order, signs, strict=True)], dim=1)
+    """Q V, with the columns of V turned so that their largest elements are positive."""
+    rotation = torch.linalg.svd(kept, full_matrices=False).Vh
+    signs = [1.0 if own[own.abs().argmax()] > 0 else -1.0 for own in rotation]
+    turned = [kept @ own * sign for own, sign in zip(rotation, signs, strict=True)]
+    return torch.stack(turned, dim=1)

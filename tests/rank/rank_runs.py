@@ -1,6 +1,7 @@
 """Workers with rank schedulers, all in one thread, and gradients of exact norms."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,18 +36,7 @@ def individual(optimizer: torch.optim.Optimizer, setting: str = "rank") -> list[
 
 
 class Team:
-    """Some workers with a scheduler each.
-
-    Attributes:
-        optimizers: of each worker.
-        schedulers: of each worker.
-
-    Args:
-        policies: makes a worker's policy.
-        world_size: the number of workers.
-        shapes: of the parameters, each in a group of its own.
-        make: makes a worker's optimizer from its groups.
-    """
+    """Some workers, each with an optimizer and a scheduler; each parameter has its own group."""
 
     def __init__(
         self,
@@ -66,7 +56,6 @@ class Team:
         self.schedulers = [RankScheduler(each, policies()) for each in self.optimizers]
 
     def groups(self, parameters: list[Tensor]) -> list[Any]:
-        """What an optimizer is given."""
         return [{"params": [each]} for each in parameters]
 
     @property
@@ -80,7 +69,6 @@ class Team:
         return list(self.schedulers[0].get_last_ranks().values())
 
     def step(self, gradients: Sequence[Sequence[Tensor | None]]) -> list[Traced]:
-        """A step with `gradients[w][i]`."""
         return step_with(self.optimizers, gradients)
 
     def step_alike(self, *norms: float) -> list[Traced]:
@@ -88,6 +76,12 @@ class Team:
         shapes = [p.shape for p in parameters_of(self.optimizers[0])]
         own = [of_norm(norm, shape) for norm, shape in zip(norms, shapes, strict=True)]
         return self.step([own for _ in self.optimizers])
+
+    def window_alike(self, *norms: float) -> list[Any]:
+        """`step_alike`, and a decision: the ranks then."""
+        self.step_alike(*norms)
+        self.decide()
+        return self.ranks
 
     def set_lr(self, *lrs: float) -> None:
         """Of each group, on all workers."""
@@ -143,12 +137,21 @@ def run_windows(team: Team, first: int, last: int, seed: int = 0) -> list[Any]:
 
     Gradients differ between workers. Now and then they change by much.
     """
+    return go_on(team, 2 * first, 2 * last, functools.partial(made_gradients, seed=seed))
+
+
+def go_on(
+    team: Team, first: int, last: int, gradients: Callable[[int, int, int], Any] | None = None
+) -> list[Any]:
+    """Steps, from one number to another, with a decision after every second of them."""
+    gradients = made_gradients if gradients is None else gradients
     decided = []
-    for window in range(first, last):
-        for step in range(2):
-            team.step([made_gradients(window, step, w, seed) for w in range(len(team.optimizers))])
-        team.decide()
-        decided.append(team.ranks)
+    for number in range(first, last):
+        window, step = divmod(number, 2)
+        team.step([gradients(window, step, worker) for worker in range(len(team.optimizers))])
+        if step == 1:
+            team.decide()
+            decided.append(team.ranks)
     return decided
 
 

@@ -35,12 +35,10 @@ def gradients(window: int, step: int, worker: int) -> list[Tensor]:
 
 
 def fingerprint(optimizer: PowerSGDOptimizer) -> list[int]:
-    """Checksums of the parameters."""
     return [checksum(p.detach()) for p in parameters_of(optimizer)]
 
 
 def checksums(sums: Mapping[int, Tensor]) -> list[int]:
-    """Of sums of gradients."""
     return [checksum(value) for value in sums.values()]
 
 
@@ -110,7 +108,6 @@ def resume(worker: int, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Entry point."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     worker = dist.get_rank()

@@ -1,5 +1,6 @@
 """Accordion's decisions: Algorithm 1 of arXiv 2010.16248, window by window, from written tables."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,27 +9,18 @@ import pytest
 import torch
 
 from efsgd import ErrorFeedbackSGD, GradientAverager, PowerSGD, TopK, UniformQuantized
-from efsgd.rank import Accordion, RankScheduler, is_critical
-from tests.rank.rank_runs import SQUARE, Team, of_norm
+from efsgd.rank import RankScheduler, is_critical
+from tests.rank.rank_runs import SQUARE, Team, accordion, of_norm
 
-LOW, HIGH = 1, 4
-
-
-def accordion(**options: Any) -> Accordion:
-    """One that decides after each window."""
-    return Accordion(**{"low": LOW, "high": HIGH, "interval": 1, **options})
+LOW, HIGH = 1, 3  # those of `accordion`
+TOP_K: dict[str, Any] = {"make": ErrorFeedbackSGD, "compressor": TopK(density=0.3), "lr": 0.0}
 
 
 @dataclass(frozen=True)
 class Windows:
-    """A run of windows with one step each, and what must be decided after each of them.
+    """Windows of one step: a norm, what is expected after it (H or L), and a learning rate of each.
 
-    Attributes:
-        name: of the case.
-        norms: of the mean gradient in each window.
-        expected: a letter for each window: H for the high rank, L for the low one.
-        options: of Accordion.
-        lrs: of each window, and of the one that would follow; 1.0 if none are given.
+    The last learning rate is that of a window that would follow; all are 1.0 if none are given.
     """
 
     name: str
@@ -105,7 +97,7 @@ def test_each_window_is_decided_on_as_the_table_says(
     if "setting" in options:  # norms that PowerSGD's products would not bear
         levels = {"L": 0.25, "H": 0.5}
         options |= {"low": levels["L"], "high": levels["H"]}
-        team = Team(lambda: accordion(**options), 2, make=top_k, lr=0.0)
+        team = Team(lambda: accordion(**options), 2, **TOP_K)
     else:
         team = Team(lambda: accordion(**options), 2)
     lrs = case.lrs or [1.0] * (len(case.norms) + 1)
@@ -120,26 +112,17 @@ def test_each_window_is_decided_on_as_the_table_says(
     assert decided == [levels[letter] for letter in case.expected]
 
 
-def top_k(groups: Any, **options: Any) -> ErrorFeedbackSGD:
-    return ErrorFeedbackSGD(groups, compressor=TopK(density=0.3), **options)
-
-
-@pytest.mark.parametrize(
-    ("previous", "present"),
-    [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0), (1.0, math.nan), (math.inf, math.inf)],
-)
-def test_a_norm_that_is_not_finite_is_critical(previous: float, present: float) -> None:
-    assert is_critical(previous, present, threshold=math.inf)
-
-
-def test_norms_may_be_as_large_as_they_come() -> None:
+def test_norms_may_be_as_large_as_they_come_and_those_that_are_not_finite_are_critical() -> None:
+    for previous, present in itertools.permutations((1.0, math.inf, math.nan), 2):
+        assert is_critical(previous, present, threshold=math.inf)
+    assert is_critical(math.inf, math.inf, threshold=math.inf)
     assert not is_critical(1.5e308, 1.6e308)
     assert is_critical(5e-324, 1.0)
 
 
 def test_a_sum_that_overflows_is_critical_and_does_no_harm_afterwards() -> None:
     policy = accordion(setting="density", low=0.25, high=0.5)
-    team = Team(lambda: policy, make=top_k, dtype=torch.float32, lr=0.0)
+    team = Team(lambda: policy, dtype=torch.float32, **TOP_K)
     decided = []
     for steps in (1, 4, 1, 1):  # of a largest element of 2e38, in float32: 4 of them are infinite
         for _ in range(steps):
@@ -152,8 +135,7 @@ def test_a_sum_that_overflows_is_critical_and_does_no_harm_afterwards() -> None:
 def test_layers_decide_for_themselves() -> None:
     team = Team(accordion, 2, [SQUARE, (32, 8), (64,), SQUARE])
     for norms in ((3, 4, 9, 8), (3, 1, 0, 9)):
-        team.step_alike(*norms)
-        team.decide()
+        team.window_alike(*norms)
     assert team.ranks == [LOW, HIGH, None, LOW]
     assert team.schedulers[0].get_last_ranks() == {
         "parameter 0": LOW,
@@ -169,8 +151,7 @@ def test_a_model_decides_by_the_norm_of_all_its_compressed_layers(
     """From (3, 4), of norm 5, to norms of √10, 2.1 and 5."""
     team = Team(lambda: accordion(scope="model"), 2, [SQUARE, SQUARE, (64,)])
     for each in ((3, 4, 7), (*norms, 0)):
-        team.step_alike(*each)
-        team.decide()
+        team.window_alike(*each)
     assert team.ranks == [expected, expected, None]
 
 
@@ -226,15 +207,11 @@ def test_what_counts_is_the_norm_of_the_sum_over_a_window() -> None:
 def test_any_setting_that_single_parameters_may_have_can_be_decided_on(
     compressor: Any, setting: str, low: float, high: float
 ) -> None:
-    def make(groups: Any, **options: Any) -> ErrorFeedbackSGD:
-        return ErrorFeedbackSGD(groups, compressor=compressor, **options)
-
-    team = Team(lambda: accordion(low=low, high=high, setting=setting), 2, make=make)
+    made: dict[str, Any] = {"make": ErrorFeedbackSGD, "compressor": compressor}
+    team = Team(lambda: accordion(low=low, high=high, setting=setting), 2, **made)
     decided = []
     for norm in (4, 4, 4, 1, 1):
-        team.step_alike(norm)
-        team.decide()
-        decided += team.ranks
+        decided += team.window_alike(norm)
     assert decided == [high, low, low, high, low]
     assert [type(value) for value in decided] == [
         type(value) for value in (high, low, low, high, low)
@@ -261,20 +238,19 @@ def test_an_averager_follows_the_learning_rates_of_its_optimizer() -> None:
 
 def test_a_layer_that_is_sent_whole_at_the_high_rank_can_become_low() -> None:
     shape = (4, 64)  # factors of rank 4 have 272 numbers, and it has 256 itself
-    team = Team(accordion, 2, [shape])
+    team = Team(lambda: accordion(high=4), 2, [shape])
     decided, collectives = [], []
     for norm in (4, 4, 4, 0.5, 0.5):
         team.step_alike(norm)
         collectives.append(team.optimizers[0].communication_stats()["collectives"])
         team.decide()
         decided += team.ranks
-    assert decided == [HIGH, LOW, LOW, HIGH, LOW]
+    assert decided == [4, LOW, LOW, 4, LOW]
     assert collectives == [1, 1, 2, 2, 1]  # a second one for Q, where it is compressed
 
 
 def test_steps_before_compression_starts_count() -> None:
     team = Team(accordion, 1, start_compressing_at=2)
     for _ in range(2):
-        team.step_alike(4)
-        team.decide()
+        team.window_alike(4)
     assert team.ranks == [LOW]

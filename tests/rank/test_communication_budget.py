@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +12,9 @@ from hypothesis import strategies as st
 from efsgd import LQSGD, PowerSGD, TopK, UniformQuantized
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.rank import CommunicationBudget, RankScheduler
-from tests.rank.made_time import MadeClock, MadeWorkers, optimizers
+from efsgd.rank.fitting import largest_within
+from tests.rank.made_time import MadeWorkers, optimizers
+from tests.simulation import parameters_of
 from tests.strategies import Shape, matrix_shapes, shape_lists
 
 SHAPES: list[Shape] = [(24, 16), (16,), (12, 3, 3, 2), (24, 16), (40, 30)]
@@ -35,8 +35,9 @@ KINDS: dict[str, tuple[Any, str, list[float]]] = {
 }
 
 
-def a_policy(**options: Any) -> Callable[[MadeClock], CommunicationBudget]:
-    return lambda clock: CommunicationBudget(**options)
+def with_budget(budget: int, world_size: int = 1, **options: Any) -> MadeWorkers:
+    made = optimizers(SHAPES, world_size, PowerSGD(**options))
+    return MadeWorkers(made, lambda clock: CommunicationBudget(bytes_per_step=budget))
 
 
 def sent(compressor: Compressor, shapes: list[Shape], world_size: int, **options: Any) -> int:
@@ -92,8 +93,7 @@ def test_the_budget_of_a_uniform_rank_gives_it_to_all_and_one_byte_less_does_not
     for rank in range(1, 10):
         budget = sent(PowerSGD(rank=rank), SHAPES, 1)
         for less in (0, 1) if rank > 1 else (0,):
-            made = CommunicationBudget(bytes_per_step=budget - less)
-            workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), lambda clock, own=made: own)
+            workers = with_budget(budget - less)
             assert min(chosen(workers)) == rank - less
             assert (chosen(workers) == [rank] * 4) == (less == 0)
             assert workers.train(1)[0] <= budget - less
@@ -102,15 +102,13 @@ def test_the_budget_of_a_uniform_rank_gives_it_to_all_and_one_byte_less_does_not
 def test_what_is_left_goes_to_the_layers_that_cost_least() -> None:
     # A rank more costs 160, 120, 160 and 280 bytes; rank 2 leaves 330 of them.
     budget = sent(PowerSGD(rank=2), SHAPES, 1) + 330
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
+    workers = with_budget(budget)
     assert chosen(workers) == [3, 3, 2, 2]
 
 
 def test_alternating_steps_keep_the_budget_in_the_mean() -> None:
     for budget in (3000, 4001, 7777):
-        workers = MadeWorkers(
-            optimizers(SHAPES, 1, PowerSGD(alternating=True)), a_policy(bytes_per_step=budget)
-        )
+        workers = with_budget(budget, alternating=True)
         left, right = workers.train(2)
         assert left != right and left + right <= 2 * budget
         larger = min(chosen(workers)) + 1
@@ -137,19 +135,17 @@ def test_too_small_a_budget_is_refused_with_what_it_must_be() -> None:
 
 def test_frozen_and_added_parameters_change_what_fits() -> None:
     budget = sent(PowerSGD(rank=4), SHAPES, 1)
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
+    workers = with_budget(budget)
     assert chosen(workers) == [4] * 4
     (optimizer,) = workers.optimizers
-    workers.parameters_of(0)[4].requires_grad_(False)
-    workers.train(1)
-    workers.decide()
+    parameters_of(optimizer)[4].requires_grad_(False)
+    workers.window(1)
     assert chosen(workers)[-1] == 4  # it keeps its own
     assert min(chosen(workers)[:-1]) > 4
     assert 0.9 * budget < workers.train(1)[0] <= budget
     optimizer.add_param_group({"params": [torch.zeros(30, 30, requires_grad=True)]})
-    workers.parameters_of(0)[4].requires_grad_(True)
-    workers.train(1)
-    workers.decide()
+    parameters_of(optimizer)[4].requires_grad_(True)
+    workers.window(1)
     assert workers.train(1)[0] <= budget
     assert optimizer.param_groups[1]["per_parameter"]["rank"][0] < 4
 
@@ -173,62 +169,79 @@ def test_sparse_gradients_count_in_full_once_they_are_known() -> None:
 
 def test_a_budget_that_has_become_too_small_takes_the_smallest_value_and_says_so_once() -> None:
     budget = sent(PowerSGD(rank=1), SHAPES, 1) + 10
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=budget))
+    workers = with_budget(budget)
     workers.optimizers[0].add_param_group({"params": [torch.zeros(90, 90, requires_grad=True)]})
     workers.train(1)
     with pytest.warns(UserWarning, match=rf"With rank=1 .*more than bytes_per_step={budget}"):
         workers.decide()
     assert workers.ranks() == [[1] * 5]
-    workers.train(1)
-    workers.decide()  # a second warning would be an error here
+    workers.window(1)  # a second warning would be an error here
 
 
 def test_decisions_in_bytes_send_nothing_but_what_every_decision_does() -> None:
-    workers = MadeWorkers(optimizers(SHAPES, 2, PowerSGD()), a_policy(bytes_per_step=5000))
+    workers = with_budget(5000, 2)
     workers.train(1)
     purposes = [traced.purpose for traced in workers.decide().trace]
     assert purposes == ["digests of settings, parameters and state", "decisions"]
 
 
 def test_the_policy_goes_on_from_a_state_dict() -> None:
-    workers = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=5000))
-    workers.train(1)
-    workers.decide()
+    workers = with_budget(5000)
+    workers.window(1)
     saved = workers.schedulers[0].state_dict()
-    others = MadeWorkers(optimizers(SHAPES, 1, PowerSGD()), a_policy(bytes_per_step=9000))
+    others = with_budget(9000)
     others.schedulers[0].load_state_dict(saved)
     assert others.ranks() == workers.ranks()
     assert saved["policy"] == {"windows": 1} == others.schedulers[0].policy.state_dict()
-
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({}, "Invalid bytes_per_step and share_of_step: None and None. Must be one of them"),
-    ({"bytes_per_step": 9, "share_of_step": 0.3}, "9 and 0.3. Must be one of them"),
-    ({"bytes_per_step": 0}, "Invalid bytes_per_step: 0. Must be a number of bytes above 0"),
-    ({"bytes_per_step": "9"}, "Invalid bytes_per_step: '9'"),
-    ({"bytes_per_step": math.nan}, "Invalid bytes_per_step: nan"),
-    ({"bytes_per_step": math.inf}, "Invalid bytes_per_step: inf"),
-    ({"bytes_per_step": True}, "Invalid bytes_per_step: True"),
-    ({"share_of_step": 0.0}, "Invalid share_of_step: 0.0. Must be a number above 0 and below 1"),
-    ({"share_of_step": 1}, "Invalid share_of_step: 1"),
-    ({"share_of_step": 0.3, "max_rank": 0}, "Invalid max_rank: 0. Must be an integer of at least"),
-    ({"share_of_step": 0.3, "max_rank": 2.5}, "Invalid max_rank: 2.5"),
-    ({"share_of_step": 0.3, "interval": 0}, "Invalid interval: 0"),
-    ({"share_of_step": 0.3, "interval": "9"}, "Invalid interval: '9'"),
-    ({"share_of_step": 0.3, "values": []}, r"Invalid values: \[\]. Must be one or more numbers"),
-    ({"share_of_step": 0.3, "values": [1, 2, 1]}, "Invalid values: .*each once"),
-    ({"share_of_step": 0.3, "values": ["1"]}, "Invalid values: "),
-    ({"share_of_step": 0.3, "setting": "density"}, "Invalid values: None. Must be a list of valu"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), WRONG)
-def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CommunicationBudget(**options)
 
 
 def test_values_in_order_of_descending_cost_are_refused() -> None:
     policy = CommunicationBudget(bytes_per_step=10**6, values=[4, 2, 1])
     with pytest.raises(ValueError, match=r"Invalid values: \(4, 2, 1\). Must be in order of asc"):
         RankScheduler(optimizers(SHAPES, 1, PowerSGD())[0], policy)
+
+
+# ---- the solver ---------------------------------------------------------------------------------
+
+tables = st.lists(st.lists(st.integers(0, 20), min_size=4, max_size=4), min_size=1, max_size=4)
+
+
+@given(table=tables, limit=st.integers(0, 90))
+def test_the_largest_uniform_value_within_the_limit_is_chosen_and_the_cheapest_raised(
+    table: list[list[int]], limit: int
+) -> None:
+    table = [sorted(row) for row in table]
+    values = (1, 2, 3, 4)
+
+    def total(chosen: Any) -> int:
+        return sum(row[value - 1] for row, value in zip(table, chosen, strict=True))
+
+    chosen = largest_within(values, table, total, limit)
+    uniform = [value for value in values if total([value] * len(table)) <= limit]
+    if chosen is None:
+        assert not uniform
+        return
+    first = uniform[-1]
+    assert total(chosen) <= limit
+    raises = {}
+    for layer, row in enumerate(table):
+        higher = [value for value in values[first:] if row[value - 1] > row[first - 1]]
+        assert chosen[layer] in (first, *higher[:1])
+        if higher:
+            raises[layer] = row[higher[0] - 1] - row[first - 1]
+    taken = [layer for layer in raises if chosen[layer] != first]
+    left = [layer for layer in raises if chosen[layer] == first]
+    if left:  # the cheapest of the others would exceed the limit
+        cheapest = min(left, key=lambda layer: (raises[layer], layer))
+        assert total(chosen) + raises[cheapest] > limit
+        assert all((raises[layer], layer) < (raises[cheapest], cheapest) for layer in taken)
+
+
+def test_the_total_counts_and_not_the_sum() -> None:
+    table = [[0, 1], [0, 2], [0, 3]]
+
+    def total(chosen: Any) -> float:  # two raised layers cost one more together
+        raised = [layer for layer, value in enumerate(chosen) if value == 2]
+        return sum(table[layer][1] for layer in raised) + (1 if len(raised) > 1 else 0)
+
+    assert largest_within((1, 2), table, total, 3) == [2, 1, 1]

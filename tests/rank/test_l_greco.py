@@ -23,7 +23,7 @@ from efsgd.rank import Accordion, CommunicationBudget, LGreCo, Uniform, Value
 from tests.rank.l_greco_runs import (
     Shape,
     Workers,
-    least_total,
+    assert_least,
     low_rank_error,
     mean_of,
     missed,
@@ -63,8 +63,7 @@ def test_it_sends_no_more_than_uniform_ranks_at_no_larger_error(
     greco = Workers(lambda: LGreCo(reference, spectrum=spectrum), *run, seed=seed, **POWERSGD)
     uniform = Workers(lambda: Uniform(reference), *run, seed=seed, **POWERSGD)
     for workers in (greco, uniform):
-        workers.steps(3)
-        workers.decide()
+        workers.window(3)
     ranks = [each.get_last_ranks() for each in greco.schedulers]
     assert all(each == ranks[0] for each in ranks)
     if spectrum == "svd":
@@ -82,15 +81,11 @@ def test_of_all_ranks_within_the_error_those_are_chosen_that_send_least(
     workers = Workers(
         lambda: LGreCo(3, spectrum="svd", tolerance=tolerance), 2, SHAPES, **options_for(compressor)
     )
-    workers.steps(4)
-    workers.decide()
+    workers.window(4)
     means, ranks = mean_of(workers.summed(4)), range(1, 7)
-    errors: list[dict[Value, float]] = [{r: low_rank_error(A, r) for r in ranks} for A in means[:3]]
-    sizes: list[dict[Value, float]] = [
-        {r: payload_bytes(compressor, s, "rank", r) for r in ranks} for s in MATRICES
-    ]
-    chosen = math.fsum(own[r] for own, r in zip(sizes, workers.values, strict=True))
-    assert chosen == least_total(sizes, errors, [3, 3, 3], tolerance)
+    errors = [{r: low_rank_error(A, r) for r in ranks} for A in means[:3]]
+    sizes = [{r: payload_bytes(compressor, s, "rank", r) for r in ranks} for s in MATRICES]
+    assert_least(workers.values, sizes, errors, [3, 3, 3], tolerance)
 
 
 CASES: list[tuple[Any, list[Value], Value]] = [
@@ -109,17 +104,14 @@ def test_densities_and_bits_are_chosen_that_send_least(
         lambda: LGreCo(reference, values, setting=setting), 2, SHAPES, **options_for(compressor)
     )
     assert workers.values == [reference] * 4
-    workers.steps(3)
-    workers.decide()
+    workers.window(3)
     summed = workers.summed(3)
-    errors: list[dict[Value, float]] = []
-    sizes: list[dict[Value, float]] = []
+    errors, sizes = [], []
     for index, shape in enumerate(SHAPES):
         made = {v: dataclasses.replace(compressor, **{setting: v}) for v in values}
         errors.append({v: missed(own, index, summed) for v, own in made.items()})
         sizes.append({v: payload_bytes(compressor, shape, setting, v) for v in values})
-    chosen = math.fsum(own[v] for own, v in zip(sizes, workers.values, strict=True))
-    assert chosen == least_total(sizes, errors, [reference] * 4)
+    assert_least(workers.values, sizes, errors, [reference] * 4)
     assert len(set(workers.values)) > 1
 
 
@@ -181,8 +173,7 @@ def test_layers_that_are_sent_whole_at_a_value_have_no_error_there() -> None:
 
 def test_parameters_that_are_never_compressed_are_left_alone() -> None:
     workers = Workers(lambda: LGreCo(2), 2, [(9,), (16, 12), ()], **POWERSGD)
-    workers.steps(2)
-    workers.decide()
+    workers.window(2)
     assert list(workers.schedulers[0].get_last_ranks()) == ["parameter 1"]
 
 
@@ -206,8 +197,7 @@ def test_an_averager_s_ranks_are_chosen_as_an_optimizer_s() -> None:
     averagers = Workers(lambda: LGreCo(3), 2, SHAPES, GradientAverager, lr=None, **options)
     optimizers = Workers(lambda: LGreCo(3), 2, SHAPES, ErrorFeedbackSGD, lr=0.1, **options)
     for workers in (averagers, optimizers):
-        workers.steps(3)
-        workers.decide()
+        workers.window(3)
     assert averagers.values == optimizers.values != [3, 3, 3]
 
 
@@ -223,8 +213,7 @@ def test_a_budget_in_bytes_may_be_the_reference() -> None:
     workers = Workers(lambda: LGreCo(budget(), spectrum="svd"), 1, shapes, **POWERSGD)
     before = workers.values
     assert before == alone.values
-    workers.steps(3)
-    workers.decide()
+    workers.window(3)
     means = mean_of(workers.summed(3))
     assert total(means[:3], workers.values) <= (1 + BY_GRAM) * total(means[:3], before)
     assert workers.sent() <= 3000
@@ -242,8 +231,7 @@ def test_a_budget_in_time_may_be_the_reference() -> None:
     workers.step()
     workers.decide()  # of one step no time is known, and rank 9 is none of the values
     assert workers.values == [9, 9, 9]
-    workers.steps(3)
-    workers.decide()
+    workers.window(3)
     budget: Any = workers.schedulers[0].policy
     assert budget.reference.step_seconds == 1.0
     assert all(1 <= rank <= 6 for rank in workers.values)

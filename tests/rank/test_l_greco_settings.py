@@ -1,7 +1,6 @@
 """What L-GreCo accepts, what it refuses, and that it fails on all workers or on none."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -20,53 +19,8 @@ from efsgd.randomness import Draws
 from efsgd.rank import Accordion, LGreCo, RankScheduler, StepTime
 from efsgd.testing import LockstepError
 from efsgd.wire.collectives import Exchange
-from tests.rank.l_greco_runs import Shape, Workers
+from tests.rank.l_greco_runs import OPTIONS, SHAPES, Workers, greco, sparse_greco
 from tests.rank.rank_runs import nothing_changes
-
-SHAPES: list[Shape] = [(16, 12), (9,), (12, 20), (10, 4, 3)]
-OPTIONS: dict[str, Any] = {"lr": 0.01, "min_compression_rate": 0.0, "rank": 2}
-
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"reference": "4"}, "Invalid value: '4'. Must be a finite number of at least 0."),
-    ({"reference": -1}, "Invalid value: -1. Must be a finite number of at least 0."),
-    ({"reference": True}, "Invalid value: True. Must be a finite number of at least 0."),
-    ({"shrink": 0.0}, "Invalid shrink: 0.0. Must be a finite number above 0.0."),
-    ({"grow": math.inf}, "Invalid grow: inf. Must be a finite number above 0.0."),
-    ({"grow": "2"}, "Invalid grow: '2'. Must be a finite number above 0.0."),
-    ({"tolerance": 0.0}, "Invalid tolerance: 0.0. Must be a finite number above 0.0."),
-    ({"tolerance": math.nan}, "Invalid tolerance: nan. Must be a finite number above 0.0."),
-    ({"observations": 0}, "Invalid observations: 0. Must be an integer of at least 1."),
-    ({"observations": 2.0}, "Invalid observations: 2.0. Must be an integer of at least 1."),
-    ({"interval": 0}, "Invalid interval: 0. Must be an integer of at least 1."),
-    ({"iterations": 0}, "Invalid iterations: 0. Must be an integer of at least 1."),
-    ({"sketch": 0}, "Invalid sketch: 0. Must be an integer of at least 1."),
-    ({"spectrum": "qr"}, "Invalid spectrum: 'qr'. Must be one of ['power', 'svd']."),
-    ({"gradients": "all"}, "Invalid gradients: 'all'. Must be one of ['mean', 'worker 0']."),
-    ({"values": [1, 2]}, "Invalid values: [1, 2]. They lack [4], which the reference may ask for"),
-    ({"values": []}, "Invalid values: []. They lack [4], which the reference may ask for"),
-    ({"values": [4, "8"]}, "Invalid values[1]: '8'. Must be a finite number of at least 0."),
-    ({"shrink": 2.0}, "Invalid values: [8]. They lack [4], which the reference may ask for"),
-    (
-        {"reference": 0.1, "setting": "density"},
-        "Invalid values: None. Must be given where those of the reference are no integers, as "
-        "here: [0.1].",
-    ),
-    (
-        {"reference": Accordion(1, 4), "setting": "density"},
-        "Invalid setting: 'density'. The reference decides on 'rank'; make it with another "
-        "setting, or leave this one out.",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"), WRONG, ids=[message.split(". ")[0] for _, message in WRONG]
-)
-def test_a_wrong_argument_is_named_with_what_must_hold(
-    arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        LGreCo(**arguments)
 
 
 def test_a_uniform_reference_of_another_setting_may_be_given_in_either_way() -> None:
@@ -160,11 +114,7 @@ def assert_fails_and_changes_nothing(workers: Workers, words: str, worker: int) 
 def test_what_a_compressor_raises_on_one_worker_stops_the_decision_on_all(
     worker: int, gradients: str
 ) -> None:
-    made: dict[str, Any] = {"values": [0.05, 0.1, 0.2], "setting": "density"}
-    options: dict[str, Any] = {"compressor": Sevens(density=0.1), "lr": 0.01}
-    workers = Workers(
-        lambda: LGreCo(0.1, gradients=gradients, **made), 3, SHAPES, ErrorFeedbackSGD, **options
-    )
+    workers = sparse_greco(3, gradients=gradients, start={"compressor": Sevens(density=0.1)})
     workers.steps(2)
     if gradients == "mean" or worker == 0:
         kept = workers.sums[worker][1].clone()
@@ -199,10 +149,7 @@ def test_what_costs_raise_on_one_worker_stops_the_decision_on_all(worker: int) -
 
 @pytest.mark.parametrize("options", [{}, {"spectrum": "svd"}, {"gradients": "worker 0"}], ids=str)
 def test_a_collective_that_fails_leaves_all_as_it_was(options: dict[str, Any]) -> None:
-    workers = Workers(lambda: LGreCo(2, **options), 2, SHAPES, **OPTIONS)
-    workers.steps(2)
-    twin = Workers(lambda: LGreCo(2, **options), 2, SHAPES, **OPTIONS)
-    twin.steps(2)
+    workers, twin = (greco(**options, steps=2) for _ in range(2))
     count = len(twin.decide())
     for number in range(count):
         with nothing_changes(workers), pytest.raises(CollectiveError):
@@ -218,7 +165,6 @@ def test_costs_that_cannot_be_called_are_refused(costs: Any) -> None:
 
 
 def test_costs_that_are_no_exchange_are_named() -> None:
-    workers = Workers(lambda: LGreCo(2, costs=lambda *_: [[1.0]]), 1, SHAPES, **OPTIONS)
-    workers.steps(2)
+    workers = greco(2, 1, costs=lambda *_: [[1.0]], steps=2)
     with pytest.raises(TypeError, match="Must be a generator"):
         workers.decide()

@@ -1,4 +1,4 @@
-"""What L-GreCo sums up, when it decides, and what it does where there is nothing to go by."""
+"""What L-GreCo sums up, when it decides, what it sends, and what it does with nothing to go by."""
 
 import math
 from typing import Any
@@ -7,21 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from efsgd import ErrorFeedbackSGD, TopK
-from efsgd.rank import Accordion, LGreCo
+from efsgd.rank import Accordion, LGreCo, Uniform
+from efsgd.testing import Traced
 from tests.rank.l_greco_runs import (
-    Shape,
+    OPTIONS,
+    SHAPES,
     Workers,
-    least_total,
+    assert_least,
+    greco,
     low_rank_error,
     mean_of,
     purposes,
+    sparse_greco,
 )
 from tests.simulation import errors_of
 
-SHAPES: list[Shape] = [(16, 12), (9,), (12, 20), (10, 4, 3)]
 MATRICES = (0, 2, 3)
-OPTIONS: dict[str, Any] = {"lr": 0.01, "min_compression_rate": 0.0, "rank": 2}
 # At most 40 additions of float64 numbers, in another order.
 ROUNDING = 1e-13
 
@@ -39,7 +40,7 @@ def assert_summed(workers: Workers, last: int) -> None:
 
 
 def test_the_last_steps_of_a_window_are_summed_and_all_of_the_first() -> None:
-    workers = Workers(lambda: LGreCo(2, observations=3), 2, SHAPES, **OPTIONS)
+    workers = greco(observations=3)
     # (steps of a window, how many of them are summed): with 3 of as many as the last one had.
     for length, summed in [(5, 5), (4, 2), (7, 6), (7, 3), (3, 0), (3, 3), (1, 1), (2, 2)]:
         ranks = workers.values
@@ -56,8 +57,7 @@ def test_the_last_steps_of_a_window_are_summed_and_all_of_the_first() -> None:
 
 
 def test_a_gradient_that_is_missing_counts_as_zero() -> None:
-    workers = Workers(lambda: LGreCo(2), 2, SHAPES, **OPTIONS)
-    workers.step()
+    workers = greco(steps=1)
     for missing in (0, 1):  # of one worker, so that the parameter takes part in the step
         gradients: list[list[Tensor | None]] = [[*workers.gradients(w)] for w in range(2)]
         gradients[missing][2] = None
@@ -66,8 +66,7 @@ def test_a_gradient_that_is_missing_counts_as_zero() -> None:
 
 
 def test_steps_before_compression_starts_are_summed_too() -> None:
-    workers = Workers(lambda: LGreCo(2), 2, SHAPES, **OPTIONS, start_compressing_at=100)
-    workers.steps(3)
+    workers = greco(steps=3, start={"start_compressing_at": 100})
     assert_summed(workers, 3)
     workers.decide()
     assert workers.values != [2, 2, 2]
@@ -75,7 +74,7 @@ def test_steps_before_compression_starts_are_summed_too() -> None:
 
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_decisions_lie_so_many_windows_apart(interval: int) -> None:
-    workers = Workers(lambda: LGreCo(2, interval=interval), 2, SHAPES, **OPTIONS)
+    workers = greco(interval=interval)
     for window in range(1, 3 * interval + 1):
         ranks = workers.values
         workers.steps(2)
@@ -87,8 +86,7 @@ def test_decisions_lie_so_many_windows_apart(interval: int) -> None:
 
 
 def test_the_end_of_a_window_is_known_where_the_one_before_was_not_looked_at() -> None:
-    workers = Workers(lambda: LGreCo(2, interval=2, observations=2), 1, SHAPES, **OPTIONS)
-    workers.steps(5)
+    workers = greco(2, 1, interval=2, observations=2, steps=5)
     workers.decide()
     workers.steps(5)
     assert_summed(workers, 2)
@@ -110,8 +108,7 @@ def test_the_ranks_of_accordion_are_what_it_is_compared_with(interval: int) -> N
         means = mean_of(both.summed(1))
         errors = [{r: low_rank_error(means[index], r) for r in ranks} for index in MATRICES]
         sizes = [{r: float(r * length) for r in ranks} for length in lengths]
-        chosen = math.fsum(own[int(r)] for own, r in zip(sizes, both.values, strict=True))
-        assert chosen == least_total(sizes, errors, accordion.values)
+        assert_least(both.values, sizes, errors, accordion.values)
         seen.add(tuple(accordion.values))
     assert seen == {(3, 3, 3), (1, 1, 1)}
 
@@ -138,46 +135,29 @@ KINDS: list[dict[str, Any]] = [
     {"spectrum": "svd"},
     {"spectrum": "svd", "gradients": "worker 0"},
     {"spectrum": "power", "gradients": "worker 0"},
+    {"setting": "density"},
 ]
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("worker", [0, 1])
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_ranks_stay_where_a_sum_has_overflowed(
+def test_values_stay_where_a_sum_has_overflowed(
     options: dict[str, Any], worker: int, value: float
 ) -> None:
-    workers = Workers(lambda: LGreCo(2, **options), 2, SHAPES, **OPTIONS)
+    workers = sparse_greco() if "setting" in options else greco(**options)
     workers.steps(2)
+    before = workers.values
     workers.sums[worker][2][3, 4] = value
     workers.decide()
     is_seen = worker == 0 or "gradients" not in options
-    assert (workers.values == [2, 2, 2]) == is_seen
-    workers.steps(2)
-    workers.decide()
-    assert workers.values != [2, 2, 2]
-
-
-@pytest.mark.parametrize("worker", [0, 1])
-def test_densities_stay_where_a_sum_has_overflowed(worker: int) -> None:
-    made: dict[str, Any] = {"values": [0.05, 0.1, 0.2], "setting": "density"}
-    options: dict[str, Any] = {"compressor": TopK(density=0.1), "lr": 0.01}
-    workers = Workers(lambda: LGreCo(0.1, **made), 2, SHAPES, ErrorFeedbackSGD, **options)
-    workers.steps(2)
-    workers.sums[worker][2][3, 4] = math.inf
-    workers.decide()
-    assert workers.values == [0.1] * 4
-    workers.steps(2)
-    workers.decide()
-    assert workers.values != [0.1] * 4
+    assert (workers.values == before) == is_seen
+    workers.window(2)
+    assert workers.values != before
 
 
 def test_gradients_near_the_end_of_float32_decide_nothing_and_break_nothing() -> None:
-    options: dict[str, Any] = {"compressor": TopK(density=0.1), "lr": 1e-30}
-    made: dict[str, Any] = {"values": [0.05, 0.1, 0.2], "setting": "density"}
-    workers = Workers(
-        lambda: LGreCo(0.1, **made), 2, [(16, 12)], ErrorFeedbackSGD, dtype=torch.float32, **options
-    )
+    workers = sparse_greco(2, [(16, 12)], start={"lr": 1e-30, "dtype": torch.float32})
     large = torch.zeros(16, 12)
     large[0, :3] = 1e38
     for _ in range(5):
@@ -189,8 +169,7 @@ def test_gradients_near_the_end_of_float32_decide_nothing_and_break_nothing() ->
 
 @pytest.mark.parametrize("gradient", [None, 0.0])
 def test_ranks_stay_after_a_window_without_gradients(gradient: float | None) -> None:
-    workers = Workers(lambda: LGreCo(2), 2, SHAPES, **{**OPTIONS, "error_feedback": False})
-    workers.steps(3)
+    workers = greco(steps=3, start={"error_feedback": False})
     workers.decide()
     ranks = workers.values
     assert ranks != [2, 2, 2]
@@ -202,9 +181,50 @@ def test_ranks_stay_after_a_window_without_gradients(gradient: float | None) -> 
 
 
 def test_a_layer_that_had_no_gradients_keeps_the_reference_s_rank_while_others_change() -> None:
-    workers = Workers(lambda: LGreCo(2), 2, SHAPES, **OPTIONS)
+    workers = greco()
     for _ in range(3):
         gradients = [workers.gradients(worker) for worker in range(2)]
         workers.step([[own[0], own[1], 0 * own[2], own[3]] for own in gradients])
     workers.decide()
     assert workers.values[1] == 2 and workers.values != [2, 2, 2]
+
+
+# ---- what decisions send ------------------------------------------------------------------------
+
+
+def nbytes(trace: list[Traced], *words: str) -> int:
+    return sum(each.nbytes for each in trace if any(word in each.purpose for word in words))
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_a_decision_by_power_iteration_sends_so_many_steps_of_the_greatest_rank(
+    iterations: int,
+) -> None:
+    shapes = [(16, 12), (12, 20), (10, 4, 3)]
+    workers = Workers(lambda: LGreCo(2, iterations=iterations, sketch=100), 2, shapes, **OPTIONS)
+    trace = workers.window(2)
+    factors = 4 * ((16 + 12) + (12 + 20) + (10 + 12))  # ranks are up to 4
+    assert nbytes(trace, "P of acc", "Q of acc") == iterations * 8 * factors
+    assert nbytes(trace, "sketches of acc") == 8 * 3 * 100
+    greatest = Workers(lambda: Uniform(4), 2, shapes, **OPTIONS)
+    greatest.step()
+    assert nbytes(greatest.step(), "Alg. 1") >= 8 * factors  # control words ride along
+    assert len(purposes(trace)) == 2 * iterations + 1
+
+
+def test_layers_that_are_sent_whole_at_the_greatest_rank_send_no_more_in_a_decision() -> None:
+    # Rank 3 of 16×4 has 60 numbers, less than 64; rank 4 would have 80.
+    made = {"lr": 0.1, "min_compression_rate": 1.0}
+    own = Workers(lambda: LGreCo(2, sketch=1, iterations=1), 2, [(16, 4)], **made)
+    own.steps(2)
+    assert nbytes(own.decide(), "P of acc", "Q of acc") == 8 * 3 * (16 + 4)
+
+
+def test_a_decision_by_svd_sends_one_uncompressed_gradient() -> None:
+    trace = greco(spectrum="svd", steps=2).decide()
+    numbers = 16 * 12 + 12 * 20 + 10 * 12
+    tails = 3 * (4 + 1)
+    assert [each.nbytes for each in trace if "accumulated" in each.purpose] == [
+        8 * numbers,
+        8 * tails,
+    ]

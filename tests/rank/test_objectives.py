@@ -16,7 +16,7 @@ from efsgd.rank.costs.objectives import compression_seconds
 from efsgd.rank.costs.volumes import with_value
 from efsgd.testing import Lockstep, lockstep
 from efsgd.wire.collectives import AllReduceMean, Exchange
-from tests.rank.l_greco_runs import Shape, Workers, least_total, low_rank_error, mean_of
+from tests.rank.l_greco_runs import Shape, Workers, assert_least, low_rank_error, mean_of
 from tests.rank.made_time import MadeClock
 from tests.rank.test_costs import CASES, layers_with
 
@@ -79,12 +79,6 @@ def test_the_network_is_measured_where_none_is_given() -> None:
     assert len(done.trace) == 2 * (2 + 1) + 1
 
 
-@pytest.mark.parametrize("repeats", [0, 1.5, True])
-def test_repeats_must_be_a_count(repeats: Any) -> None:
-    with pytest.raises(ValueError, match=r"Invalid repeats: .*\. Must be an integer of at least 1"):
-        StepTime(repeats=repeats)
-
-
 def chosen_by(costs: Any) -> tuple[Workers, list[dict[Value, float]]]:
     """Workers that have decided by costs, and the errors of the ranks 2 to 6."""
     numbers = itertools.count()
@@ -94,8 +88,7 @@ def chosen_by(costs: Any) -> tuple[Workers, list[dict[Value, float]]]:
         SHAPES,
         **OPTIONS,
     )
-    workers.steps(3)
-    workers.decide()
+    workers.window(3)
     means = mean_of(workers.summed(3))
     return workers, [{r: low_rank_error(A, r) for r in range(2, 7)} for A in means]
 
@@ -118,11 +111,8 @@ def test_costs_may_come_of_what_workers_tell_each_other() -> None:
         return own
 
     workers, errors = chosen_by(costs)
-    sizes: list[dict[Value, float]] = [
-        {r: price * r for r in range(2, 7)} for price in (5.0, 5.0, 16.0)
-    ]
-    total = math.fsum(own[r] for own, r in zip(sizes, workers.values, strict=True))
-    assert total == least_total(sizes, errors, [3, 3, 3])
+    sizes = [{r: price * r for r in range(2, 7)} for price in (5.0, 5.0, 16.0)]
+    assert_least(workers.values, sizes, errors, [3, 3, 3])
 
 
 @pytest.mark.parametrize(
@@ -170,30 +160,22 @@ class Slow(TensorCompressor):
         return self.size < 9
 
 
-def durations(clocks: list[Callable[[], float]], repeats: int = 3) -> Any:
+def durations(clocks: list[Callable[[], float]]) -> Any:
     CALLS.clear()
     compressor, values = Slow(), (1, 2, 9)
     layers = layers_with(compressor, "size", values, [(2, 3), (5,), (2, 3)])
-    return lockstep(
-        [
-            compression_seconds(compressor, layers, "size", values, repeats=repeats, clock=clock)
-            for clock in clocks
-        ]
-    )
+    own = compressor, layers, "size", values
+    return lockstep([compression_seconds(*own, repeats=3, clock=clock) for clock in clocks])
 
 
-def test_measured_seconds_are_medians_and_the_mean_of_the_workers() -> None:
+def test_measured_seconds_are_medians_and_the_mean_of_the_workers_once_for_equal_layers() -> None:
     assert durations([CLOCK]).results[0][0] == [6.0, 12.0, 0.0]
+    assert len(CALLS) == 2 * 2 * (3 + 1)
     found = durations([CLOCK, lambda: 2 * CLOCK.now])
     expected = [[9.0, 18.0, 0.0], [7.5, 15.0, 0.0], [9.0, 18.0, 0.0]]
     assert found.results == [expected, expected]
     assert [traced.kind for traced in found.trace] == [AllReduceMean.__name__]
     assert found.trace[0].shape == (3, 3)
-
-
-def test_equal_layers_are_measured_once() -> None:
-    durations([CLOCK], repeats=4)
-    assert len(CALLS) == 2 * 2 * (4 + 1)
 
 
 def test_a_worker_that_cannot_measure_leaves_none_waiting() -> None:

@@ -1,7 +1,6 @@
 """Checkpoints of rank schedulers: to the bit with as many workers, else the same decisions."""
 
 import copy
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,24 +17,16 @@ from tests.rank.rank_runs import (
     Team,
     accordion,
     all_of,
+    go_on,
     made_gradients,
     run_windows,
 )
-from tests.simulation import bits, difference, parameters_of
+from tests.simulation import bits, difference, parameters_of, through_a_file
 from tests.strategies import gaussian
 
-STEPS = 2  # in a window
 ORDERS = ["scheduler first", "optimizer first"]
 
 Saved = tuple[list[Any], dict[str, Any], dict[str, Any]]
-
-
-def through_a_file(value: Any) -> Any:
-    """What torch.load makes of what torch.save has written."""
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def save(team: Team, worker: int) -> Saved:
@@ -46,7 +37,6 @@ def save(team: Team, worker: int) -> Saved:
 
 
 def save_consolidated(team: Team) -> Saved:
-    """One checkpoint of all workers."""
     count = len(team.optimizers)
     dicts = lockstep([consolidation(optimizer) for optimizer in team.optimizers]).results
     schedulers = team.consolidated()
@@ -67,20 +57,6 @@ def load(team: Team, saved: Sequence[Saved], order: str) -> None:
         optimizer.load_state_dict(own)
         if order == "optimizer first":
             scheduler.load_state_dict(own_of_scheduler)
-
-
-def go_on(
-    team: Team, first: int, last: int, gradients: Callable[[int, int, int], Any] = made_gradients
-) -> list[Any]:
-    """Steps, from one number to another, with a decision after each window of them."""
-    decided = []
-    for number in range(first, last):
-        window, step = divmod(number, STEPS)
-        team.step([gradients(window, step, worker) for worker in range(len(team.optimizers))])
-        if step == STEPS - 1:
-            team.decide()
-            decided.append(team.ranks)
-    return decided
 
 
 #: With a decision after every second window, or every window, and sums of the last steps or of all.
@@ -215,8 +191,7 @@ def test_another_interval_goes_on_from_what_was_saved() -> None:
 def alike(policy: Any = accordion, shapes: Any = SHAPES, **options: Any) -> dict[str, Any]:
     """The state_dict of another scheduler, in mid-window."""
     team = Team(policy, 1, shapes, **options)
-    team.step_alike(*[4.0] * len(shapes))
-    team.decide()
+    team.window_alike(*[4.0] * len(shapes))
     team.step_alike(*[4.0] * len(shapes))
     return team.schedulers[0].state_dict()
 

@@ -8,13 +8,23 @@ import pytest
 import torch
 
 from efsgd import ErrorFeedbackSGD, GradientAverager, PowerSGD, PowerSGDOptimizer, TopK
-from efsgd.rank import Accordion, RankScheduler
+from efsgd.rank import (
+    Accordion,
+    CommunicationBudget,
+    LGreCo,
+    Network,
+    RankScheduler,
+    StepTime,
+)
 from tests.optimizers.misuse import a_parameter
 from tests.rank.rank_runs import individual
 
 FINITE = "Must be a finite number of at least 0."
 COUNT = "Must be an integer of at least 1"
-WRONG = [
+ABOVE = "Must be a finite number above 0.0."
+BYTES = "Must be a number of bytes above 0"
+ONCE = "Must be one or more numbers, each once"
+OF_ACCORDION: list[tuple[dict[str, Any], str]] = [
     *(
         ({name: value}, f"Invalid {name}: {value!r}. {FINITE}")
         for name in ("low", "high", "threshold", "lr_fall")
@@ -36,12 +46,85 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=str)
-def test_an_argument_of_accordion_that_is_out_of_range_is_refused(
-    arguments: dict[str, Any], message: str
+OF_L_GRECO: list[tuple[dict[str, Any], str]] = [
+    *(({"reference": v}, f"Invalid value: {v!r}. {FINITE}") for v in ("4", -1, True)),
+    *(
+        ({name: value}, f"Invalid {name}: {value!r}. {ABOVE}")
+        for name in ("shrink", "grow", "tolerance")
+        for value in (0.0, math.inf, math.nan, "2")
+    ),
+    *(
+        ({name: value}, f"Invalid {name}: {value!r}. {COUNT}")
+        for name in ("observations", "interval", "iterations", "sketch")
+        for value in (0, 2.0)
+    ),
+    ({"spectrum": "qr"}, "Invalid spectrum: 'qr'. Must be one of ['power', 'svd']."),
+    ({"gradients": "all"}, "Invalid gradients: 'all'. Must be one of ['mean', 'worker 0']."),
+    ({"values": [1, 2]}, "Invalid values: [1, 2]. They lack [4], which the reference may ask for"),
+    ({"values": []}, "Invalid values: []. They lack [4], which the reference may ask for"),
+    ({"values": [4, "8"]}, "Invalid values[1]: '8'. Must be a finite number of at least 0."),
+    ({"shrink": 2.0}, "Invalid values: [8]. They lack [4], which the reference may ask for"),
+    (
+        {"reference": 0.1, "setting": "density"},
+        "Invalid values: None. Must be given where those of the reference are no integers, as "
+        "here: [0.1].",
+    ),
+    (
+        {"reference": Accordion(1, 4), "setting": "density"},
+        "Invalid setting: 'density'. The reference decides on 'rank'; make it with another "
+        "setting, or leave this one out.",
+    ),
+]
+OF_A_BUDGET: list[tuple[dict[str, Any], str]] = [
+    ({}, "Invalid bytes_per_step and share_of_step: None and None. Must be one of them"),
+    ({"bytes_per_step": 9, "share_of_step": 0.3}, "9 and 0.3. Must be one of them"),
+    *(
+        ({"bytes_per_step": value}, f"Invalid bytes_per_step: {value!r}. {BYTES}")
+        for value in (0, "9", math.nan, math.inf, True)
+    ),
+    *(
+        ({"share_of_step": v}, f"Invalid share_of_step: {v}. Must be a number above 0 and below 1")
+        for v in (0.0, 1)
+    ),
+    *(
+        ({"share_of_step": 0.3, name: value}, f"Invalid {name}: {value!r}. {COUNT}")
+        for name in ("max_rank", "interval")
+        for value in (0, 2.5, "9")
+    ),
+    *(
+        ({"share_of_step": 0.3, "values": values}, f"Invalid values: {values!r}. {ONCE}")
+        for values in ([], [1, 2, 1], ["1"])
+    ),
+    ({"share_of_step": 0.3, "setting": "density"}, "Invalid values: None. Must be a list of valu"),
+]
+OF_TIMES: list[tuple[dict[str, Any], str]] = [
+    ({"repeats": value}, f"Invalid repeats: {value!r}. {COUNT}") for value in (0, 1.5, True)
+]
+OF_A_NETWORK: list[tuple[dict[str, Any], str]] = [
+    ({name: value}, f"Invalid {name}: {value}. Must be a finite number")
+    for name in ("latency", "seconds_per_byte")
+    for value in (-1.0, math.nan, math.inf)
+]
+# What is made, with arguments that are right, and those that are not.
+WRONG: list[tuple[Any, dict[str, Any], list[tuple[dict[str, Any], str]]]] = [
+    (Accordion, {"low": 1, "high": 4}, OF_ACCORDION),
+    (LGreCo, {}, OF_L_GRECO),
+    (CommunicationBudget, {}, OF_A_BUDGET),
+    (StepTime, {}, OF_TIMES),
+    (Network, {"latency": 1.0, "seconds_per_byte": 1.0}, OF_A_NETWORK),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [(make, right | own, message) for make, right, table in WRONG for own, message in table],
+    ids=str,
+)
+def test_an_argument_that_is_out_of_range_is_refused(
+    make: Any, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Accordion(**{"low": 1, "high": 4, **arguments})
+        make(**arguments)
 
 
 def powersgd(**options: Any) -> PowerSGDOptimizer:

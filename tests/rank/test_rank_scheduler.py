@@ -77,7 +77,6 @@ COMPARISON = "digests of settings, parameters and state"
 
 
 def purposes(trace: Sequence[Traced]) -> list[str]:
-    """What was sent."""
     return [traced.purpose for traced in trace]
 
 

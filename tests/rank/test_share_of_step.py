@@ -56,8 +56,7 @@ def test_communication_takes_the_share_and_would_take_more_with_the_next_rank(
 ) -> None:
     computation = 0.2
     workers = made(wanted, computation=[computation])
-    workers.train(5)
-    workers.decide()
+    workers.window(5)
     chosen = workers.optimizers[0].param_groups[0]["per_parameter"]["rank"]
     uniform = min(rank for rank in chosen if rank is not None)
     assert 1 <= uniform < 30
@@ -82,8 +81,7 @@ def settings_now(workers: MadeWorkers) -> list[Any]:
 def test_what_was_measured_is_the_same_on_all_workers_and_what_was_made_up() -> None:
     workers = made(0.3, computation=[0.1, 0.5])
     assert [policy.network for policy in policies(workers)] == [None, None]
-    workers.train(4)
-    workers.decide()
+    workers.window(4)
     one, other = policies(workers)
     assert one.network == other.network and one.step_seconds == other.step_seconds
     assert isinstance(one.network, Network)
@@ -97,8 +95,7 @@ def test_what_was_measured_is_the_same_on_all_workers_and_what_was_made_up() -> 
 def test_the_optimizers_own_values_stay_until_a_step_was_timed() -> None:
     workers = made(0.3, computation=[0.01])
     assert settings_now(workers) == [None, None]
-    workers.train(1)
-    workers.decide()  # one step in a window has nothing to be timed from
+    workers.window(1)  # one step in a window has nothing to be timed from
     assert workers.ranks() == [[OWN_RANK] * 4] * 2
     assert [policy.network for policy in policies(workers)] == [None, None]
 
@@ -153,8 +150,7 @@ def test_where_even_the_smallest_is_too_much_it_is_taken_and_said_once() -> None
 
 def test_one_worker_sends_nothing_and_takes_the_largest() -> None:
     workers = made(0.01, world_size=1, max_rank=7)
-    workers.train(3)
-    workers.decide()
+    workers.window(3)
     assert settings_now(workers)[0]["rank"] == (7, None, 7, 7, 7)
 
 
@@ -164,8 +160,7 @@ def test_payloads_that_are_gathered_take_longer_the_more_workers_there_are() -> 
     for world_size in (2, 8):
         options: dict[str, Any] = {"values": values, "setting": "density", "shapes": shapes}
         workers = made(0.2, world_size, TopK(density=0.1), [0.3], **options)
-        workers.train(3)
-        workers.decide()
+        workers.window(3)
 
         def seconds(density: float, count: int = world_size) -> float:
             payload = sum(8 * int(density * numel) for numel in (3000, 1200))
@@ -194,15 +189,6 @@ def test_a_collective_that_fails_changes_nothing_and_the_next_call_decides() -> 
         assert workers.schedulers[0].state_dict()["policy"] == {"windows": 0}
         workers.decide()
         assert settings_now(workers) == settings_now(twin)
-
-
-def test_the_number_of_windows_goes_on_from_a_state_dict() -> None:
-    workers, others = made(0.3, interval=3), made(0.3, interval=3)
-    workers.train(2)
-    workers.decide()
-    for own, other in zip(workers.schedulers, others.schedulers, strict=True):
-        other.load_state_dict(own.state_dict())
-    assert policies(others)[0].state_dict() == {"windows": 1}
 
 
 def test_the_default_device_makes_no_difference() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import random
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,11 +25,40 @@ from tests.testing.good_compressors import Half, Largest, Rounded, TensorwiseOf
 
 # ---- claims --------------------------------------------------------------------------------------
 
+IS_RANDOM = {"rank": 1, "refresh_every": 2, "svd": "randomized"}
+#: The law, a good compressor and its settings, and claims that it does not keep.
+OVERCLAIMED: list[tuple[str, Any, dict[str, Any], Claims]] = [
+    ("contracts_as_claimed", Largest, {}, Claims(False, contraction=lambda shape: 0.4)),
+    ("contracts_as_claimed", Half, {}, Claims(True, is_random=True, contraction=lambda shape: 0.7)),
+    ("travels_as_claimed", SignNorm, {}, Claims(averages=True)),
+    ("travels_as_claimed", PowerSGD, {"rank": 1}, Claims(averages=False)),
+    ("draws_as_claimed", RandomK, {"density": 0.1}, Claims(averages=True, is_random=False)),
+    ("draws_as_claimed", PowerSGDPlus, IS_RANDOM, Claims(averages=True, is_random=False)),
+    ("draws_as_claimed", SignNorm, {}, Claims(averages=False, is_random=True)),
+]
+for law, good, settings, claims in OVERCLAIMED:
+    made = {"claims": lambda self, own=claims: own}
+    breaks(law, **settings)(type(f"{good.__name__}Overclaimed", (good,), made))
 
-@breaks("contracts_as_claimed")
-class ClaimsTooMuch(Largest):
-    def claims(self) -> Claims:
-        return Claims(False, contraction=lambda shape: 0.4)
+#: The law, and noise that breaks it, from that of `Rounded` and a tensor.
+NOISES: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
+    ("is_unbiased_as_claimed", lambda own, delta: 0.4 + 0.2 * own),  # almost: it keeps to zero
+    ("is_unbiased_as_claimed", lambda own, delta: 0.9 * own),
+    ("repeats_to_the_bit", lambda own, delta: torch.rand(delta.shape, dtype=delta.dtype)),
+    ("repeats_to_the_bit", lambda own, delta: torch.full_like(delta, random.random())),
+]
+
+
+def noisy(change: Callable[[Tensor, Tensor], Tensor]) -> type[Rounded]:
+    class Noisy(Rounded):
+        def noise(self, delta: Tensor, draws: Draws) -> Tensor:
+            return change(super().noise(delta, draws), delta)
+
+    return Noisy
+
+
+for law, change in NOISES:
+    breaks(law)(noisy(change))
 
 
 @breaks("contracts_as_claimed")
@@ -40,60 +70,10 @@ class Expands(Largest):
         return Claims(False, contraction=lambda shape: 0.0)
 
 
-@breaks("contracts_as_claimed")
-class ClaimsTooMuchInTheMean(Half):
-    def claims(self) -> Claims:
-        return Claims(True, is_random=True, contraction=lambda shape: 0.7)
-
-
-@breaks("is_unbiased_as_claimed")
-class RoundsToNearest(Rounded):
-    """Almost without bias: it keeps to zero."""
-
-    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
-        return 0.4 + 0.2 * super().noise(delta, draws)
-
-
-@breaks("is_unbiased_as_claimed")
-class RoundsDown(Rounded):
-    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
-        return 0.9 * super().noise(delta, draws)
-
-
 @breaks("is_unbiased_as_claimed")
 class Shrinks(Rounded):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         return 0.96 * super().decompress(payload, shape, draws)
-
-
-@breaks("travels_as_claimed")
-class GathersAndAverages(SignNorm):
-    def claims(self) -> Claims:
-        return Claims(averages=True)
-
-
-@breaks("travels_as_claimed", rank=1)
-class AveragesAndGathers(PowerSGD):
-    def claims(self) -> Claims:
-        return Claims(averages=False)
-
-
-@breaks("draws_as_claimed", density=0.1)
-class DrawsInSilence(RandomK):
-    def claims(self) -> Claims:
-        return Claims(averages=True, is_random=False)
-
-
-@breaks("draws_as_claimed", rank=1, refresh_every=2, svd="randomized")
-class DrawsWhatItKeeps(PowerSGDPlus):
-    def claims(self) -> Claims:
-        return Claims(averages=True, is_random=False)
-
-
-@breaks("draws_as_claimed")
-class DrawsNothing(SignNorm):
-    def claims(self) -> Claims:
-        return Claims(averages=False, is_random=True)
 
 
 @breaks("contracts_as_claimed")
@@ -106,18 +86,6 @@ class GrowsAtRandom(Half):
 
 
 # ---- runs ----------------------------------------------------------------------------------------
-
-
-@breaks("repeats_to_the_bit")
-class DrawsGlobally(Rounded):
-    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
-        return torch.rand(delta.shape, dtype=delta.dtype)
-
-
-@breaks("repeats_to_the_bit")
-class DrawsFromRandom(Rounded):
-    def noise(self, delta: Tensor, draws: Draws) -> Tensor:
-        return torch.full_like(delta, random.random())
 
 
 @breaks("repeats_to_the_bit")

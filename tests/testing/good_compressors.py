@@ -107,8 +107,6 @@ GOOD: list[Any] = [
 
 @dataclasses.dataclass(frozen=True)
 class LowRankOf(PowerSGD):
-    """PowerSGD with another aggregator."""
-
     kind: ClassVar[type[PowerIteration]] = PowerIteration
 
     def aggregator(self, layout: Any, settings: Any, placement: Any) -> PowerIteration:
@@ -117,8 +115,6 @@ class LowRankOf(PowerSGD):
 
 
 class TensorwiseOf(Largest):
-    """One tensor at a time, with another aggregator."""
-
     kind: ClassVar[type[Tensorwise]] = Tensorwise
 
     def aggregator(self, layout: Any, settings: Any, placement: Any) -> Tensorwise:

@@ -12,10 +12,9 @@ from efsgd.testing import LAWS, CompressorLawError, check_compressor, check_in_p
 from efsgd.testing.laws import contracts_as_claimed, draws_as_claimed
 from efsgd.testing.laws.claims import _divergence, _is_above
 from efsgd.testing.trial import Trial
-from tests.testing import broken_values  # noqa: F401 (they are listed in BROKEN)
 from tests.testing.broken_compressors import BROKEN
 from tests.testing.broken_runs import FailsInProcesses, KnowsTheProcess
-from tests.testing.broken_sending import DecompressesPrivately, WrongBytes
+from tests.testing.broken_values import DecompressesPrivately, WrongBytes
 from tests.testing.good_compressors import GOOD, Half, Largest, Rounded
 
 #: What finds all that is broken here, in little time.
@@ -98,8 +97,6 @@ def test_a_shape_is_named_if_it_is_only_one_that_differs() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Claiming(Half):
-    """Claims any number."""
-
     claimed: float = 0.5
 
     def claims(self) -> Claims:

@@ -46,7 +46,6 @@ def gradients(step: int, worker: int) -> list[Tensor | None]:
 
 
 def set_gradients(optimizer: PowerSGDOptimizer, step: int, worker: int) -> None:
-    """Gives the optimizer's parameters their gradients."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, gradients(step, worker), strict=True):
         parameter.grad = gradient
@@ -202,7 +201,6 @@ def die() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     results = {"agree": agree, "die": die, "early": early}[task]()

@@ -79,7 +79,6 @@ def order(worker: int, epoch: int) -> list[int]:
 
 
 def main() -> None:
-    """Entry point."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     accelerator = Accelerator(
@@ -93,7 +92,7 @@ def main() -> None:
         results["overflow"] = overflow(accelerator.process_index)
         plain = common.plain_digits(order, precision=torch.bfloat16, clip=common.CLIP)
         results["plain"] = {"accelerate": plain}
-    common.write(folder / task, accelerator.process_index, results)
+    common.write(folder, accelerator.process_index, results)
     accelerator.end_training()
 
 

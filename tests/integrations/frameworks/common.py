@@ -15,6 +15,7 @@ from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import averaging_
 from efsgd.testing import lockstep, step_together
 from efsgd.wire.compare import checksum
+from tests.integrations.around_ddp_training import fingerprint
 
 WORKERS = 2
 BATCH = 16  # examples of one worker in one backward pass
@@ -27,7 +28,6 @@ RATES = [0.1] * 3 + [0.05] * 3 + [0.025] * 3  # of each step, by every framework
 
 
 def digits() -> TensorDataset:
-    """Some of scikit-learn's digits."""
     found = load_digits()
     inputs = torch.tensor(found.data[:EXAMPLES] / 16, dtype=torch.float32)
     return TensorDataset(inputs, torch.tensor(found.target[:EXAMPLES]))
@@ -42,16 +42,6 @@ def network() -> torch.nn.Module:
         )
 
 
-def fingerprint(optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
-    """Checksums of parameters and of each kind of state."""
-    found: dict[str, list[int]] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        found.setdefault("parameters", []).append(checksum(parameter.detach()))
-        for name, value in sorted(optimizer.state[parameter].items()):
-            found.setdefault(name, []).append(checksum(value.contiguous()))
-    return found
-
-
 def plain(
     models: Sequence[torch.nn.Module],
     losses: Callable[[torch.nn.Module, int, int], Iterator[Tensor]],
@@ -62,12 +52,7 @@ def plain(
 ) -> list[dict[str, Any]]:
     """What two workers report of nine steps of an ordinary loop, in this thread.
 
-    Args:
-        models: one for each worker.
-        losses: of a model, a worker and a step, one for each backward pass.
-        averaged_after: the numbers of steps after which errors are averaged.
-        clip: largest norm of a worker's own gradient.
-        options: of the optimizer.
+    `losses` gives those of a model, a worker and a step, one for each backward pass.
     """
     options = {"momentum": 0.9, "rank": 2, "momentum_form": "sgd", **options}
     optimizers = [PowerSGDOptimizer(model.parameters(), **options) for model in models]
@@ -91,13 +76,7 @@ def plain(
 def plain_digits(
     order: Callable[[int, int], Sequence[int]], *, precision: torch.dtype, **options: Any
 ) -> list[dict[str, Any]]:
-    """`plain` with the network and the digits.
-
-    Args:
-        order: of the examples of a worker in an epoch.
-        precision: of the forward pass.
-        options: see `plain`.
-    """
+    """`plain` with the network and the digits, in the `order` of a worker and an epoch."""
     inputs, targets = digits().tensors
     per_epoch = EXAMPLES // (WORKERS * BATCH)
 
@@ -154,5 +133,4 @@ def warned(caught: list[warnings.WarningMessage], words: str) -> bool:
 
 def write(folder: Path, worker: int, report: dict[str, Any]) -> None:
     """Leaves the report of one worker for the test."""
-    folder.mkdir(exist_ok=True)
     (folder / f"{worker}.json").write_text(json.dumps(report))

@@ -137,7 +137,6 @@ class Noting(pl.Callback):
 
 
 def plain() -> dict[str, Any]:
-    """The same training without Lightning."""
     options: dict[str, Any] = {"order": order, "max_grad_norm": 0.2}
     return {
         "unwrapped": common.plain_digits(precision=torch.bfloat16, **options),
@@ -196,7 +195,6 @@ def clipped(plugin: MixedPrecision) -> str:
 
 
 def main() -> None:
-    """Entry point."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     cases = ("unwrapped", "wrapped")
@@ -209,7 +207,7 @@ def main() -> None:
         plugins = MixedPrecision("bf16-mixed", "cpu"), MixedPrecision("16-mixed", "cpu", scaler)
         results["clipped"] = [clipped(plugin) for plugin in plugins]
         results["plain"] = plain()
-    common.write(folder / task, dist.get_rank(), results)
+    common.write(folder, dist.get_rank(), results)
     dist.destroy_process_group()
 
 

@@ -71,7 +71,6 @@ def language_model() -> GPT2LMHeadModel:
 
 
 def sentences() -> list[dict[str, torch.Tensor]]:
-    """Made-up examples."""
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(61, (common.EXAMPLES // 4, 16), generator=generator)
     return [{"input_ids": row, "labels": row} for row in tokens]
@@ -120,7 +119,6 @@ def fit(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
 
 
 def plain() -> Any:
-    """The same training without Trainer."""
     data = torch.stack([each["input_ids"] for each in sentences()])
 
     def losses(model: torch.nn.Module, worker: int, step: int) -> Iterator[torch.Tensor]:
@@ -151,13 +149,12 @@ def best(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point."""
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     results: dict[str, Any] = {"trainer": fit(folder, is_resumed=task == "resume")}
     if task == "train":
         results["best"], results["plain"] = best(folder), {"trainer": plain()}
-    common.write(folder / task, dist.get_rank(), results)
+    common.write(folder, dist.get_rank(), results)
     dist.destroy_process_group()
 
 
