@@ -9,12 +9,7 @@ from efsgd import ErrorFeedbackSGD, TensorCompressor
 from efsgd.compressors.identity import Identity
 from efsgd.compressors.top_k import TopK
 from tests.promises.sparse_reference import ALL, SHAPES, NaiveRun
-from tests.simulation import (
-    errors_of,
-    parameters_of,
-    set_gradients,
-    step_with,
-)
+from tests.simulation import errors_of, parameters_of, set_gradients, step_with
 from tests.strategies import assert_close, gaussian, make_gradient
 
 

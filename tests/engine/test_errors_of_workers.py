@@ -133,11 +133,17 @@ def failing_top_k() -> TopK:
 
 
 @pytest.mark.parametrize("make", [lambda: Failing(rank=2), failing_top_k], ids=["rank", "top k"])
-def test_what_a_compressor_raises_on_one_worker_reaches_all(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_what_a_compressor_raises_on_one_worker_reaches_all(
+    make: Callable[[], Any], error_feedback: bool
+) -> None:
     _, scenario = a_run(3)
     compressors = [make() for _ in range(3)]
+    options: dict[str, Any] = {"lr": 0.1, "error_feedback": error_feedback}
     workers = [
-        ErrorFeedbackSGD([p.requires_grad_() for p in scenario.parameters()], lr=0.1, compressor=c)
+        ErrorFeedbackSGD(
+            [p.requires_grad_() for p in scenario.parameters()], compressor=c, **options
+        )
         for c in compressors
     ]
     step_with(workers, scenario.gradients(0))

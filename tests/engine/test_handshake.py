@@ -7,11 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from efsgd import (
-    CollectiveError,
-    PowerSGDOptimizer,
-    WorkerMismatchError,
-)
+from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
 from efsgd.testing import lockstep, step_together
 from efsgd.wire.collectives import intercept
 from tests.simulation import (

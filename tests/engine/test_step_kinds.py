@@ -1,6 +1,5 @@
 """Where not all steps are alike, workers still come to terms: no hang, whatever step it is."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,28 +82,3 @@ def test_a_change_on_all_workers_is_none(name: str) -> None:
             worker.param_groups[0]["rank"] = 1 + step % 3
         step_with(workers, gradients(step))
         assert all(replicated(worker) == replicated(workers[0]) for worker in workers)
-
-
-def kinds(trace: list[Any]) -> list[tuple[str, int]]:
-    return [(traced.kind, traced.nbytes) for traced in trace]
-
-
-@pytest.mark.parametrize(
-    ("name", "step_kind"),
-    [
-        ("alternating", lambda step: step % 2),
-        ("refresh", lambda step: step % 3 == 0),
-        ("exact refresh", lambda step: step % 2 == 0),
-    ],
-)
-def test_steps_of_one_beat_ask_for_the_same(name: str, step_kind: Callable[[int], int]) -> None:
-    workers = a_run(COMPRESSORS[name], start_compressing_at=2)
-    plain = kinds(step_with(workers, gradients(0)))[-1:]
-    assert kinds(step_with(workers, gradients(1))) == plain
-    seen: dict[int, Any] = {}
-    for step in range(2, 10):
-        trace = kinds(step_with(workers, gradients(step)))
-        # The first of each step_kind begins with comparing the workers.
-        trace = [traced for traced in trace if traced[0] != "AllGather"]
-        assert seen.setdefault(step_kind(step - 2), trace) == trace
-    assert len(seen) == 2

@@ -10,7 +10,16 @@ import torch
 
 from efsgd import PowerSGDOptimizer
 from efsgd.testing import step_together
-from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with, train
+from tests.simulation import (
+    a_run,
+    bits,
+    copied,
+    parameters_of,
+    set_gradients,
+    snapshot,
+    step_with,
+    train,
+)
 from tests.strategies import Scenario
 
 __all__ = ["Case", "Run", "a_parameter", "ids", "invalid", "usual"]
@@ -119,4 +128,4 @@ def a_parameter() -> torch.Tensor:
 
 def usual() -> list[torch.Tensor]:
     """The parameters of a run: two matrices, and a vector between them."""
-    return [p.detach().clone().requires_grad_() for p in parameters_of(a_run(1)[0][0])]
+    return copied(parameters_of(a_run(1)[0][0]))
