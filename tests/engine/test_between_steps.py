@@ -2,17 +2,14 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 from efsgd import PowerSGDOptimizer, WorkerMismatchError
 from efsgd.errors import warn_user
 from efsgd.testing import step_together
 from tests.simulation import (
-    SHAPES,
     a_run,
     bits,
     broadcast,
@@ -22,7 +19,7 @@ from tests.simulation import (
     snapshot,
     step_with,
 )
-from tests.strategies import Scenario, gaussian
+from tests.strategies import gaussian
 
 # ---- changes ------------------------------------------------------------------------------------
 
@@ -41,13 +38,9 @@ def test_the_number_of_workers_may_change_in_mid_run() -> None:
     newcomer.load_state_dict(copy.deepcopy(workers[0].state_dict()))
     workers.append(newcomer)
     with pytest.warns(UserWarning, match="those of worker 0 of 2, and this is worker 2 of 3"):
-        trace = step_with(workers, scenario_of_three().gradients(1))
+        trace = step_with(workers, a_run(3)[1].gradients(1))
     assert [t.kind for t in trace] == ["AllGather"] * 3 + ["AllReduceMean"] * 2
     assert bits(parameters_of(workers[0])) == bits(parameters_of(newcomer))
-
-
-def scenario_of_three() -> Scenario:
-    return Scenario(SHAPES, 3, {}, 9, 4)
 
 
 @pytest.mark.parametrize("parameters", [1, 3])
@@ -104,19 +97,14 @@ def test_default_dtypes_and_devices_do_not_matter() -> None:
     workers, scenario = a_run(2)
     twins, _ = a_run(2)
     step_with(workers, scenario.gradients(0))
+    set_gradients(twins, scenario.gradients(0))
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
-            set_gradients(twins, _gradients(scenario))
             step_together(twins)
     finally:
         torch.set_default_dtype(torch.float32)
     assert bits(snapshot(workers)) == bits(snapshot(twins))
-
-
-def _gradients(scenario: Scenario) -> Sequence[Sequence[Tensor | None]]:
-    with torch.device("cpu"):
-        return scenario.gradients(0)
 
 
 # ---- compressors of others ----------------------------------------------------------------------

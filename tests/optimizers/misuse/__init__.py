@@ -27,14 +27,9 @@ __all__ = ["Case", "Run", "a_parameter", "ids", "invalid", "usual"]
 
 @dataclass(frozen=True)
 class Case:
-    """One way to misuse an optimizer.
+    """One way to misuse an optimizer: `act` does it, with what `Run` offers.
 
-    Attributes:
-        name: of the test.
-        act: does it; takes what `Run` offers.
-        error: what must be raised, exactly.
-        given: part of the message: what was given.
-        remedy: part of the message: what must hold, or what to do.
+    It must raise this very `error`, whose message says what was `given`, and the `remedy`.
     """
 
     name: str

@@ -1,10 +1,13 @@
 """G1, G2, G5: foreach, fused and maximize. G3: test_differentiable.py; G4: test_sparse.py."""
 
+import itertools
+
 import pytest
 import torch
 from torch.optim import SGD
 
 from efsgd import PowerSGDOptimizer
+from tests.algorithms.test_chunks import changes_of
 from tests.optimizers.swap_in.pairs import (
     FORMS,
     IMPLEMENTATIONS,
@@ -44,12 +47,7 @@ def peak(optimizer: torch.optim.Optimizer) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         optimizer.step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
+    return max(itertools.accumulate(changes_of(profile)))
 
 
 @pytest.mark.parametrize("form", ["off", "full rank", "rank 1"])
