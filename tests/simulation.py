@@ -159,8 +159,13 @@ def difference(a: Tensor, b: Tensor) -> float:
 SHAPES = [(12, 10), (10,), (12, 10)]
 
 
-def a_run(world_size: int = 3, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
-    """Workers with two matrices of a batch and a vector, and gradients for some steps."""
-    scenario = Scenario(SHAPES, world_size, {}, 9, 4)
+def a_run(
+    world_size: int = 3,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[list[PowerSGDOptimizer], Scenario]:
+    """Workers, usually with two matrices of a batch and a vector; and gradients for some steps."""
+    scenario = Scenario([*shapes], world_size, {}, 12, 4)
     own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
-    return make_workers(scenario.parameters(), world_size, **own), scenario
+    return make_workers([p.to(dtype) for p in scenario.parameters()], world_size, **own), scenario

@@ -32,6 +32,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+def before_it(change: str) -> dict[str, Any]:
+    """Options of workers that are to change."""
+    is_first = change == "compressed for the first time"
+    return {"min_compression_rate": float("inf")} if is_first else {}
+
+
 def trained(world_size: int, steps: int, **options: Any) -> tuple[list[Any], Scenario]:
     workers, scenario = a_run(world_size, **options)
     train(scenario, range(steps), workers)
@@ -137,9 +143,7 @@ def test_a_worker_whose_settings_make_no_sense_is_heard_by_all(own: dict[str, An
 def test_a_change_whose_step_fails_leaves_no_trace(
     change: str, is_planned: bool, alternating: bool
 ) -> None:
-    options: dict[str, Any] = {"alternating": alternating}
-    if change == "compressed for the first time":
-        options["min_compression_rate"] = float("inf")
+    options = {"alternating": alternating, **before_it(change)}
 
     def started() -> list[Any]:
         workers, _ = trained(3, 2, **options)
@@ -171,7 +175,7 @@ def test_a_change_whose_step_fails_leaves_no_trace(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_that_is_taken_back_after_it_failed_was_none(change: str) -> None:
-    options = {} if change != "compressed for the first time" else {"min_compression_rate": 99.0}
+    options = before_it(change)
     (workers, scenario), (twins, _) = trained(2, 2, **options), trained(2, 2, **options)
     set_own(workers, CHANGES[change])
     count = len(step_with(copy.deepcopy(workers), scenario.gradients(2)))
@@ -186,9 +190,7 @@ def test_a_change_that_is_taken_back_after_it_failed_was_none(change: str) -> No
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_a_change_whose_step_is_refused_comes_with_the_next(change: str, nonfinite: str) -> None:
-    options: dict[str, Any] = {"nonfinite": nonfinite}
-    if change == "compressed for the first time":
-        options["min_compression_rate"] = float("inf")
+    options = {"nonfinite": nonfinite, **before_it(change)}
     (workers, scenario), (twins, _) = trained(2, 2, **options), trained(2, 2, **options)
     for each in (workers, twins):
         plan(each, CHANGES[change])

@@ -1,6 +1,7 @@
 """State: complete, bit-exact, in our own dtypes, interchangeable with torch.optim.SGD's."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import consolidated_state_dict, consolidation
 from efsgd.testing import lockstep
+from tests import simulation
 from tests.simulation import (
     bits,
     difference,
@@ -24,12 +26,7 @@ from tests.strategies import Scenario
 SHAPES = [(12, 10), (10,), (12, 10), (4, 3, 3, 3), ()]
 
 
-def a_run(
-    world_size: int = 3, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[list[PowerSGDOptimizer], Scenario]:
-    scenario = Scenario(SHAPES, world_size, {}, 9, 4)
-    own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
-    return make_workers([p.to(dtype) for p in scenario.parameters()], world_size, **own), scenario
+a_run = partial(simulation.a_run, shapes=SHAPES, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
