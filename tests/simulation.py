@@ -22,6 +22,11 @@ from tests.strategies import Scenario, matrix_dimensions
 SEED = 11
 
 
+def copied(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Copies that require gradients."""
+    return [p.detach().clone().requires_grad_() for p in parameters]
+
+
 def make_workers(
     parameters: Sequence[Tensor], world_size: int, cuts: Sequence[int] = (), **options: Any
 ) -> list[PowerSGDOptimizer]:
@@ -31,7 +36,7 @@ def make_workers(
     bounds = sorted({0, *(cut for cut in cuts if cut < len(parameters)), len(parameters)})
     workers = []
     for _ in range(world_size):
-        own = [p.detach().clone().requires_grad_() for p in parameters]
+        own = copied(parameters)
         groups = [{"params": own[first:end]} for first, end in itertools.pairwise(bounds)]
         workers.append(PowerSGDOptimizer(groups, **options))
     return workers
@@ -154,8 +159,13 @@ def difference(a: Tensor, b: Tensor) -> float:
 SHAPES = [(12, 10), (10,), (12, 10)]
 
 
-def a_run(world_size: int = 3, **options: Any) -> tuple[list[PowerSGDOptimizer], Scenario]:
-    """Workers with two matrices of a batch and a vector, and gradients for some steps."""
-    scenario = Scenario(SHAPES, world_size, {}, 9, 4, ["gaussian"] * 3, ["contiguous"] * 3)
+def a_run(
+    world_size: int = 3,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[list[PowerSGDOptimizer], Scenario]:
+    """Workers, usually with two matrices of a batch and a vector; and gradients for some steps."""
+    scenario = Scenario([*shapes], world_size, {}, 12, 4)
     own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
-    return make_workers(scenario.parameters(), world_size, **own), scenario
+    return make_workers([p.to(dtype) for p in scenario.parameters()], world_size, **own), scenario

@@ -180,7 +180,7 @@ def make_gradient(shape: Shape, kind: str, worker: int, *seed: int) -> Tensor:
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
     """A copy of `tensor` with the strides that `layout` names, one of LAYOUTS.
 
-    The values stay, except with "expanded", where the first slice of the last dimension stands for
+    The values stay, except with "expanded", where the first slice of the last dimension represents
     all. A layout that a tensor's number of dimensions does not allow becomes "contiguous"."""
     if layout == "contiguous":
         return tensor.clone(memory_format=torch.contiguous_format)
@@ -230,8 +230,8 @@ class Scenario:
     hyperparameters: dict[str, Any]
     steps: int
     seed: int
-    kinds: list[str]  # of each parameter
-    layouts: list[str]  # of each parameter
+    kinds: list[str] | None = None  # of each parameter; None: all are gaussian
+    layouts: list[str] | None = None  # of each parameter; None: all are contiguous
     missing: frozenset[tuple[int, int, int]] = field(default_factory=frozenset)
     """(step, worker, parameter) of each gradient that is None."""
 
@@ -247,8 +247,9 @@ class Scenario:
     def _gradient(self, step: int, worker: int, index: int) -> Tensor | None:
         if (step, worker, index) in self.missing:
             return None
-        made = make_gradient(self.shapes[index], self.kinds[index], worker, self.seed, step, index)
-        return with_layout(made, self.layouts[index])
+        kind = self.kinds[index] if self.kinds else "gaussian"
+        made = make_gradient(self.shapes[index], kind, worker, self.seed, step, index)
+        return with_layout(made, self.layouts[index] if self.layouts else "contiguous")
 
     def initial_query(self, index: int, step: int) -> Tensor:
         """Q [m, r], standard normal, as `reference.Reference` asks for it."""

@@ -10,7 +10,7 @@ from efsgd.algorithms.interfaces import Compressor
 from efsgd.testing import Traced
 from tests.compressors.made_compressors import make_workers
 from tests.simulation import step_with
-from tests.strategies import Gradients, make_gradient
+from tests.strategies import Gradients, Scenario
 
 SHAPES = [(12, 10), (10,), (12, 10), (9, 3, 3, 3)]
 AGGREGATIONS = ["gather", "scatter"]
@@ -27,14 +27,9 @@ def workers_of(
     return make_workers(zeros, world_size, compressor, **options)
 
 
-def gradients(
-    world_size: int, step: int, shapes: Sequence[tuple[int, ...]] = SHAPES, kind: str = "gaussian"
-) -> Gradients:
+def gradients(world_size: int, step: int, kind: str = "gaussian") -> Gradients:
     """`gradients[w][i]` of one step."""
-    return [
-        [make_gradient(shape, kind, w, 5, step, i) for i, shape in enumerate(shapes)]
-        for w in range(world_size)
-    ]
+    return Scenario(SHAPES, world_size, {}, 9, 5, [kind] * len(SHAPES)).gradients(step)
 
 
 def train(workers: list[ErrorFeedbackSGD], steps: int, first: int = 0) -> list[Traced]:

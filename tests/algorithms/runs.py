@@ -20,6 +20,6 @@ def a_run(
     compressor: Compressor, world_size: int = 3, **options: Any
 ) -> tuple[list[ErrorFeedbackSGD], Scenario]:
     """Workers with matrices of two batches and a vector, and gradients for some steps."""
-    scenario = Scenario(SHAPES, world_size, {}, 9, 2, ["gaussian"] * 4, ["contiguous"] * 4)
+    scenario = Scenario(SHAPES, world_size, {}, 9, 2)
     options = {"lr": LR, **options}
     return make_workers(scenario.parameters(), world_size, compressor, **options), scenario

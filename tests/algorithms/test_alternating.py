@@ -6,12 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from efsgd import GradientAverager, NonFiniteGradientError, PowerSGD
+from efsgd import NonFiniteGradientError, PowerSGD
 from efsgd.algorithms.alternating import initial_left
 from tests.algorithms.runs import SHAPES
 from tests.algorithms.runs import a_run as a_run_of
 from tests.promises.test_nothing_is_lost import Balance
-from tests.simulation import bits, difference, make_workers, parameters_of, snapshot, step_with
+from tests.simulation import (
+    bits,
+    difference,
+    make_workers,
+    parameters_of,
+    snapshot,
+    step_with,
+    train,
+)
 from tests.strategies import Scenario, gaussian
 
 
@@ -63,8 +71,7 @@ def test_one_all_reduce_carries_all_and_is_as_long_as_announced(start: int) -> N
 
 def test_the_state_has_both_factors_which_a_new_rank_keeps() -> None:
     workers, scenario = a_run()
-    for step in range(3):
-        step_with(workers, scenario.gradients(step))
+    train(scenario, range(3), workers)
     before = {k: workers[0].state[parameters_of(workers[0])[0]][k].clone() for k in ("p", "q")}
     assert before["p"].shape == (9, 2) and before["q"].shape == (8, 2)
     for optimizer in workers:
@@ -84,19 +91,6 @@ def test_changing_the_form_loses_nothing() -> None:
         for optimizer in workers:
             optimizer.param_groups[0]["alternating"] = step not in (2, 3, 4)
         balance.step(workers, scenario.gradients(step))
-
-
-def test_an_averager_takes_it_as_well() -> None:
-    x = torch.zeros(9, 8, requires_grad=True)
-    averager = GradientAverager([x], compressor=PowerSGD(rank=2, alternating=True))
-    total = torch.zeros(9, 8)
-    for step in range(4):
-        x.grad = gaussian((9, 8), step).float()
-        total += x.grad
-        averager.average_()
-        total -= x.grad
-        assert torch.linalg.matrix_rank(x.grad) == 2
-    assert difference(averager.state[x]["error"], total) < 1e-5  # float32
 
 
 # ---- zeros ---------------------------------------------------------------------------------------

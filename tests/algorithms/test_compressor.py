@@ -16,7 +16,7 @@ from efsgd.algorithms.powersgd import PowerIteration
 from efsgd.layout import Blocks, Entry, Layout, matrix_shape
 from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
-from tests.simulation import difference, make_workers, parameters_of, step_with
+from tests.simulation import difference
 from tests.strategies import gaussian, seeds, shape_lists, with_layout
 
 CPU = torch.device("cpu")
@@ -104,22 +104,6 @@ def test_one_cold_step_is_worse_than_the_best_and_repetition_never_hurts() -> No
     assert errors[0] > 1.01 * best
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(errors))
     assert errors[-1] < 1.01 * best
-
-
-def test_the_split_of_a_batch_over_workers_does_not_matter() -> None:
-    data, target = gaussian((24, 9), 1), gaussian((24, 7), 2)
-    ends = []
-    for world_size in (1, 2, 4, 8):
-        workers = make_workers([gaussian((7, 9), 3)], world_size, lr=0.05, momentum=0.9, rank=2)
-        for _ in range(10):
-            weight = parameters_of(workers[0])[0].detach()
-            residual = (data @ weight.mT - target).reshape(world_size, -1, 7)
-            parts = data.reshape(world_size, -1, 9)
-            each = 24 // world_size
-            step_with(workers, [[r.mT @ x / each] for r, x in zip(residual, parts, strict=True)])
-        ends.append(parameters_of(workers[0])[0].detach())
-    for end in ends[1:]:
-        assert difference(end, ends[0]) < 1e-10  # ten steps of rounding
 
 
 @given(shape_lists(max_size=8), st.integers(1, 4), st.integers(0, 5))

@@ -1,7 +1,5 @@
 """LQ-SGD: what is handed over, in which way it is averaged, and real processes."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +7,8 @@ from hypothesis import strategies as st
 
 from efsgd.algorithms.quantization.coded_mean import Parts
 from efsgd.compressors.lq_sgd import LQSGD
-from efsgd.testing import check_in_processes
-from tests.algorithms.lq_sgd_runs import AGGREGATIONS, SHAPES, gradients, train, workers_of
-from tests.simulation import bits, errors_of, parameters_of, replicated, step_with
+from tests.algorithms.lq_sgd_runs import AGGREGATIONS, SHAPES, train, workers_of
+from tests.simulation import bits, errors_of, parameters_of, replicated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -46,25 +43,6 @@ def test_parts_hold_each_number_once(sizes: list[int], world_size: int) -> None:
 # ---- what is sent -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("shapes", [SHAPES, [(12, 10)], [(10,)], [(1, 30), (30, 1), (2, 2)]])
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_bytes_sent_are_bytes_announced(
-    world_size: int, shapes: list[tuple[int, ...]], aggregation: str
-) -> None:
-    for dtype, width in itertools.product((torch.float32, torch.float64), (3, 8, 13)):
-        compressor = LQSGD(1, width, min_compression_rate=0.0, aggregation=aggregation)
-        workers = workers_of(compressor, world_size, shapes, dtype)
-        trace = step_with(workers, gradients(world_size, 0, shapes))
-        control_words = (len(shapes) + world_size) * dtype.itemsize
-        announced = compressor.payload_bytes(shapes, dtype, world_size=world_size)
-        stats = workers[0].communication_stats()
-        assert stats["bytes_sent"] == announced + control_words
-        assert (
-            sum(traced.nbytes for traced in trace[-stats["collectives"] :]) == (stats["bytes_sent"])
-        )
-
-
 def test_with_gather_the_number_of_workers_makes_no_difference() -> None:
     assert len({LQSGD().payload_bytes(SHAPES, world_size=w) for w in (1, 4, 16)}) == 1
 
@@ -90,12 +68,3 @@ def test_every_step_asks_for_the_same(aggregation: str, kinds: list[str]) -> Non
     traces = [train(workers, 1, step) for step in range(3)]
     assert [traced.kind for traced in traces[0]][-len(kinds) :] == kinds
     assert traces[1] == traces[2] == traces[0][-len(kinds) :]
-
-
-# ---- real processes -----------------------------------------------------------------------------
-
-
-@pytest.mark.xdist_group("processes")
-def test_three_processes_compute_what_lockstep_computes() -> None:
-    both = [LQSGD(rank=2, bits=5, aggregation=aggregation) for aggregation in AGGREGATIONS]
-    check_in_processes(both, processes=3, shapes=[(24, 16), (24, 16), (8, 3, 3, 3), (40, 30)])

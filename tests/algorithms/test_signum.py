@@ -62,7 +62,7 @@ def workers_of(
 
 def a_run(world_size: int = 3, **options: Any) -> tuple[list[Signum], Scenario]:
     shapes: list[tuple[int, ...]] = [(12, 10), (7,), (), (4, 3, 2)]
-    scenario = Scenario(shapes, world_size, {}, 9, 4, ["gaussian"] * 4, ["contiguous"] * 4)
+    scenario = Scenario(shapes, world_size, {}, 9, 4)
     return workers_of(scenario.parameters(), world_size, **{"lr": 0.01, **options}), scenario
 
 
@@ -145,45 +145,24 @@ def test_what_no_worker_has_a_gradient_for_stays_as_it_is() -> None:
     for own in given:
         own[0] = own[2] = None
     given[1][3] = None  # others have one
-    before = [bits([(parameters_of(o)[i], momenta_of(o)[i]) for i in (0, 2)]) for o in workers]
-    others = [bits([(parameters_of(o)[i], momenta_of(o)[i]) for i in (1, 3)]) for o in workers]
+    before = [[*map(bits, [*parameters_of(o), *momenta_of(o)])] for o in workers]
     step_with(workers, given)
-    for optimizer, same, other in zip(workers, before, others, strict=True):
-        x, m = parameters_of(optimizer), momenta_of(optimizer)
-        assert bits([(x[i], m[i]) for i in (0, 2)]) == same
-        for place, now in enumerate([(x[i], m[i]) for i in (1, 3)]):
-            assert bits(now[0]) != other[place][0]
-            assert bits(now[1]) != other[place][1]
+    for optimizer, old in zip(workers, before, strict=True):
+        now = map(bits, [*parameters_of(optimizer), *momenta_of(optimizer)])
+        assert [a == b for a, b in zip(now, old, strict=True)] == [True, False, True, False] * 2
 
 
-def test_one_worker_without_momentum_is_sign_sgd() -> None:
-    [optimizer], scenario = a_run(1, momentum=0.0)
-    expected = [
-        p.detach() - 0.01 * g.sign()
-        for p, g in zip(parameters_of(optimizer), scenario.gradients(0)[0], strict=True)
-    ]
-    step_with([optimizer], scenario.gradients(0))
-    assert bits(parameters_of(optimizer)) == bits(expected)
-
-
-@pytest.mark.parametrize("exponent", [-60, 60])
-def test_the_scale_of_gradients_does_not_matter(exponent: int) -> None:
-    (workers, scenario), (others, _) = a_run(), a_run()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+def test_the_scale_of_gradients_does_not_matter(exponent: int, dtype: torch.dtype) -> None:
+    parameters, scenario = a_run()[1].parameters(), a_run()[1]
+    workers, others = (workers_of(parameters, 3, dtype, lr=0.01) for _ in range(2))
     for step in range(4):
         step_with(workers, scenario.gradients(step))
         scaled = [[math.ldexp(1, exponent) * g for g in own] for own in scenario.gradients(step)]
         step_with(others, scaled)
     assert bits(parameters_of(workers[0])) == bits(parameters_of(others[0]))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_tiny_and_huge_gradients_keep_all_finite(scale: float) -> None:
-    parameters = a_run()[1].parameters()
-    workers, scenario = workers_of(parameters, 3, torch.float32, lr=0.01), a_run()[1]
-    for step in range(4):
-        step_with(workers, [[scale * g for g in own] for own in scenario.gradients(step)])
-    for optimizer in workers:
-        assert all(bool(t.isfinite().all()) for t in parameters_of(optimizer))
+    for optimizer in others:
         assert all(bool(m.isfinite().all()) and bool(m.any()) for m in momenta_of(optimizer))
 
 

@@ -9,11 +9,13 @@ from efsgd import PowerSGDOptimizer
 from efsgd.algorithms.error_feedback import descend_
 from efsgd.algorithms.sgd import sgd_
 
+SGD: dict[str, Any] = {"momentum_form": "sgd"}
 
-@pytest.mark.parametrize("kernels", [{}, {"foreach": True}, {"fused": True}], ids=str)
-def test_float16_survives_updates_that_it_cannot_hold(kernels: dict[str, Any]) -> None:
+
+@pytest.mark.parametrize("form", [{}, SGD, SGD | {"foreach": True}, SGD | {"fused": True}], ids=str)
+def test_float16_survives_updates_that_it_cannot_hold(form: dict[str, Any]) -> None:
     x = torch.zeros(8, 8, dtype=torch.float16, requires_grad=True)
-    optimizer = PowerSGDOptimizer([x], lr=1e-6, rank=1, momentum_form="sgd", **kernels)
+    optimizer = PowerSGDOptimizer([x], lr=1e-6, rank=1, **form)
     generator = torch.Generator().manual_seed(0)
     for step in range(4):  # errors and gradients add up to more than 65504
         x.grad = (torch.rand(8, 8, generator=generator) * 60000).half()

@@ -10,6 +10,7 @@ from torch import Tensor
 from efsgd import Claims, ErrorFeedbackSGD, Field, TensorCompressor
 from efsgd.algorithms.operators import Payload
 from efsgd.randomness import Draws
+from tests.simulation import copied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def make_workers(
     """Plain SGD steps of length 1, so that parameters show the updates."""
     workers = []
     for _ in range(world_size):
-        own = [p.detach().clone().requires_grad_() for p in parameters]
+        own = copied(parameters)
         own_options = {"lr": 1.0, "momentum_form": "sgd", "compressor": compressor, **options}
         workers.append(ErrorFeedbackSGD(own, **own_options))
     return workers

@@ -9,11 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd.compressors.spectral_atomo import (
-    draw_until,
-    inclusion_probabilities,
-    systematic_sample,
-)
+from efsgd.compressors.spectral_atomo import draw_until, inclusion_probabilities, systematic_sample
 from tests.strategies import generator, seeds
 
 

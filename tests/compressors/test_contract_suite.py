@@ -26,9 +26,12 @@ EVERY_COMPRESSOR: list[Any] = [
     PowerSGD(rank=2, warm_start=False),
     PowerSGD(rank=2, alternating=True),
     PowerSGDPlus(rank=2, refresh_every=3),
+    PowerSGDPlus(rank=2, refresh_every=3, svd="randomized"),
     PowerSGDPlus(rank=1, refresh_every=2, svd="randomized", refresh_update="exact"),
     LQSGD(rank=2),
     LQSGD(rank=2, bits=4, aggregation="scatter"),
+    LQSGD(rank=1, bits=13, min_compression_rate=0.0, aggregation="scatter"),
+    LQSGD(rank=2, bits=2),
     TopK(density=0.1),
     TopK(rank=1),
     TopK(density=0.1, scope="model"),
@@ -63,4 +66,4 @@ def test_the_laws_hold_without_error_feedback(compressor: Any) -> None:
 
 @pytest.mark.xdist_group("processes")
 def test_worker_processes_compute_what_lockstep_computes() -> None:
-    check_in_processes(EVERY_COMPRESSOR)
+    check_in_processes(EVERY_COMPRESSOR, processes=3)

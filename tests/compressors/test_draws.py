@@ -41,6 +41,11 @@ def test_what_is_remembered_is_that_of_one_seed_tensor_step_and_key() -> None:
     assert len(other) == 6
 
 
+def test_private_numbers_are_not_for_decompressing() -> None:
+    with pytest.raises(RuntimeError, match="Only compress"):
+        Draws(0, 0, 0, None).private()
+
+
 def test_draws_that_remember_are_equal_to_those_that_do_not() -> None:
     drawn: dict[Any, Any] = {"some": "thing"}
     assert Draws(1, 2, 3, None, drawn) == Draws(1, 2, 3, None)

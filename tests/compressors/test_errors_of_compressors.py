@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from efsgd import (
-    CollectiveError,
     ErrorFeedbackSGD,
     Field,
     NonFiniteGradientError,
@@ -151,23 +150,3 @@ def test_a_change_is_announced_whatever_the_default_dtype(count: int) -> None:
             step_with(workers, made)
     finally:
         torch.set_default_dtype(default)
-
-
-def test_a_compressor_that_raises_leaves_no_one_waiting() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Moody(Signs):
-        def compress(self, delta: Tensor, draws: Draws) -> Payload:
-            if float(delta.view(-1)[0]) > 50:
-                raise ArithmeticError("not today")
-            return super().compress(delta, draws)
-
-    workers = make_workers([torch.zeros(6, 5)], 3, Moody(), error_feedback=False)
-    step_with(workers, gradients(0, 3))
-    before = snapshot(workers)
-    bad = gradients(1, 3)
-    assert bad[2][0] is not None
-    bad[2][0][0, 0] = 99.0
-    with pytest.raises(CollectiveError, match="worker 2") as caught:
-        step_with(workers, bad)
-    assert any("not today" in note for note in caught.value.__notes__)
-    assert bits(snapshot(workers)) == bits(before)

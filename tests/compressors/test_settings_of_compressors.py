@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -20,6 +21,7 @@ from efsgd import (
     GradientAverager,
     PowerSGD,
     PowerSGDPlus,
+    RandomBlock,
     RandomK,
     SpectralAtomo,
     TensorCompressor,
@@ -141,6 +143,12 @@ OUT_OF_RANGE: list[tuple[Any, str, Any, str]] = [
     (UniformQuantized, "stochastic", 1, BOOL),
     *((kind, "seed", -1, "an integer of at least 0") for kind in (LQSGD, SpectralAtomo)),
     *((kind, "seed", None, "an integer of at least 0") for kind in (PowerSGD, UniformQuantized)),
+    *(
+        (partial(kind, density=0.1), "seed", value, "an integer of at least 0")
+        for kind in (RandomK, RandomBlock)
+        for value in (-1, 0.5, True, None)
+    ),
+    *((partial(TopK, density=0.1), "scope", s, "'tensor' or 'model'") for s in ("layer", None, 1)),
 ]
 
 
@@ -180,7 +188,17 @@ def test_scalars_of_numpy_and_torch_are_numbers(given: Any, same: Any) -> None:
     assert given.payload_bytes([(8, 6)]) == same.payload_bytes([(8, 6)])
 
 
+NO_TUPLE, OTHER = "must return a tuple of tensors", r"Invalid payload.*announce"
+
+
 class TestMistakesOfAuthors:
+    def test_a_compressor_that_is_no_dataclass(self) -> None:
+        class Plain(TensorCompressor):
+            pass
+
+        with pytest.raises(TypeError, match="Plain is no dataclass"):
+            an_optimizer(Plain())
+
     def test_a_dataclass_that_is_not_frozen(self) -> None:
         @dataclasses.dataclass
         class Unfrozen(TensorCompressor):
@@ -199,16 +217,30 @@ class TestMistakesOfAuthors:
             optimizer.average_()
 
     @pytest.mark.parametrize("averages", [True, False])
-    @pytest.mark.parametrize("payload", [None, torch.zeros(48), [1, 2]], ids=type)
-    def test_a_payload_that_is_no_tuple_of_tensors(self, payload: Any, averages: bool) -> None:
+    @pytest.mark.parametrize(
+        ("payload", "error", "words"),
+        [
+            *((bad, TypeError, NO_TUPLE) for bad in (None, torch.zeros(48), [1, 2])),
+            ((torch.zeros(2),), ValueError, OTHER),
+            ((torch.zeros(48), torch.zeros(1)), ValueError, OTHER),
+            ((torch.zeros(48, dtype=torch.float64),), ValueError, OTHER),
+            ((torch.zeros(48, 1),), ValueError, OTHER),
+        ],
+    )
+    def test_a_payload_that_is_not_what_was_announced(
+        self, payload: Any, error: type[Exception], words: str, averages: bool
+    ) -> None:
         class Wrong(Everything):
             def compress(self, delta: Tensor, draws: Draws) -> Payload:
                 found: Payload = payload
                 return found
 
         Wrong.averages = averages
-        with pytest.raises(TypeError, match="must return a tuple of tensors"):
-            GradientAverager([a_parameter()], Wrong()).average_()
+        x = a_parameter()
+        before = x.grad.clone()
+        with pytest.raises(error, match=words):
+            GradientAverager([x], Wrong()).average_()
+        assert torch.equal(x.grad, before)
 
     def test_a_result_of_another_shape(self) -> None:
         class Flat(Everything):

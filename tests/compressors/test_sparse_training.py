@@ -8,38 +8,18 @@ import torch
 from efsgd import ErrorFeedbackSGD, TensorCompressor
 from efsgd.compressors.identity import Identity
 from efsgd.compressors.top_k import TopK
+from tests.compressors.made_compressors import make_workers
 from tests.promises.sparse_reference import ALL, SHAPES, NaiveRun
-from tests.simulation import (
-    errors_of,
-    parameters_of,
-    set_gradients,
-    step_with,
-)
-from tests.strategies import assert_close, gaussian, make_gradient
+from tests.simulation import copied, errors_of, parameters_of, set_gradients, step_with
+from tests.strategies import Scenario, assert_close, gaussian
 
 
-def make(
-    compressor: TensorCompressor,
-    world_size: int = 3,
-    dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> list[ErrorFeedbackSGD]:
-    workers = []
-    for _ in range(world_size):
-        own = [gaussian(s, 1, i).to(dtype).requires_grad_() for i, s in enumerate(SHAPES)]
-        options = {"lr": 0.1, "momentum": 0.9, **options}
-        workers.append(ErrorFeedbackSGD(own, compressor=compressor, **options))
-    return workers
-
-
-def made(kinds: list[str], step: int, world_size: int = 3, scale: float = 1.0) -> list[list[Any]]:
-    return [
-        [scale * make_gradient(s, kinds[i], w, 7, step, i) for i, s in enumerate(SHAPES)]
-        for w in range(world_size)
-    ]
-
-
-GAUSSIAN = ["gaussian"] * len(SHAPES)
+def a_run(
+    compressor: TensorCompressor, world_size: int = 3, **options: Any
+) -> tuple[list[ErrorFeedbackSGD], Scenario]:
+    scenario = Scenario(SHAPES, world_size, {}, 6, 7)
+    options = {"lr": 0.1, "momentum": 0.9, "momentum_form": "paper", **options}
+    return make_workers(scenario.parameters(), world_size, compressor, **options), scenario
 
 
 @pytest.mark.parametrize("compressor", ALL, ids=str)
@@ -47,9 +27,10 @@ GAUSSIAN = ["gaussian"] * len(SHAPES)
 def test_training_is_algorithm_2_with_the_definition(
     compressor: TensorCompressor, world_size: int
 ) -> None:
-    workers, naive = make(compressor, world_size), NaiveRun(compressor, world_size)
-    for step in range(6):
-        gradients = made(GAUSSIAN, step, world_size)
+    workers, scenario = a_run(compressor, world_size)
+    naive = NaiveRun(compressor, scenario)
+    for step in range(scenario.steps):
+        gradients = scenario.gradients(step)
         step_with(workers, gradients)
         naive.step(gradients)
         for w, worker in enumerate(workers):
@@ -65,10 +46,10 @@ def test_training_is_algorithm_2_with_the_definition(
 def test_what_is_applied_scales_with_the_gradients(
     compressor: TensorCompressor, scale: float
 ) -> None:
-    one, other = make(compressor), make(compressor)
+    (one, scenario), (other, _) = a_run(compressor), a_run(compressor)
     for step in range(3):
-        step_with(one, made(GAUSSIAN, step))
-        step_with(other, made(GAUSSIAN, step, scale=scale))
+        step_with(one, scenario.gradients(step))
+        step_with(other, [[scale * g for g in own] for own in scenario.gradients(step)])
     for a, b in zip(one, other, strict=True):
         applied = [[w.state[p]["momentum_buffer"] for p in parameters_of(w)] for w in (a, b)]
         kept = [errors_of(w) for w in (a, b)]
@@ -93,11 +74,11 @@ def test_the_scope_of_a_model_is_one_group_s_settings() -> None:
 
 
 def test_identity_is_sgd_and_keeps_no_errors() -> None:
-    workers = make(Identity(), momentum_form="sgd", nesterov=True)
-    own = [gaussian(s, 1, i).requires_grad_() for i, s in enumerate(SHAPES)]
+    workers, scenario = a_run(Identity(), momentum_form="sgd", nesterov=True)
+    own = copied(scenario.parameters())
     sgd = torch.optim.SGD(own, lr=0.1, momentum=0.9, nesterov=True)
     for step in range(4):
-        gradients = made(GAUSSIAN, step)
+        gradients = scenario.gradients(step)
         step_with(workers, gradients)
         set_gradients([sgd], [[torch.stack(g).mean(0) for g in zip(*gradients, strict=True)]])
         sgd.step()

@@ -113,20 +113,6 @@ def test_bringing_a_tensor_to_scale_changes_no_digit() -> None:
         assert torch.equal(decompressed(SpectralAtomo(4), delta), delta)
 
 
-@pytest.mark.parametrize("shape", [(8, 6), (4, 6, 3), (10,), (7,), ()])
-def test_a_payload_is_added_as_it_is_decompressed(shape: Shape) -> None:
-    delta, start, compressor = gaussian(shape, 1), gaussian(shape, 2), SpectralAtomo(2)
-    payload = compressor.compress(delta, Draws(0, 0, 0, 0))
-    n, m = atomo_shape(shape)
-    assert sum(map(len, payload)) == min(2, n, m) * (n + m + 1)
-    out = start.clone()
-    compressor.add_decompressed_(out, payload, SHARED, alpha=-0.3)
-    expected = start - 0.3 * compressor.decompress(payload, delta.shape, SHARED)
-    assert difference(out, expected) < 1e-14
-    zeros = [torch.zeros_like(part) for part in payload]
-    assert not compressor.decompress(zeros, delta.shape, SHARED).any()
-
-
 # ---- shapes, sizes, workers ---------------------------------------------------------------------
 
 

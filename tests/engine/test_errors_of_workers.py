@@ -20,6 +20,7 @@ from efsgd.algorithms.operators import Payload
 from efsgd.layout import Blocks
 from efsgd.randomness import Draws
 from efsgd.testing import lockstep, step_together
+from tests.engine.test_handshake import change
 from tests.simulation import (
     a_run,
     bits,
@@ -36,30 +37,20 @@ def replace_momentum(optimizer: PowerSGDOptimizer) -> None:
     optimizer.state[parameters_of(optimizer)[0]]["momentum_buffer"] = torch.zeros(3)
 
 
-def zero_rank(optimizer: PowerSGDOptimizer) -> None:
-    optimizer.param_groups[0]["rank"] = 0
+MISTAKES: dict[str, Callable[[PowerSGDOptimizer], object]] = {
+    "another momentum": replace_momentum,
+    "rank 0": change("rank", 0),
+    "infinite lr": change("lr", math.inf),
+    "no rank": lambda optimizer: optimizer.param_groups[0].pop("rank"),
+    "differentiable": change("differentiable", True),
+}
 
 
-def infinite_lr(optimizer: PowerSGDOptimizer) -> None:
-    optimizer.param_groups[0]["lr"] = math.inf
-
-
-def no_rank(optimizer: PowerSGDOptimizer) -> None:
-    del optimizer.param_groups[0]["rank"]
-
-
-def differentiable(optimizer: PowerSGDOptimizer) -> None:
-    optimizer.param_groups[0]["differentiable"] = True
-
-
-MISTAKES = [replace_momentum, zero_rank, infinite_lr, no_rank, differentiable]
-
-
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
 @pytest.mark.parametrize("options", [{}, {"check_every": 2}, {"start_compressing_at": 2}], ids=str)
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_an_error_on_one_worker_keeps_nobody_waiting(
-    steps: int, options: dict[str, int], mistake: Callable[[PowerSGDOptimizer], None]
+    steps: int, options: dict[str, int], mistake: Callable[[PowerSGDOptimizer], object]
 ) -> None:
     workers, scenario = a_run(3, **options)
     train(scenario, range(steps), workers)
@@ -133,11 +124,17 @@ def failing_top_k() -> TopK:
 
 
 @pytest.mark.parametrize("make", [lambda: Failing(rank=2), failing_top_k], ids=["rank", "top k"])
-def test_what_a_compressor_raises_on_one_worker_reaches_all(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_what_a_compressor_raises_on_one_worker_reaches_all(
+    make: Callable[[], Any], error_feedback: bool
+) -> None:
     _, scenario = a_run(3)
     compressors = [make() for _ in range(3)]
+    options: dict[str, Any] = {"lr": 0.1, "error_feedback": error_feedback}
     workers = [
-        ErrorFeedbackSGD([p.requires_grad_() for p in scenario.parameters()], lr=0.1, compressor=c)
+        ErrorFeedbackSGD(
+            [p.requires_grad_() for p in scenario.parameters()], compressor=c, **options
+        )
         for c in compressors
     ]
     step_with(workers, scenario.gradients(0))

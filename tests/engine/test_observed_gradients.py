@@ -3,6 +3,7 @@
 Sums are compared bit by bit: gradients here are small multiples of powers of two.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from efsgd import ErrorFeedbackSGD, GradientAverager, NonFiniteGradientError, Po
 from efsgd.compressors import TopK
 from efsgd.rank import Accordion, RankScheduler
 from tests.rank.rank_runs import SQUARE, Team, individual, of_norm
+from tests.simulation import parameters_of
 
 
 def watched(
@@ -34,14 +36,21 @@ def steps(scheduler: RankScheduler) -> int:
     return scheduler.policy.accumulators[0].steps
 
 
+def step_with(optimizer: Any, *gradients: float | complex | Tensor | None) -> None:
+    """Steps with these gradients, of which numbers are those of all elements."""
+    for parameter, given in zip(parameters_of(optimizer), gradients, strict=True):
+        is_number = isinstance(given, int | float | complex)
+        parameter.grad = torch.full_like(parameter.detach(), given) if is_number else given
+    optimizer.step()
+
+
 def test_sums_begin_anew_with_each_window_that_counts() -> None:
     parameter = torch.zeros(SQUARE, requires_grad=True)
     optimizer = PowerSGDOptimizer([parameter], lr=0.1)
     scheduler = RankScheduler(optimizer, Accordion(1, 4, interval=2))
     for window in range(4):
         for step in range(3):
-            parameter.grad = torch.full(SQUARE, 2.0**step)
-            optimizer.step()
+            step_with(optimizer, 2.0**step)
         if window % 2 == 0:
             assert sums(scheduler)[0].equal(torch.full(SQUARE, 7.0))
             assert steps(scheduler) == 3
@@ -56,8 +65,7 @@ def test_gradients_count_as_they_are_weighted() -> None:
     optimizer, scheduler = watched([parameter])
     for weight in (1.0, 0.5, 0.0):
         optimizer.weight = weight
-        parameter.grad = torch.full(SQUARE, 4.0)
-        optimizer.step()
+        step_with(optimizer, 4.0)
     assert sums(scheduler)[0].equal(torch.full(SQUARE, 6.0))
 
 
@@ -96,13 +104,9 @@ def test_a_step_that_is_not_applied_is_not_seen(nonfinite: str) -> None:
     parameters = [torch.zeros(SQUARE, requires_grad=True) for _ in range(2)]
     optimizer, scheduler = watched(parameters, nonfinite=nonfinite)
     for bad in (False, True, False):
-        parameters[0].grad = torch.full(SQUARE, 4.0)
-        parameters[1].grad = torch.full(SQUARE, math.nan if bad else 1.0)
-        if bad and nonfinite == "raise":
-            with pytest.raises(NonFiniteGradientError):
-                optimizer.step()
-        else:
-            optimizer.step()
+        raises = pytest.raises(NonFiniteGradientError)
+        with raises if bad and nonfinite == "raise" else contextlib.nullcontext():
+            step_with(optimizer, 4.0, math.nan if bad else 1.0)
     assert sums(scheduler)[0].equal(torch.full(SQUARE, 8.0))
     assert steps(scheduler) == 2
 
@@ -128,9 +132,7 @@ def test_a_group_that_is_added_has_its_own_rank_up_to_the_next_decision() -> Non
     for window in range(5):
         if window == 1:
             optimizer.add_param_group({"params": [second]})
-        for parameter in (first, second):
-            parameter.grad = torch.full(SQUARE, 1.0)
-        optimizer.step()
+        step_with(optimizer, *[1.0] * len(optimizer.param_groups))
         scheduler.step()
         decided.append(list(scheduler.get_last_ranks().values()))
     # It is first seen in window 2, and compared with that in window 4.
@@ -145,9 +147,7 @@ def test_a_group_that_is_added_while_gradients_are_summed_has_the_high_rank() ->
         for step in range(2):
             if (window, step) == (1, 1):
                 optimizer.add_param_group({"params": [second]})
-            for parameter in (first, second):
-                parameter.grad = torch.full(SQUARE, 1.0)
-            optimizer.step()
+            step_with(optimizer, *[1.0] * len(optimizer.param_groups))
         scheduler.step()
         decided.append(list(scheduler.get_last_ranks().values()))
     assert decided == [[4], [1, 4], [1, 4], [1, 1]]
@@ -159,9 +159,7 @@ def test_a_parameter_that_is_frozen_and_thawed_has_the_high_rank() -> None:
     decided = []
     for is_frozen in (False, False, True, True, False, False):
         frozen.requires_grad_(not is_frozen)
-        frozen.grad = None if is_frozen else torch.full(SQUARE, 1.0)
-        other.grad = torch.full(SQUARE, 1.0)
-        optimizer.step()
+        step_with(optimizer, None if is_frozen else 1.0, 1.0)
         scheduler.step()
         decided.append(individual(optimizer))
     assert decided == [[4, 4], [1, 1], [4, 1], [4, 1], [4, 1], [1, 1]]
@@ -185,8 +183,7 @@ def test_sums_have_more_digits_than_bfloat16_parameters() -> None:
     parameter = torch.zeros(SQUARE, dtype=torch.bfloat16, requires_grad=True)
     optimizer, scheduler = watched([parameter])
     for gradient in (1.0, 2.0**-10):
-        parameter.grad = torch.full(SQUARE, gradient, dtype=torch.bfloat16)
-        optimizer.step()
+        step_with(optimizer, gradient)
     assert sums(scheduler)[0].equal(torch.full(SQUARE, 1 + 2.0**-10))
 
 
@@ -196,8 +193,7 @@ def test_a_complex_parameter_has_the_norm_of_both_its_parts() -> None:
     decided = []
     # The elements' magnitudes are 1, 1 and 1/4. The real part alone would tell something else.
     for gradient in (1.0 + 0.0j, 0.0 + 1.0j, 0.25 + 0.0j):
-        parameter.grad = torch.full(SQUARE, gradient, dtype=torch.complex64)
-        optimizer.step()
+        step_with(optimizer, gradient)
         scheduler.step()
         decided += individual(optimizer)
     assert decided == [4, 1, 4]
@@ -210,15 +206,9 @@ def test_vectors_of_any_shape_count_where_they_are_compressed() -> None:
     optimizer = ErrorFeedbackSGD(parameters, lr=0.5, compressor=TopK(density=0.5))
     policy = Accordion(0.25, 0.5, interval=1, setting="density")
     scheduler = RankScheduler(optimizer, policy)
-    for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 2.0, requires_grad=False)
-    optimizer.step()
+    step_with(optimizer, 2.0, 2.0, 2.0)
     found = sums(scheduler)
-    assert {index: tuple(value.shape) for index, value in found.items()} == {
-        0: (2,),
-        1: (40,),
-        2: (14,),
-    }
+    assert [tuple(found[index].shape) for index in sorted(found)] == [(2,), (40,), (14,)]
     squares = {index: float(value.square().sum()) for index, value in found.items()}
     assert squares == {0: 8.0, 1: 160.0, 2: 28.0}
 
@@ -227,9 +217,7 @@ def test_empty_parameters_are_left_alone() -> None:
     parameters = [torch.zeros(shape, requires_grad=True) for shape in ((0, 8), SQUARE, (3, 0, 2))]
     optimizer, scheduler = watched(parameters)
     for _ in range(2):
-        for parameter in parameters:
-            parameter.grad = torch.ones_like(parameter, requires_grad=False)
-        optimizer.step()
+        step_with(optimizer, 1.0, 1.0, 1.0)
         scheduler.step()
     assert individual(optimizer) == [None, 1, None]
 
@@ -241,16 +229,12 @@ def test_parameters_of_two_dtypes_are_seen_in_two_parts_of_one_step() -> None:
     decided = []
     for norms in ((4, 4, 4, 4), (4, 1, 4, 1)):
         for _ in range(3):
-            for parameter, norm in zip(parameters, norms, strict=True):
-                parameter.grad = of_norm(norm).to(parameter.dtype)
-            optimizer.step()
+            step_with(optimizer, *(of_norm(n).to(d) for n, d in zip(norms, dtypes, strict=True)))
         assert steps(scheduler) == 3
-        assert {index: value.dtype for index, value in sums(scheduler).items()} == {
-            0: torch.float64,
-            1: torch.float32,
-            2: torch.float32,
-            3: torch.float64,
-        }
+        wide = [torch.float64, torch.float32, torch.float32, torch.float64]
+        assert {index: value.dtype for index, value in sums(scheduler).items()} == dict(
+            enumerate(wide)
+        )
         scheduler.step()
         decided.append(individual(optimizer))
     assert decided == [[4, 4, 4, 4], [1, 4, 1, 4]]
@@ -259,8 +243,7 @@ def test_parameters_of_two_dtypes_are_seen_in_two_parts_of_one_step() -> None:
 def test_sums_are_apart_from_gradients_and_from_what_was_saved() -> None:
     parameter = torch.zeros(SQUARE, requires_grad=True)
     optimizer, scheduler = watched([parameter])
-    parameter.grad = torch.ones(SQUARE)
-    optimizer.step()
+    step_with(optimizer, 1.0)
     saved = scheduler.state_dict()
     parameter.grad.fill_(5.0)
     assert sums(scheduler)[0].equal(torch.ones(SQUARE))

@@ -11,12 +11,6 @@ from tests.rank.rank_changes import OWN, matrices, ranks, set_own
 from tests.simulation import a_run, parameters_of, step_with, unchanged
 
 
-def test_it_is_none_unless_it_is_given() -> None:
-    optimizer = PowerSGDOptimizer([{"params": matrices(2)}, {"params": matrices(1)}], rank=2)
-    assert [group["per_parameter"] for group in optimizer.param_groups] == [None, None]
-    assert ranks(optimizer) == [2, 2, 2]
-
-
 def test_it_is_given_with_a_group_at_construction_and_later() -> None:
     groups: list[dict[str, Any]] = [
         {"params": matrices(2), "per_parameter": {"rank": [3, None]}},
@@ -24,6 +18,7 @@ def test_it_is_given_with_a_group_at_construction_and_later() -> None:
     ]
     optimizer = PowerSGDOptimizer(groups, rank=2)
     assert ranks(optimizer) == [3, 2, 1]
+    assert optimizer.param_groups[1]["per_parameter"] is None  # unless it is given
     optimizer.add_param_group({"params": matrices(2), "per_parameter": {"rank": (None, 5)}})
     assert ranks(optimizer) == [3, 2, 1, 2, 5]
     named = [(f"layer {index}", p) for index, p in enumerate(matrices(2))]
@@ -52,15 +47,9 @@ def test_a_change_takes_effect_with_the_next_step() -> None:
     group["per_parameter"]["rank"][0] = 1  # in place: seen, if not recommended
     step_with([optimizer], scenario.gradients(3))
     assert ranks(optimizer) == [1, None, 3]
-
-
-def test_the_group_s_own_value_is_that_of_all_others() -> None:
-    [optimizer], scenario = a_run(1)
-    optimizer.param_groups[0].update(per_parameter=OWN, rank=4, min_compression_rate=0.0)
-    step_with([optimizer], scenario.gradients(0))
-    assert ranks(optimizer) == [1, None, 3]
-    optimizer.param_groups[0]["per_parameter"] = {"rank": (1, None, None)}
-    step_with([optimizer], scenario.gradients(1))
+    # The group's own value is that of all others.
+    group.update(per_parameter={"rank": (1, None, None)}, rank=4, min_compression_rate=0.0)
+    step_with([optimizer], scenario.gradients(4))
     assert ranks(optimizer) == [1, None, 4]
 
 

@@ -6,12 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from efsgd import (
-    CollectiveError,
-    NonFiniteGradientError,
-    PowerSGDOptimizer,
-    WorkerMismatchError,
-)
+from efsgd import CollectiveError, NonFiniteGradientError, PowerSGDOptimizer, WorkerMismatchError
 from efsgd.testing import step_together
 from tests.rank.rank_changes import set_own
 from tests.simulation import (
@@ -37,6 +32,12 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+def before_it(change: str) -> dict[str, Any]:
+    """Options of workers that are to change."""
+    is_first = change == "compressed for the first time"
+    return {"min_compression_rate": float("inf")} if is_first else {}
+
+
 def trained(world_size: int, steps: int, **options: Any) -> tuple[list[Any], Scenario]:
     workers, scenario = a_run(world_size, **options)
     train(scenario, range(steps), workers)
@@ -52,36 +53,28 @@ def plan(workers: list[PowerSGDOptimizer], own: dict[str, Any]) -> None:
 # ---- what it costs ------------------------------------------------------------------------------
 
 
-def test_a_change_that_all_plan_is_not_announced() -> None:
+@pytest.mark.parametrize("is_planned", [True, False])
+@pytest.mark.parametrize("own", [CHANGES["lower and higher"], {}], ids=["a change", "none"])
+def test_a_change_costs_comparisons_and_unplanned_the_step_before(
+    own: dict[str, Any], is_planned: bool
+) -> None:
     workers, scenario = trained(3, 2)
     usual = step_with(workers, scenario.gradients(2))
     assert [traced.kind for traced in usual] == [REDUCE] * 2
-    plan(workers, CHANGES["lower and higher"])
+    set_own(workers, own)
+    if is_planned:
+        plan(workers, own)
     trace = step_with(workers, scenario.gradients(3))
+    if own and not is_planned:
+        # The collectives of the step before, all zeros; then as for a change that is planned.
+        assert [(t.kind, t.shape) for t in trace[:2]] == [(t.kind, t.shape) for t in usual]
+        trace = trace[2:]
     # What all have in common is compared, then how they round, and the step is taken.
-    assert [traced.kind for traced in trace] == [GATHER] * 2 + [REDUCE] * 2
-    assert all(t.purpose == "digests of settings, parameters and state" for t in trace[:2])
-    assert sum(t.nbytes for t in trace[:2]) == 2 * 24
+    compared = 2 if own else int(is_planned)
+    assert [traced.kind for traced in trace] == [GATHER] * compared + [REDUCE] * 2
+    assert all(t.purpose == "digests of settings, parameters and state" for t in trace[:compared])
+    assert sum(t.nbytes for t in trace[:compared]) == compared * 24
     assert [t.kind for t in step_with(workers, scenario.gradients(4))] == [REDUCE] * 2
-
-
-def test_one_that_is_not_planned_costs_the_step_before_as_well() -> None:
-    workers, scenario = trained(3, 2)
-    usual = step_with(workers, scenario.gradients(2))
-    set_own(workers, CHANGES["lower and higher"])
-    trace = step_with(workers, scenario.gradients(3))
-    # The collectives of the step before, all zeros; then as above.
-    assert [(t.kind, t.shape) for t in trace[:2]] == [(t.kind, t.shape) for t in usual]
-    assert [traced.kind for traced in trace[2:]] == [GATHER] * 2 + [REDUCE] * 2
-
-
-def test_a_plan_without_a_change_costs_one_comparison() -> None:
-    workers, scenario = trained(2, 2)
-    for worker in workers:
-        worker.plan_change()
-    kinds = [traced.kind for traced in step_with(workers, scenario.gradients(2))]
-    assert kinds == [GATHER, REDUCE, REDUCE]
-    assert len(step_with(workers, scenario.gradients(3))) == 2
 
 
 def test_planned_or_not_the_step_is_the_same() -> None:
@@ -150,9 +143,7 @@ def test_a_worker_whose_settings_make_no_sense_is_heard_by_all(own: dict[str, An
 def test_a_change_whose_step_fails_leaves_no_trace(
     change: str, is_planned: bool, alternating: bool
 ) -> None:
-    options: dict[str, Any] = {"alternating": alternating}
-    if change == "compressed for the first time":
-        options["min_compression_rate"] = float("inf")
+    options = {"alternating": alternating, **before_it(change)}
 
     def started() -> list[Any]:
         workers, _ = trained(3, 2, **options)
@@ -184,7 +175,7 @@ def test_a_change_whose_step_fails_leaves_no_trace(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_that_is_taken_back_after_it_failed_was_none(change: str) -> None:
-    options = {} if change != "compressed for the first time" else {"min_compression_rate": 99.0}
+    options = before_it(change)
     (workers, scenario), (twins, _) = trained(2, 2, **options), trained(2, 2, **options)
     set_own(workers, CHANGES[change])
     count = len(step_with(copy.deepcopy(workers), scenario.gradients(2)))
@@ -192,18 +183,14 @@ def test_a_change_that_is_taken_back_after_it_failed_was_none(change: str) -> No
         step_with(workers, scenario.gradients(2), fail_at=count - 1)
     for worker in workers:
         worker.param_groups[0]["per_parameter"] = None
-    for step in range(2, 4):
-        for each in (workers, twins):
-            step_with(each, scenario.gradients(step))
+    train(scenario, range(2, 4), workers, twins)
     assert bits(snapshot(workers)) == bits(snapshot(twins))
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_a_change_whose_step_is_refused_comes_with_the_next(change: str, nonfinite: str) -> None:
-    options: dict[str, Any] = {"nonfinite": nonfinite}
-    if change == "compressed for the first time":
-        options["min_compression_rate"] = float("inf")
+    options = {"nonfinite": nonfinite, **before_it(change)}
     (workers, scenario), (twins, _) = trained(2, 2, **options), trained(2, 2, **options)
     for each in (workers, twins):
         plan(each, CHANGES[change])

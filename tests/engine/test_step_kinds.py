@@ -1,18 +1,17 @@
-"""Where not all steps are alike, workers still come to terms: no hang, whatever step it is."""
+"""Where steps are of several kinds, workers still agree: no hang, whatever step it is."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from efsgd import CollectiveError, ErrorFeedbackSGD, PowerSGD, PowerSGDPlus, WorkerMismatchError
-from efsgd.testing import LockstepError
-from tests.simulation import bits, parameters_of, replicated, snapshot, step_with
+from tests.simulation import bits, parameters_of, replicated, snapshot, step_with, unchanged
 from tests.strategies import Gradients, gaussian
 
 SHAPES = [(8, 6), (6,), (5, 7)]
 COMPRESSORS = {
+    "warm": PowerSGD(2, min_compression_rate=0.5),
     "alternating": PowerSGD(2, alternating=True, min_compression_rate=0.5),
     "refresh": PowerSGDPlus(2, refresh_every=3, min_compression_rate=0.5),
     "exact refresh": PowerSGDPlus(
@@ -40,12 +39,11 @@ def test_a_change_on_one_worker_is_an_error_on_all(name: str, step: int) -> None
     workers = a_run(COMPRESSORS[name])
     for number in range(step):
         step_with(workers, gradients(number))
-    before = snapshot(workers)
     workers[1].param_groups[0]["rank"] = 3
-    with pytest.raises(WorkerMismatchError, match=r"rank=2 in the group|rank=3 in the group"):
+    mismatch = pytest.raises(WorkerMismatchError, match=r"rank=[23] in the group")
+    with unchanged(workers), mismatch:
         step_with(workers, gradients(step))
     workers[1].param_groups[0]["rank"] = 2
-    assert bits(snapshot(workers)) == bits(before)
     untouched = a_run(COMPRESSORS[name])
     for number in range(step + 4):
         step_with(untouched, gradients(number))
@@ -62,13 +60,10 @@ def test_an_error_of_one_worker_is_an_error_on_all(name: str, step: int) -> None
         step_with(workers, gradients(number))
     spoiled = workers[2].state[parameters_of(workers[2])[0]]
     kept, spoiled["momentum_buffer"] = spoiled["momentum_buffer"], torch.zeros(2)
-    before = snapshot(workers[:2])
-    with pytest.raises(Exception) as caught:
+    errors = (CollectiveError, WorkerMismatchError)  # and no hang, which lockstep would notice
+    with unchanged(workers[:2]), pytest.raises(errors) as caught:
         step_with(workers, gradients(step))
-    assert isinstance(caught.value, CollectiveError | WorkerMismatchError)
     assert any("momentum_buffer" in note for note in caught.value.__notes__)
-    assert not isinstance(caught.value, LockstepError)
-    assert bits(snapshot(workers[:2])) == bits(before)
     spoiled["momentum_buffer"] = kept
     for number in range(step, step + 3):
         step_with(workers, gradients(number))
@@ -83,28 +78,3 @@ def test_a_change_on_all_workers_is_none(name: str) -> None:
             worker.param_groups[0]["rank"] = 1 + step % 3
         step_with(workers, gradients(step))
         assert all(replicated(worker) == replicated(workers[0]) for worker in workers)
-
-
-def kinds(trace: list[Any]) -> list[tuple[str, int]]:
-    return [(traced.kind, traced.nbytes) for traced in trace]
-
-
-@pytest.mark.parametrize(
-    ("name", "step_kind"),
-    [
-        ("alternating", lambda step: step % 2),
-        ("refresh", lambda step: step % 3 == 0),
-        ("exact refresh", lambda step: step % 2 == 0),
-    ],
-)
-def test_steps_of_one_beat_ask_for_the_same(name: str, step_kind: Callable[[int], int]) -> None:
-    workers = a_run(COMPRESSORS[name], start_compressing_at=2)
-    plain = kinds(step_with(workers, gradients(0)))[-1:]
-    assert kinds(step_with(workers, gradients(1))) == plain
-    seen: dict[int, Any] = {}
-    for step in range(2, 10):
-        trace = kinds(step_with(workers, gradients(step)))
-        # The first of each step_kind begins with comparing the workers.
-        trace = [traced for traced in trace if traced[0] != "AllGather"]
-        assert seen.setdefault(step_kind(step - 2), trace) == trace
-    assert len(seen) == 2

@@ -3,11 +3,13 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import ErrorFeedbackSGD, GradientAverager, NonFiniteGradientError, PowerSGD
@@ -45,11 +47,12 @@ def step(workers: list[GradientAverager], number: int) -> None:
 
 
 @examples(50)
-@given(scenarios())
-def test_it_is_the_optimizer_in_every_scenario(scenario: Scenario) -> None:
+@given(scenarios(), st.booleans())
+def test_it_is_the_optimizer_in_every_scenario(scenario: Scenario, alternating: bool) -> None:
     options = scenario.hyperparameters
     names = ("rank", "min_compression_rate", "warm_start")
-    compressor = PowerSGD(seed=3, **{name: options[name] for name in names})
+    own = {name: options[name] for name in names}
+    compressor = PowerSGD(seed=3, alternating=alternating, **own)
     kept = {name: options[name] for name in ("error_feedback", "start_compressing_at")}
     rule = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
     models, twins = (
@@ -72,10 +75,8 @@ def test_it_is_the_optimizer_in_every_scenario(scenario: Scenario) -> None:
         for worker, optimizer in zip(workers, ours, strict=True):
             for mine, other in zip(*map(parameters_of, (worker, optimizer)), strict=True):
                 expected = optimizer.state[other]
-                assert all(
-                    bits(worker.state[mine].get(key)) == bits(expected.get(key))
-                    for key in ("error", "q")
-                )
+                for key in ("error", "p", "q"):
+                    assert bits(worker.state[mine].get(key)) == bits(expected.get(key))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.RMSprop])
@@ -93,26 +94,6 @@ def test_any_optimizer_keeps_workers_equal(kind: type[torch.optim.Optimizer]) ->
         for optimizer in optimizers:
             optimizer.step()
         assert bits(models[0]) == bits(models[1]) == bits(models[2]) != before
-
-
-def test_workers_get_equal_gradients_and_nothing_is_lost() -> None:
-    workers = averagers(3)
-    applied = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
-    given = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
-    for number in range(8):
-        for worker in range(3):
-            for total, gradient in zip(given, gradients(number, worker), strict=True):
-                total += 0 if gradient is None else gradient / 3
-        step(workers, number)
-        averaged = [[p.grad for p in parameters_of(worker)] for worker in workers]
-        assert bits(averaged[0]) == bits(averaged[1]) == bits(averaged[2])
-        for total, gradient in zip(applied, averaged[0], strict=True):
-            total += 0 if gradient is None else gradient
-    for index in range(len(SHAPES)):
-        errors = [w.state[parameters_of(w)[index]].get("error") for w in workers]
-        left = sum(error / 3 for error in errors if error is not None)
-        # Sums of 24 terms in float64.
-        assert torch.allclose(applied[index] + left, given[index], rtol=1e-10, atol=1e-12)
 
 
 def test_who_has_no_gradient_gets_the_others_and_nobody_s_stays_none() -> None:
@@ -157,7 +138,7 @@ def test_not_finite_gradients_change_nothing_anywhere() -> None:
         assert after == before
 
 
-@pytest.mark.parametrize("norm", [0.5, 1e6])
+@pytest.mark.parametrize("norm", [0.5, 1e6, math.inf])
 def test_the_norm_of_all_gradients_together_is_clipped(norm: float) -> None:
     free, clipped = averagers(2), averagers(2, max_grad_norm=norm)
     for workers in (free, clipped):
@@ -168,25 +149,34 @@ def test_the_norm_of_all_gradients_together_is_clipped(norm: float) -> None:
     assert math.isclose(clipped[0].communication_stats()["grad_norm"], flat.norm(), rel_tol=1e-12)
     factor = min(1.0, norm / (float(flat.norm()) + 1e-6))
     for gradient, parameter in zip(expected, parameters_of(clipped[0]), strict=True):
-        assert torch.allclose(gradient * factor, parameter.grad, rtol=1e-12, atol=0)
+        rounding = 0 if norm == math.inf else 1e-12
+        assert torch.allclose(gradient * factor, parameter.grad, rtol=rounding, atol=0)
     errors = [[w.state[p].get("error") for p in parameters_of(w)] for w in (free[1], clipped[1])]
     assert bits(errors[0]) == bits(errors[1])
 
 
-def test_it_is_saved_and_goes_on_to_the_bit() -> None:
+def reloaded(averager: GradientAverager) -> GradientAverager:
+    [twin] = averagers(1)
+    twin.load_state_dict(copy.deepcopy(averager.state_dict()))
+    return twin
+
+
+WAYS = [copy.deepcopy, lambda averager: pickle.loads(pickle.dumps(averager)), reloaded]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["deepcopy", "pickle", "state_dict"])
+def test_it_is_saved_and_goes_on_to_the_bit(
+    way: Callable[[GradientAverager], GradientAverager],
+) -> None:
     workers = averagers(2)
     for number in range(3):
         step(workers, number)
-    fresh = averagers(2)
-    for worker, twin in zip(workers, fresh, strict=True):
-        twin.load_state_dict(copy.deepcopy(worker.state_dict()))
-    for both in (workers, fresh):
+    twins = [way(worker) for worker in workers]
+    ends = []
+    for both in (workers, twins):
         step(both, 3)
-    for worker, twin in zip(workers, fresh, strict=True):
-        assert bits(worker.state_dict()) == bits(twin.state_dict())
-        assert bits([p.grad for p in parameters_of(worker)]) == bits(
-            [p.grad for p in parameters_of(twin)]
-        )
+        ends.append(bits([(w.state_dict(), [p.grad for p in parameters_of(w)]) for w in both]))
+    assert ends[0] == ends[1]
     consolidated = lockstep([consolidation(worker) for worker in workers]).results
     assert bits(consolidated[0]) == bits(consolidated[1])
 
@@ -219,21 +209,3 @@ def test_conjugated_gradients_are_replaced_by_ordinary_ones() -> None:
     for worker in workers:
         assert not parameters_of(worker)[0].grad.is_conj()
         assert torch.equal(parameters_of(worker)[0].grad, (given[0] + given[1]) / 2)
-
-
-def test_copies_average_too() -> None:
-    [averager] = averagers(1)
-    for twin in (copy.deepcopy(averager), pickle.loads(pickle.dumps(averager))):
-        for parameter in parameters_of(twin):
-            parameter.grad = torch.ones_like(parameter)
-        assert twin.average_()
-
-
-def test_an_infinite_limit_measures_only() -> None:
-    free, measured = averagers(2), averagers(2, max_grad_norm=math.inf)
-    for workers in (free, measured):
-        step(workers, 1)
-    assert bits([p.grad for p in parameters_of(free[0])]) == bits(
-        [p.grad for p in parameters_of(measured[0])]
-    )
-    assert measured[0].communication_stats()["grad_norm"] > 0

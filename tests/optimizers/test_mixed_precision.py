@@ -19,13 +19,7 @@ from tests.integrations.around_ddp_training import (
 )
 from tests.launcher import ROOT, launch
 from tests.optimizers import mixed_precision_worker as script
-from tests.simulation import (
-    difference,
-    errors_of,
-    make_workers,
-    reference_for,
-    step_with,
-)
+from tests.simulation import difference, errors_of, make_workers, reference_for, step_with
 from tests.strategies import Scenario
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -165,9 +159,7 @@ def test_a_bfloat16_model_keeps_errors_and_factors_in_float32(workers: Reports) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_errors_of_half_precision_gradients_are_exact_to_float32(dtype: torch.dtype) -> None:
     options = {"lr": 0.0, "rank": 2}
-    scenario = Scenario(
-        [(12, 10), (10,)], WORLD_SIZE, {"rank": 2}, 9, 4, ["gaussian"] * 2, ["contiguous"] * 2
-    )
+    scenario = Scenario([(12, 10), (10,)], WORLD_SIZE, {"rank": 2}, 9, 4)
     start = [parameter.to(dtype) for parameter in scenario.parameters()]
     optimizers = make_workers(start, WORLD_SIZE, **options)
     reference = reference_for(scenario)

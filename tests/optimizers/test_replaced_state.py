@@ -2,7 +2,7 @@
 
 import collections
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tests.simulation import (
     SHAPES,
     a_run,
     bits,
+    copied,
     errors_of,
     make_workers,
     parameters_of,
@@ -22,18 +23,7 @@ from tests.simulation import (
     train,
     unchanged,
 )
-from tests.strategies import Scenario, gaussian
-
-
-def train_both(
-    workers: Sequence[PowerSGDOptimizer],
-    twins: Sequence[PowerSGDOptimizer],
-    scenario: Scenario,
-    steps: range,
-) -> None:
-    for step in steps:
-        step_with(workers, scenario.gradients(step))
-        step_with(twins, scenario.gradients(step))
+from tests.strategies import gaussian
 
 
 def test_an_emptied_state_starts_anew() -> None:
@@ -60,33 +50,25 @@ def test_an_error_that_is_replaced_counts() -> None:
 @pytest.mark.parametrize("form", ["paper", "sgd"])
 @pytest.mark.parametrize(
     "given",
-    [lambda buffer: buffer, lambda buffer: buffer.T.contiguous().T, lambda buffer: buffer.float()],
-    ids=["same strides", "other strides", "other dtype"],
+    [Tensor.clone, lambda buffer: buffer.T.contiguous().T, Tensor.float, None],
+    ids=["same strides", "other strides", "other dtype", "deleted"],
 )
-def test_a_momentum_buffer_that_is_replaced_counts(
-    given: Callable[[Tensor], Tensor], form: str
+def test_a_momentum_buffer_that_is_replaced_counts_and_one_that_is_deleted_is_zero(
+    given: Callable[[Tensor], Tensor] | None, form: str
 ) -> None:
     workers, scenario = a_run(momentum_form=form)
     twins, _ = a_run(momentum_form=form)
-    train_both(workers, twins, scenario, range(2))
-    buffer = given(gaussian((12, 10), 5))
+    train(scenario, range(2), workers, twins)
+    buffer = given(gaussian((12, 10), 5)) if given else torch.zeros(12, 10)
     for optimizer, twin in zip(workers, twins, strict=True):
-        optimizer.state[parameters_of(optimizer)[2]]["momentum_buffer"] = buffer.clone()
+        state = optimizer.state[parameters_of(optimizer)[2]]
+        if given:
+            state["momentum_buffer"] = buffer.clone()
+        else:
+            del state["momentum_buffer"]
         twin.state[parameters_of(twin)[2]]["momentum_buffer"].copy_(buffer)
-    train_both(workers, twins, scenario, range(2, 5))
+    train(scenario, range(2, 5), workers, twins)
     assert bits(snapshot(workers)) == bits(snapshot(twins))  # and so the errors: nothing is lost
-
-
-@pytest.mark.parametrize("form", ["paper", "sgd"])
-def test_a_momentum_buffer_that_is_deleted_starts_anew(form: str) -> None:
-    workers, scenario = a_run(momentum_form=form)
-    twins, _ = a_run(momentum_form=form)
-    train_both(workers, twins, scenario, range(2))
-    for optimizer, twin in zip(workers, twins, strict=True):
-        del optimizer.state[parameters_of(optimizer)[2]]["momentum_buffer"]
-        twin.state[parameters_of(twin)[2]]["momentum_buffer"].zero_()
-    train_both(workers, twins, scenario, range(2, 5))
-    assert bits(snapshot(workers)) == bits(snapshot(twins))
 
 
 def test_a_momentum_buffer_is_checked_whatever_memory_it_lies_in() -> None:
@@ -104,7 +86,7 @@ def test_a_momentum_buffer_is_checked_whatever_memory_it_lies_in() -> None:
 def test_a_momentum_that_starts_anew_is_not_dampened() -> None:
     options = {"momentum_form": "sgd", "dampening": 0.5, "min_compression_rate": float("inf")}
     workers, scenario = a_run(1, **options)
-    theirs = [p.detach().clone().requires_grad_() for p in parameters_of(workers[0])]
+    theirs = copied(parameters_of(workers[0]))
     sgd = torch.optim.SGD(theirs, lr=0.05, momentum=0.9, dampening=0.5)
     for step in range(4):
         if step == 2:

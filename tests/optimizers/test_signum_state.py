@@ -1,7 +1,6 @@
 """Signum's state, of which the momenta are each worker's own: saved, loaded, averaged."""
 
 import copy
-import io
 import pickle
 import re
 import warnings
@@ -18,30 +17,34 @@ from efsgd.checkpoint.distributed import ElasticLoadPlanner, OptimizerState
 from efsgd.optimizers.signum import Signum
 from efsgd.testing import lockstep, step_together
 from tests.algorithms.test_signum import Reference, a_run, momenta_of, trained, workers_of
-from tests.simulation import bits, parameters_of, set_gradients, snapshot, step_with
+from tests.simulation import (
+    bits,
+    parameters_of,
+    set_gradients,
+    snapshot,
+    step_with,
+    through_a_file,
+    train,
+)
 
 
 def stepped(optimizers: list[Signum], scenario: Any, steps: range) -> Any:
-    for step in steps:
-        step_with(optimizers, scenario.gradients(step))
+    train(scenario, steps, optimizers)
     return bits(snapshot(optimizers))
 
 
 # ---- saving and loading -------------------------------------------------------------------------
 
 
-def through_a_file(optimizer: Signum) -> Signum:
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+def reloaded(optimizer: Signum) -> Signum:
     [twin], _ = a_run(1, lr=0.5, momentum=0.1)  # settings come from the file
     for mine, other in zip(parameters_of(optimizer), parameters_of(twin), strict=True):
         other.data.copy_(mine)
-    twin.load_state_dict(torch.load(file))
+    twin.load_state_dict(through_a_file(optimizer.state_dict()))
     return twin
 
 
-WAYS = [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), through_a_file]
+WAYS = [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), reloaded]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=["deepcopy", "pickle", "state_dict"])

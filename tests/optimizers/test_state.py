@@ -1,6 +1,7 @@
 """State: complete, bit-exact, in our own dtypes, interchangeable with torch.optim.SGD's."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from efsgd import PowerSGDOptimizer
 from efsgd.checkpoint import consolidated_state_dict, consolidation
 from efsgd.testing import lockstep
+from tests import simulation
 from tests.simulation import (
     bits,
     difference,
@@ -24,13 +26,7 @@ from tests.strategies import Scenario
 SHAPES = [(12, 10), (10,), (12, 10), (4, 3, 3, 3), ()]
 
 
-def a_run(
-    world_size: int = 3, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[list[PowerSGDOptimizer], Scenario]:
-    each = len(SHAPES)
-    scenario = Scenario(SHAPES, world_size, {}, 9, 4, ["gaussian"] * each, ["contiguous"] * each)
-    own = {"lr": 0.05, "momentum": 0.9, "rank": 2, **options}
-    return make_workers([p.to(dtype) for p in scenario.parameters()], world_size, **own), scenario
+a_run = partial(simulation.a_run, shapes=SHAPES, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -67,21 +63,6 @@ def test_state_is_complete_from_construction_and_equal_in_kind_on_all_workers() 
     assert set(before[0][1]) == {"momentum_buffer", "momentum_started"}
     step_with(workers, scenario.gradients(0))
     assert kinds() == before
-
-
-def test_errors_and_factors_stay_float32_for_bfloat16_parameters() -> None:
-    workers, scenario = a_run(dtype=torch.bfloat16)
-    train(scenario, range(3), workers)
-    saved = copy.deepcopy(workers[0].state_dict())
-    workers[0].load_state_dict(saved)
-    for key, state in workers[0].state_dict()["state"].items():
-        assert state["momentum_buffer"].dtype == torch.bfloat16
-        for name in ("error", "q"):
-            if name in state:
-                assert state[name].dtype == torch.float32
-                assert torch.equal(state[name], saved["state"][key][name])
-                # float32 digits, not bfloat16 ones that were widened
-                assert not torch.equal(state[name], state[name].bfloat16().float())
 
 
 def test_a_state_dict_that_training_went_over_is_refused() -> None:
@@ -126,15 +107,14 @@ def test_from_sgd_takes_over_a_live_optimizer() -> None:
 def test_one_checkpoint_for_any_number_of_workers(world_sizes: tuple[int, ...]) -> None:
     # Every worker of each group gets the same mean gradient in other parts, so that the
     # trajectory with any number of workers should be that of one worker.
-    each = len(SHAPES)
-    scenario = Scenario(SHAPES, 1, {}, 12, 4, ["gaussian"] * each, ["contiguous"] * each)
+    scenario = Scenario(SHAPES, 1, {}, 12, 4)
 
     def parts(step: int, world_size: int) -> list[list[torch.Tensor | None]]:
         mean = [g for g in scenario.gradients(step)[0] if g is not None]
-        noise = Scenario(SHAPES, world_size, {}, 12, 5, scenario.kinds, scenario.layouts)
+        noise = Scenario(SHAPES, world_size, {}, 12, 5)
         noises = noise.gradients(step)
-        centers = [sum(own[i] for own in noises) / world_size for i in range(each)]
-        return [[mean[i] + own[i] - centers[i] for i in range(each)] for own in noises]
+        centers = [sum(own[i] for own in noises) / world_size for i in range(len(SHAPES))]
+        return [[mean[i] + own[i] - centers[i] for i in range(len(SHAPES))] for own in noises]
 
     options = {"lr": 0.05, "momentum": 0.9, "rank": 2}
     workers = make_workers(scenario.parameters(), world_sizes[0], **options)

@@ -12,7 +12,7 @@ from efsgd.compressors.random_k import RandomK, draw_subset
 from efsgd.compressors.top_k import TopK
 from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
-from tests.strategies import gaussian
+from tests.strategies import Scenario
 
 SPARSE: list[TensorCompressor] = [
     TopK(density=0.1),
@@ -51,11 +51,11 @@ def naive_positions(compressor: Any, delta: Tensor, draws: Draws) -> list[int]:
 class NaiveRun:
     """Algorithm 2 in float64, one tensor, or all in one, and one worker at a time."""
 
-    def __init__(self, compressor: Any, world_size: int) -> None:
+    def __init__(self, compressor: Any, scenario: Scenario) -> None:
         self.compressor, self.step_number = compressor, 0
-        self.x = [gaussian(shape, 1, i) for i, shape in enumerate(SHAPES)]
+        self.x = scenario.parameters()
         self.m = [torch.zeros_like(x) for x in self.x]
-        self.errors = [[torch.zeros_like(x) for x in self.x] for _ in range(world_size)]
+        self.errors = [[torch.zeros_like(x) for x in self.x] for _ in range(scenario.world_size)]
 
     def compressed(self, deltas: list[Tensor]) -> list[Tensor]:
         """What one worker's tensors become."""

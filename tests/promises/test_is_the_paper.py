@@ -102,8 +102,7 @@ def test_torch_s_other_implementations_of_sgd_agree_with_the_reference(
 def test_ranks_below_at_and_above(shape: tuple[int, ...], rank: int, world_size: int) -> None:
     options = {"lr": 0.1, "momentum": 0.9, "rank": rank, "min_compression_rate": 0.0}
     shapes = [shape, (7,), shape]
-    kinds, layouts = ["gaussian"] * 3, ["contiguous"] * 3
-    scenario = Scenario(shapes, world_size, options, 3, 5, kinds, layouts)
+    scenario = Scenario(shapes, world_size, options, 3, 5)
     run_beside_reference(scenario)
 
 
@@ -119,7 +118,7 @@ def test_several_groups_and_dtypes_in_one_optimizer() -> None:
         ps = [p.to(d, copy=True).requires_grad_() for p, d in zip(start, dtypes, strict=True)]
         groups = [{"params": ps[:2], **own[0]}, {"params": ps[2:], **own[1]}]
         workers.append(PowerSGDOptimizer(groups, weight_decay=0.01, seed=SEED))
-    scenario = Scenario(shapes, 3, {"rank": 1}, 4, 1, ["gaussian"] * 4, ["contiguous"] * 4)
+    scenario = Scenario(shapes, 3, {"rank": 1}, 4, 1)
     settings_of = [{**own[i // 2], "weight_decay": 0.01} for i in range(4)]
 
     def query(index: int, step: int) -> Tensor:
@@ -142,7 +141,7 @@ def test_several_groups_and_dtypes_in_one_optimizer() -> None:
 def test_dtypes(dtype: torch.dtype, world_size: int) -> None:
     shapes = [(16, 12), (4, 3, 3, 3), (10,), ()]
     options = {"lr": 0.05, "rank": 2}
-    scenario = Scenario(shapes, world_size, options, 3, 2, ["gaussian"] * 4, ["contiguous"] * 4)
+    scenario = Scenario(shapes, world_size, options, 3, 2)
     # Start and gradients are rounded to the dtype first, so that both sides see the same numbers.
     start = [p.to(dtype) for p in scenario.parameters()]
     workers = make_workers(start, world_size, **options)
@@ -187,7 +186,7 @@ def test_tied_parameters_are_exchanged_once() -> None:
 def test_memory_formats_of_gradients_and_parameters(layout: str) -> None:
     shapes = [(8, 6, 3, 3), (12, 10)]
     options = {"lr": 0.1, "momentum": 0.9, "rank": 2}
-    scenario = Scenario(shapes, 2, options, 3, 4, ["gaussian"] * 2, [layout] * 2)
+    scenario = Scenario(shapes, 2, options, 3, 4, layouts=[layout] * 2)
     plain = make_workers(scenario.parameters(), 2, **options)
     start = [p.to(memory_format=torch.channels_last) if p.ndim == 4 else p.T.contiguous().T
              for p in scenario.parameters()]  # fmt: skip

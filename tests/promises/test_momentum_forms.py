@@ -12,8 +12,7 @@ SHAPES = [(12, 10), (10,), (4, 3, 3, 3), (), (0, 3), (12, 10)]
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_uncompressed_workers_are_sgd_on_the_mean_gradient(world_size: int) -> None:
-    each = len(SHAPES)
-    scenario = Scenario(SHAPES, world_size, {}, 4, 3, ["gaussian"] * each, ["contiguous"] * each)
+    scenario = Scenario(SHAPES, world_size, {}, 4, 3)
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     workers = make_workers(
         scenario.parameters(), world_size, momentum_form="sgd", start_compressing_at=99, **options

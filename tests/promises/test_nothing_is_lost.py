@@ -101,7 +101,7 @@ def test_conservation_through_changes_of_any_group_before_any_step(
 def a_run(world_size: int = 4, **options: object) -> tuple[list[PowerSGDOptimizer], Scenario]:
     shapes = [(12, 10), (10,), (12, 10), (3, 4, 2, 2)]
     own = {"lr": LR, "momentum_form": "sgd", "rank": 2, **options}
-    scenario = Scenario(shapes, world_size, own, 9, 7, ["gaussian"] * 4, ["contiguous"] * 4)
+    scenario = Scenario(shapes, world_size, own, 9, 7)
     return make_workers(scenario.parameters(), world_size, **own), scenario
 
 

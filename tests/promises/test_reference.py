@@ -7,7 +7,6 @@ of them on numbers of a size of about one; tests with other needs give theirs wi
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import strategies
+from tests.optimizers.swap_in.pairs import COMBINATIONS
 from tests.promises.reference import Reference, mean, orthogonalize
 from tests.strategies import (
     Scenario,
@@ -204,15 +204,9 @@ def test_repetition_converges_to_the_best_approximation(rank: int) -> None:
 
 # ---- momentum -----------------------------------------------------------------------------------
 
-SGD_OPTIONS = [
-    dict(zip(("momentum", "dampening", "weight_decay", "nesterov", "maximize"), one, strict=True))
-    for one in product([0.0, 0.9], [0.0, 0.3], [0.0, 0.1], [False, True], [False, True])
-    if not one[3] or (one[0] > 0 and one[1] == 0)
-]
-
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
 def test_form_sgd_uncompressed_is_torch_sgd(options: dict[str, Any], world_size: int) -> None:
     shapes: list[tuple[int, ...]] = [(), (5,), (4, 3), (20, 30), (0,)]
     start = [gaussian(shape, 0, i) for i, shape in enumerate(shapes)]

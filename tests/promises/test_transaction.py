@@ -28,9 +28,7 @@ def a_run(
     world_size: int = 3, kind: type = PowerSGDOptimizer, **options: Any
 ) -> tuple[list[Any], Scenario]:
     """Workers whose parameters are of two dtypes, and so in two buckets."""
-    each = len(SHAPES)
-    kinds, layouts = ["gaussian"] * each, ["contiguous"] * each
-    scenario = Scenario(SHAPES, world_size, {}, 4, 2, kinds, layouts)
+    scenario = Scenario(SHAPES, world_size, {}, 4, 2)
     start = [p.to(dtype) for p, dtype in zip(scenario.parameters(), DTYPES, strict=True)]
     if kind is Signum:
         own = [[p.clone().requires_grad_() for p in start] for _ in range(world_size)]
@@ -114,9 +112,7 @@ def test_a_non_finite_gradient_on_one_worker_changes_nothing_anywhere(
         assert all(str(caught.value) in note for note in caught.value.__notes__)
         assert len(caught.value.__notes__) == 2
     assert bits(snapshot(workers)) == before
-    for step in (2, 3):
-        step_with(workers, scenario.gradients(step))
-        step_with(twins, scenario.gradients(step))
+    train(scenario, (2, 3), workers, twins)
     assert bits(snapshot(workers)) == bits(snapshot(twins))
     assert workers[0].communication_stats()["skipped_steps"] == (policy == "skip")
 

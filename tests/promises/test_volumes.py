@@ -8,6 +8,7 @@ import torch
 from efsgd import PowerSGDOptimizer
 from efsgd.testing import Traced, step_together
 from examples.models import CifarResNet18, LSTMLanguageModel
+from tests.simulation import copied
 
 MIB = 2**20
 WORKERS = 16  # of the paper; two of them are simulated, the control words are those of two
@@ -58,7 +59,7 @@ def one_step(name: str, rank: int | None) -> tuple[list[Traced], list[Traced], d
     parameters = list(a_model(name).parameters())
     optimizers = []
     for _ in range(2):
-        own = [p.detach().clone().requires_grad_() for p in parameters]
+        own = copied(parameters)
         for copy, p in zip(own, parameters, strict=True):
             copy.grad = p.grad
         options = {"rank": rank} if rank else {"min_compression_rate": float("inf")}

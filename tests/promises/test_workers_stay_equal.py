@@ -22,7 +22,7 @@ def test_workers_are_bitwise_equal_after_every_step(scenario: Scenario) -> None:
 
 
 def test_errors_are_each_worker_s_own() -> None:
-    scenario = Scenario([(9, 8)], 3, {}, 1, 0, ["gaussian"], ["contiguous"])
+    scenario = Scenario([(9, 8)], 3, {}, 1, 0)
     workers = make_workers(scenario.parameters(), 3, lr=0.1, rank=1)
     step_with(workers, scenario.gradients(0))
     errors = [bits(optimizer.state[parameters_of(optimizer)[0]]["error"]) for optimizer in workers]
@@ -33,8 +33,8 @@ SHAPES = [(9, 8), (8,), (9, 8), (), (4, 3, 3, 3)]
 
 
 def trace_of(kind: str, missing: frozenset[tuple[int, int, int]], seed: int) -> list[object]:
-    each = len(SHAPES)
-    scenario = Scenario(SHAPES, 3, {}, 2, seed, [kind] * each, ["contiguous"] * each, missing)
+    kinds = [kind] * len(SHAPES)
+    scenario = Scenario(SHAPES, 3, {}, 2, seed, kinds, missing=missing)
     workers = make_workers(scenario.parameters(), 3, lr=0.1, rank=2, nonfinite="skip")
     step_with(workers, scenario.gradients(0))  # the first step compares the workers, too
     return list(step_with(workers, scenario.gradients(1)))
@@ -51,7 +51,7 @@ def test_the_schedule_does_not_depend_on_data_or_missing_gradients() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_the_schedule_does_not_depend_on_non_finite_gradients(value: float) -> None:
     expected = trace_of("gaussian", frozenset(), 1)
-    scenario = Scenario(SHAPES, 3, {}, 2, 1, ["gaussian"] * 5, ["contiguous"] * 5)
+    scenario = Scenario(SHAPES, 3, {}, 2, 1)
     for index in range(len(SHAPES)):
         workers = make_workers(scenario.parameters(), 3, lr=0.1, rank=2, nonfinite="skip")
         step_with(workers, scenario.gradients(0))
@@ -63,7 +63,7 @@ def test_the_schedule_does_not_depend_on_non_finite_gradients(value: float) -> N
 
 
 def test_bytes_are_those_of_the_buffers_handed_over() -> None:
-    scenario = Scenario(SHAPES, 3, {}, 2, 1, ["gaussian"] * 5, ["contiguous"] * 5)
+    scenario = Scenario(SHAPES, 3, {}, 2, 1)
     workers = make_workers(
         [p.float() for p in scenario.parameters()], 3, lr=0.1, rank=2, min_compression_rate=1.0
     )
@@ -105,7 +105,7 @@ def test_bytes_are_those_of_the_trace_in_every_step(
 
 
 def test_only_vectors_need_one_collective() -> None:
-    scenario = Scenario([(8,), ()], 2, {}, 2, 1, ["gaussian"] * 2, ["contiguous"] * 2)
+    scenario = Scenario([(8,), ()], 2, {}, 2, 1)
     workers = make_workers(scenario.parameters(), 2, lr=0.1)
     step_with(workers, scenario.gradients(0))
     assert len(step_with(workers, scenario.gradients(1))) == 1

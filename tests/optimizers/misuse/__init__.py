@@ -10,7 +10,16 @@ import torch
 
 from efsgd import PowerSGDOptimizer
 from efsgd.testing import step_together
-from tests.simulation import a_run, bits, parameters_of, set_gradients, snapshot, step_with, train
+from tests.simulation import (
+    a_run,
+    bits,
+    copied,
+    parameters_of,
+    set_gradients,
+    snapshot,
+    step_with,
+    train,
+)
 from tests.strategies import Scenario
 
 __all__ = ["Case", "Run", "a_parameter", "ids", "invalid", "usual"]
@@ -18,14 +27,9 @@ __all__ = ["Case", "Run", "a_parameter", "ids", "invalid", "usual"]
 
 @dataclass(frozen=True)
 class Case:
-    """One way to misuse an optimizer.
+    """One way to misuse an optimizer: `act` does it, with what `Run` offers.
 
-    Attributes:
-        name: of the test.
-        act: does it; takes what `Run` offers.
-        error: what must be raised, exactly.
-        given: part of the message: what was given.
-        remedy: part of the message: what must hold, or what to do.
+    It must raise this very `error`, whose message says what was `given`, and the `remedy`.
     """
 
     name: str
@@ -119,4 +123,4 @@ def a_parameter() -> torch.Tensor:
 
 def usual() -> list[torch.Tensor]:
     """The parameters of a run: two matrices, and a vector between them."""
-    return [p.detach().clone().requires_grad_() for p in parameters_of(a_run(1)[0][0])]
+    return copied(parameters_of(a_run(1)[0][0]))

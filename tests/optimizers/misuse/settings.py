@@ -24,15 +24,7 @@ COUNT = "Must have one, or None, for each"
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that some setting must not have.
-
-    Attributes:
-        name: of the setting.
-        value: of it.
-        remedy: part of the message.
-        error: what must be raised.
-        given: part of the message.
-    """
+    """A value that some setting must not have."""
 
     name: str
     value: Any

@@ -17,6 +17,13 @@ from tests.strategies import gaussian
 UNCOMPRESSED = {"momentum_form": "sgd", "min_compression_rate": math.inf}
 #: Everything that is a matrix compressed, to a rank at which nothing is lost but rounding.
 FULL_RANK = {"momentum_form": "sgd", "min_compression_rate": 0.0, "rank": 99}
+#: Ways to compress.
+FORMS: dict[str, dict[str, Any]] = {
+    "off": UNCOMPRESSED,
+    "full rank": FULL_RANK,
+    "rank 1": {**FULL_RANK, "rank": 1},
+    "paper": {"rank": 1, "min_compression_rate": 0.0},
+}
 #: A scalar, empty ones, a vector, and tensors of two to five dimensions.
 SHAPES = [(), (0,), (0, 3), (5,), (12, 10), (4, 3, 3), (4, 3, 2, 2), (3, 2, 2, 1, 2)]
 

@@ -11,15 +11,9 @@ import torch
 import torch.multiprocessing as mp
 
 from efsgd import PowerSGDOptimizer
-from tests.optimizers.swap_in.pairs import start, train
-from tests.simulation import bits, parameters_of
-
-
-def a_run() -> PowerSGDOptimizer:
-    options = {"lr": 0.1, "momentum": 0.9, "rank": 1, "min_compression_rate": 0.0}
-    optimizer = PowerSGDOptimizer(start(), **options)
-    train([optimizer], range(2))
-    return optimizer
+from tests.optimizers.swap_in.pairs import train
+from tests.optimizers.swap_in.test_saving_and_loading import a_run
+from tests.simulation import bits, parameters_of, snapshot
 
 
 def by_deepcopy(optimizer: Any) -> Any:
@@ -57,9 +51,7 @@ def test_copies(make_copy: Callable[[Any], Any], has_scheduler: bool) -> None:
     )
     assert type(twin) is PowerSGDOptimizer
     train([twin, optimizer], range(2, 5))
-    assert bits([parameters_of(twin), twin.state_dict()]) == bits(
-        [parameters_of(optimizer), optimizer.state_dict()]
-    )
+    assert bits(snapshot([twin])) == bits(snapshot([optimizer]))
 
 
 def _train_in_another_process(optimizer: PowerSGDOptimizer, answers: Any) -> None:

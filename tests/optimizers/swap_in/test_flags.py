@@ -1,14 +1,15 @@
 """G1, G2, G5: foreach, fused and maximize. G3: test_differentiable.py; G4: test_sparse.py."""
 
-from typing import Any
+import itertools
 
 import pytest
 import torch
 from torch.optim import SGD
 
 from efsgd import PowerSGDOptimizer
+from tests.algorithms.test_chunks import changes_of
 from tests.optimizers.swap_in.pairs import (
-    FULL_RANK,
+    FORMS,
     IMPLEMENTATIONS,
     ROUNDING,
     UNCOMPRESSED,
@@ -20,18 +21,11 @@ from tests.optimizers.swap_in.pairs import (
 )
 from tests.simulation import bits, difference, parameters_of
 
-FORMS: dict[str, dict[str, Any]] = {
-    "off": UNCOMPRESSED,
-    "full rank": FULL_RANK,
-    "rank 1": {**FULL_RANK, "rank": 1},
-    "paper": {"rank": 1, "min_compression_rate": 0.0},
-}
-
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_implementations_agree(form: str, dtype: torch.dtype) -> None:
-    """G1, G2: foreach and fused have the for-loop's numbers, to rounding, and its keys."""
+    """G1, G2: the for-loop's numbers and keys; by default bit by bit, otherwise to rounding."""
     ends = {}
     for name, flags in IMPLEMENTATIONS.items():
         if form == "paper" and name == "fused":
@@ -45,17 +39,7 @@ def test_implementations_agree(form: str, dtype: torch.dtype) -> None:
         for p, q in zip(parameters_of(optimizer), parameters_of(expected), strict=True):
             assert difference(p, q) < ROUNDING[dtype]
             assert optimizer.state[p].keys() == expected.state[q].keys()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_default_implementation_on_a_cpu(form: str) -> None:
-    """G1: a for-loop, bit by bit."""
-    runs = []
-    for flags in ({}, {"foreach": None}, {"foreach": False}):
-        optimizer, _ = pair(start(), FORMS[form], lr=0.1, momentum=0.9, **flags)
-        train([optimizer], range(3))
-        runs.append(bits(parameters_of(optimizer)))
-    assert runs[0] == runs[1] == runs[2]
+    assert bits(parameters_of(ends["default"])) == bits(parameters_of(expected))
 
 
 def peak(optimizer: torch.optim.Optimizer) -> int:
@@ -63,12 +47,7 @@ def peak(optimizer: torch.optim.Optimizer) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         optimizer.step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
+    return max(itertools.accumulate(changes_of(profile)))
 
 
 @pytest.mark.parametrize("form", ["off", "full rank", "rank 1"])

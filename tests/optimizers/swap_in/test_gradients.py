@@ -1,6 +1,5 @@
 """B7: `p.grad` belongs to the program, and so does the memory of parameters."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd import PowerSGDOptimizer
 from tests.optimizers.swap_in.pairs import (
+    FORMS,
     FULL_RANK,
     IMPLEMENTATIONS,
     UNCOMPRESSED,
@@ -30,11 +29,8 @@ from tests.simulation import (
 )
 from tests.strategies import LAYOUTS, Scenario, examples, with_layout
 
-FORMS: dict[str, dict[str, Any]] = {
-    "off": UNCOMPRESSED,
-    "full rank": FULL_RANK,
-    "rank 1": {**FULL_RANK, "rank": 1},
-    "paper": {"rank": 1, "min_compression_rate": 0.0},
+WAYS: dict[str, dict[str, Any]] = {
+    **FORMS,
     "paper, off": {"min_compression_rate": float("inf")},
     "without feedback": {**FULL_RANK, "error_feedback": False},
     "later": {**FULL_RANK, "start_compressing_at": 1},
@@ -56,7 +52,7 @@ def fingerprint(tensors: list[Tensor]) -> list[Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WAYS)
 def test_gradients_are_never_written_to(form: str, implementation: str, layout: str) -> None:
     """B7: with all flags; neither are they replaced, nor the memory of parameters."""
     for flags in FLAGS.values():
@@ -64,7 +60,7 @@ def test_gradients_are_never_written_to(form: str, implementation: str, layout: 
         if form.startswith("paper") and is_sgd_only:
             continue
         own = {"lr": 0.1, **flags, **IMPLEMENTATIONS[implementation]}
-        optimizer, _ = pair(start(), FORMS[form], **own)
+        optimizer, _ = pair(start(), WAYS[form], **own)
         parameters = parameters_of(optimizer)
         for step in range(3):
             for p, g in zip(parameters, gradients(parameters, step), strict=True):
@@ -90,11 +86,11 @@ def test_torch_s_foreach_writes_to_gradients() -> None:
     assert torch.equal(parameters_of(theirs)[0].grad, torch.full((4, 3), 1.9))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WAYS)
 def test_gradients_that_are_views_of_one_buffer(form: str) -> None:
     """B7: as DistributedDataParallel has them with gradient_as_bucket_view."""
-    optimizer, _ = pair(start(), FORMS[form], lr=0.1, momentum=0.9)
-    twin, _ = pair(start(), FORMS[form], lr=0.1, momentum=0.9)
+    optimizer, _ = pair(start(), WAYS[form], lr=0.1, momentum=0.9)
+    twin, _ = pair(start(), WAYS[form], lr=0.1, momentum=0.9)
     parameters = parameters_of(optimizer)
     bucket = torch.zeros(sum(p.numel() for p in parameters))
     views = bucket.split([p.numel() for p in parameters])
@@ -111,27 +107,16 @@ def test_gradients_that_are_views_of_one_buffer(form: str) -> None:
     assert bits(parameters_of(optimizer)) == bits(parameters_of(twin))
 
 
-def scaled(optimizer: PowerSGDOptimizer) -> None:
-    """What torch.amp.GradScaler leaves on an optimizer whose gradients are not unscaled yet."""
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
-
-
-def skipped(optimizer: PowerSGDOptimizer) -> None:
-    """The same, where a gradient has overflowed."""
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)
-
-
-@pytest.mark.parametrize("prepare", [scaled, skipped])
-def test_gradients_are_not_unscaled_in_place(
-    prepare: Callable[[PowerSGDOptimizer], None],
-) -> None:
-    """B7, F3: loss scaling leaves them as they are, too."""
-    optimizer, _ = pair(start(), {"rank": 1, "min_compression_rate": 0.0}, lr=0.1)
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_gradients_are_not_unscaled_in_place(found_inf: float) -> None:
+    """B7, F3: loss scaling leaves them as they are, too, in steps that are taken or skipped."""
+    optimizer, _ = pair(start(), FORMS["paper"], lr=0.1)
     parameters = parameters_of(optimizer)
     give(optimizer, gradients(parameters, 0))
     given_ = [p.grad for p in parameters]
     before = fingerprint(given_)
-    prepare(optimizer)
+    # What torch.amp.GradScaler leaves on an optimizer whose gradients are not unscaled yet.
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(found_inf)
     optimizer.step()
     assert fingerprint(given_) == before
 
@@ -156,8 +141,7 @@ def test_patterns_of_missing_gradients(missing: Any, form: str, rate: float) -> 
     """
     hyperparameters = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "rank": 2,
                        "momentum_form": form, "min_compression_rate": rate}  # fmt: skip
-    kinds, layouts = ["gaussian"] * 3, ["contiguous"] * 3
-    scenario = Scenario(SHAPES, WORLD_SIZE, hyperparameters, STEPS, 7, kinds, layouts, missing)
+    scenario = Scenario(SHAPES, WORLD_SIZE, hyperparameters, STEPS, 7, missing=missing)
     workers = make_workers(scenario.parameters(), WORLD_SIZE, **hyperparameters)
     reference = reference_for(scenario)
     traces = []

@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from efsgd import PowerSGDOptimizer
 from tests.optimizers.swap_in.pairs import FULL_RANK, gradients, pair, start, train
-from tests.simulation import bits, parameters_of, through_a_file
+from tests.simulation import bits, copied, parameters_of, snapshot, through_a_file
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "rank": 1, "min_compression_rate": 0.0}
 
@@ -33,12 +33,11 @@ def a_run(dtype: torch.dtype = torch.float32, steps: int = 2) -> PowerSGDOptimiz
 
 def fresh(like: PowerSGDOptimizer) -> PowerSGDOptimizer:
     """Made for copies of the same parameters, with other settings."""
-    own = [p.detach().clone().requires_grad_() for p in parameters_of(like)]
-    return PowerSGDOptimizer(own, lr=9.0)
+    return PowerSGDOptimizer(copied(parameters_of(like)), lr=9.0)
 
 
 def all_of(optimizer: Optimizer) -> Any:
-    return bits([parameters_of(optimizer), optimizer.state_dict()])
+    return bits(snapshot([optimizer]))
 
 
 def assert_continues(twin: Optimizer, original: Optimizer) -> None:
@@ -182,16 +181,13 @@ def test_hooks_of_load_state_dict() -> None:
 @pytest.mark.parametrize("is_named", [False, True])
 def test_files_without_code(is_named: bool) -> None:
     """D7: a saved state_dict holds nothing that torch.load would refuse."""
-    parameters: Any = start()
-    if is_named:
-        parameters = [(f"layer{i}", p) for i, p in enumerate(parameters)]
-    optimizer = PowerSGDOptimizer(parameters, **OPTIONS)
+
+    def given(parameters: list[Tensor]) -> list[Any]:
+        return [(f"layer{i}", p) if is_named else p for i, p in enumerate(parameters)]
+
+    optimizer = PowerSGDOptimizer(given(start()), **OPTIONS)
     train([optimizer], range(2))
-    twin = PowerSGDOptimizer(
-        [(f"layer{i}", p.detach().clone().requires_grad_())
-         for i, p in enumerate(parameters_of(optimizer))] if is_named
-        else [p.detach().clone().requires_grad_() for p in parameters_of(optimizer)], lr=9.0,
-    )  # fmt: skip
+    twin = PowerSGDOptimizer(given(copied(parameters_of(optimizer))), lr=9.0)
     twin.load_state_dict(through_a_file(optimizer.state_dict()))
     assert_continues(twin, optimizer)
 
@@ -240,8 +236,7 @@ def test_swapping_parameters_and_state_in() -> None:
     stateless = pytest.importorskip("torch.optim._stateless", reason="new in torch 2.13")
     optimizer, twin = a_run(), a_run()
     before = all_of(optimizer)
-    swapped_in = {str(i): p.detach().clone().requires_grad_()
-                  for i, p in enumerate(parameters_of(optimizer))}  # fmt: skip
+    swapped_in = {str(i): p for i, p in enumerate(copied(parameters_of(optimizer)))}
     saved = copy.deepcopy(optimizer.state_dict())
     with stateless.swap_in_optimizer_params_and_state(optimizer, swapped_in, saved):
         for p, g in zip(swapped_in.values(), gradients(swapped_in.values(), 2), strict=True):
@@ -265,9 +260,7 @@ def test_loading_beside_a_scheduler(load_first: bool) -> None:
         scheduler = make(optimizer, step_size=2, gamma=0.5)
         train([optimizer], range(3), [scheduler])
         saved, saved_scheduler = copy.deepcopy([optimizer.state_dict(), scheduler.state_dict()])
-        again = type(optimizer)(
-            [p.detach().clone().requires_grad_() for p in parameters_of(optimizer)], lr=7.0
-        )
+        again = type(optimizer)(copied(parameters_of(optimizer)), lr=7.0)
         if load_first:
             again.load_state_dict(saved)
             other = make(again, step_size=2, gamma=0.5, last_epoch=scheduler.last_epoch)

@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from efsgd import NonFiniteGradientError, PowerSGDOptimizer
 from tests.optimizers.swap_in.pairs import (
+    FORMS,
     FULL_RANK,
     UNCOMPRESSED,
     assert_equal,
@@ -25,7 +26,7 @@ from tests.optimizers.swap_in.pairs import (
     start,
     train,
 )
-from tests.simulation import bits, parameters_of
+from tests.simulation import bits, parameters_of, snapshot
 
 
 def scaled_gradients(optimizer: Optimizer, scaler: GradScaler, step: int, *, bad: bool) -> None:
@@ -66,32 +67,27 @@ def test_grad_scaler(order: str, is_enabled: bool) -> None:
 
 def test_a_skipped_step_leaves_no_trace() -> None:
     """F3: parameters, momenta, errors, factors and counters are what they were."""
-    optimizer, _ = pair(start(), {"rank": 1, "min_compression_rate": 0.0}, lr=0.1, momentum=0.9)
+    optimizer, _ = pair(start(), FORMS["paper"], lr=0.1, momentum=0.9)
     train([optimizer], range(2))
     scaler = GradScaler("cpu", init_scale=2.0**12)
-    before = bits([parameters_of(optimizer), optimizer.state_dict()])
+    before = bits(snapshot([optimizer]))
     scaled_gradients(optimizer, scaler, 2, bad=True)
     scaler.step(optimizer)
     scaler.update()
-    assert bits([parameters_of(optimizer), optimizer.state_dict()]) == before
+    assert bits(snapshot([optimizer])) == before
     assert scaler.get_scale() == 2.0**11
 
 
 def test_errors_are_in_units_of_the_loss() -> None:
     """F3: a scale that changes does not change what errors mean."""
-    optimizer, twin = (
-        pair(start(), {"rank": 1, "min_compression_rate": 0.0}, lr=0.1, momentum=0.9)[0]
-        for _ in range(2)
-    )
+    optimizer, twin = (pair(start(), FORMS["paper"], lr=0.1, momentum=0.9)[0] for _ in range(2))
     for step in range(4):
         scaler = GradScaler("cpu", init_scale=2.0 ** (4 + step))  # powers of two: exact
         scaled_gradients(optimizer, scaler, step, bad=False)
         scaler.step(optimizer)
         scaled_gradients(twin, GradScaler("cpu", enabled=False), step, bad=False)
         twin.step()
-    assert bits([parameters_of(optimizer), optimizer.state_dict()]) == bits(
-        [parameters_of(twin), twin.state_dict()]
-    )
+    assert bits(snapshot([optimizer])) == bits(snapshot([twin]))
 
 
 def test_a_scaler_refuses_closures() -> None:

@@ -50,8 +50,10 @@ CASES: dict[str, Callable[[Optimizer], Any]] = {
 CYCLING = {"CyclicLR", "OneCycleLR"}
 
 
-def advance(scheduler: Any, step: int) -> None:
-    """One step of a scheduler; the one that looks at the loss sees one that stops falling."""
+def advance(optimizer: Optimizer, scheduler: Any, step: int) -> None:
+    """One step of both; the scheduler that looks at the loss sees one that stops falling."""
+    give(optimizer, gradients(parameters_of(optimizer), step))
+    optimizer.step()
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         scheduler.step(max(1.0, 3.0 - step))
     else:
@@ -84,9 +86,7 @@ def test_scheduler(name: str, is_tensor: bool) -> None:
     seen = []
     for step in range(STEPS):
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            give(optimizer, gradients(parameters_of(optimizer), step))
-            optimizer.step()
-            advance(scheduler, step)
+            advance(optimizer, scheduler, step)
         assert_equal(*optimizers, step)
         assert settings_of(optimizers[0]) == settings_of(optimizers[1])
         seen.append(settings_of(optimizers[0])[0])
@@ -102,18 +102,14 @@ def test_scheduler_resumes(name: str) -> None:
     optimizer, _ = pair(start(), UNCOMPRESSED, lr=0.1, momentum=0.9)
     scheduler = CASES[name](optimizer)
     for step in range(5):
-        give(optimizer, gradients(parameters_of(optimizer), step))
-        optimizer.step()
-        advance(scheduler, step)
+        advance(optimizer, scheduler, step)
     again, _ = pair(parameters_of(optimizer), UNCOMPRESSED, lr=0.1, momentum=0.9)
     other = CASES[name](again)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other.load_state_dict(copy.deepcopy(scheduler.state_dict()))
     for step in range(5, STEPS):
         for each, own in ((optimizer, scheduler), (again, other)):
-            give(each, gradients(parameters_of(each), step))
-            each.step()
-            advance(own, step)
+            advance(each, own, step)
         assert_equal(again, optimizer, step)
         assert settings_of(again) == settings_of(optimizer)
 
@@ -130,7 +126,5 @@ def test_groups_have_schedules_of_their_own() -> None:
     ]
     for step in range(4):
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            give(optimizer, gradients(parameters_of(optimizer), step))
-            optimizer.step()
-            schedule.step()
+            advance(optimizer, schedule, step)
         assert_equal(*optimizers)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.optimizers.swap_in.pairs import (
     COMBINATIONS,
+    FORMS,
     FULL_RANK,
     IMPLEMENTATIONS,
     UNCOMPRESSED,
@@ -37,27 +38,20 @@ LEARNING_RATES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("form", ["off", "full rank"])
 @pytest.mark.parametrize("lr", LEARNING_RATES.values(), ids=[f"lr {k}" for k in LEARNING_RATES])
 @pytest.mark.parametrize(("dtype", "implementation"), KERNELS, ids=str)
-def test_nothing_compressed(dtype: torch.dtype, implementation: str, lr: float | Tensor) -> None:
-    """B4: parameters and momenta of SGD, to the bit, in all shapes (B11)."""
+def test_every_combination(
+    dtype: torch.dtype, implementation: str, lr: float | Tensor, form: str
+) -> None:
+    """B4: parameters and momenta of SGD to the bit, or to rounding, in all shapes (B11)."""
+    is_rounded = dtype == torch.float16 or (dtype, implementation) == (torch.bfloat16, "fused")
+    check = assert_close if is_rounded or form == "full rank" else assert_equal
     for options in COMBINATIONS:
         own = {"lr": lr, **options, **IMPLEMENTATIONS[implementation]}
-        optimizers = pair(start(dtype), UNCOMPRESSED, **own)
+        optimizers = pair(start(dtype), FORMS[form], **own)
         train(optimizers, range(3))
-        is_rounded = dtype == torch.float16 or (dtype, implementation) == (torch.bfloat16, "fused")
-        (assert_close if is_rounded else assert_equal)(*optimizers, options)
-
-
-@pytest.mark.parametrize("lr", LEARNING_RATES.values(), ids=[f"lr {k}" for k in LEARNING_RATES])
-@pytest.mark.parametrize(("dtype", "implementation"), KERNELS, ids=str)
-def test_full_rank(dtype: torch.dtype, implementation: str, lr: float | Tensor) -> None:
-    """B4: SGD's parameters to rounding where the rank is that of the matrices."""
-    for options in COMBINATIONS:
-        own = {"lr": lr, **options, **IMPLEMENTATIONS[implementation]}
-        optimizers = pair(start(dtype), FULL_RANK, **own)
-        train(optimizers, range(3))
-        assert_close(*optimizers, options)
+        check(*optimizers, options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

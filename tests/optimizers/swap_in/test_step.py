@@ -27,7 +27,7 @@ from tests.optimizers.swap_in.pairs import (
     start,
     train,
 )
-from tests.simulation import bits, parameters_of
+from tests.simulation import bits, parameters_of, snapshot
 
 
 class Closure:
@@ -65,14 +65,14 @@ def test_a_closure_that_fails() -> None:
     """B1: its error comes through, nothing has changed, and the next step works."""
     optimizer, _ = pair(start(), FULL_RANK, lr=0.1, momentum=0.9)
     train([optimizer], range(1))
-    before = bits([parameters_of(optimizer), optimizer.state_dict()])
+    before = bits(snapshot([optimizer]))
 
     def closure() -> None:
         raise ZeroDivisionError("a batch of nothing")
 
     with pytest.raises(ZeroDivisionError, match="a batch of nothing"):
         optimizer.step(closure)
-    assert bits([parameters_of(optimizer), optimizer.state_dict()]) == before
+    assert bits(snapshot([optimizer])) == before
     train([optimizer], range(1, 2))
 
 
@@ -212,9 +212,7 @@ def test_nonfinite_gradients(policy: str, value: float) -> None:
     else:
         optimizer.step()
     train([optimizer, twin], range(3, 6))
-    assert bits([parameters_of(optimizer), optimizer.state_dict()]) == bits(
-        [parameters_of(twin), twin.state_dict()]
-    )
+    assert bits(snapshot([optimizer])) == bits(snapshot([twin]))
 
 
 def a_compressed_run(seed: int) -> Any:
@@ -259,12 +257,8 @@ def test_reads_by_the_host(norm: float | None) -> None:
     """
     counts = {}
     for number in (2, 20):
-        optimizer, _ = pair(
-            start(shapes=[(8, 6), (5,)] * number),
-            {"rank": 1, "max_grad_norm": norm},
-            lr=0.1,
-            momentum=0.9,
-        )
+        shapes, extra = [(8, 6), (5,)] * number, {"rank": 1, "max_grad_norm": norm}
+        optimizer, _ = pair(start(shapes=shapes), extra, lr=0.1, momentum=0.9)
         train([optimizer], range(2))
         flags = {state["momentum_started"].data_ptr() for state in optimizer.state.values()}
         with HostReads(flags) as reads:
