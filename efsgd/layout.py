@@ -90,10 +90,6 @@ class Batch:
     def chunks(self, wanted: Container[int], floats: int) -> Iterator[tuple[slice, slice]]:
         """Cuts the batch into chunks to work on at once: whole matrices, or some rows of one.
 
-        Args:
-            wanted: indices of the parameters that are not left out.
-            floats: what a chunk has at most, unless a single row is longer.
-
         Yields:
             (matrices, rows): where the chunk lies in the batch.
         """

@@ -119,16 +119,7 @@ def decompress_with_(
     *operands: Mapping[int, Tensor],
     **options: Any,
 ) -> None:
-    """Algorithm 2, line 11: hands Δ' to `function`, a few tensors or chunks of them at a time.
-
-    Args:
-        bucket: after `commit_`.
-        mean: C(Δ).
-        function: is given a list of chunks of Δ', which it may modify, and for each operand the
-            list of matching chunks.
-        operands: tensors by parameter index, all with the same indices (modified in place).
-        options: passed on to `function`.
-    """
+    """Algorithm 2, line 11: hands Δ' to `function`, a few tensors or chunks of them at a time."""
     mean.decompress_with_(function, *operands, **options)  # Alg. 2, line 11
     values: list[Tensor] = []
     others: list[list[Tensor]] = [[] for _ in operands]

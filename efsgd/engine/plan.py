@@ -97,12 +97,7 @@ class Plan:
         return Signature(tuple(signed), phase)
 
     def phase(self, step: int, start: int) -> Hashable:
-        """What changes by itself, on all workers before the same step.
-
-        Args:
-            step: the number of the step, from 0.
-            start: the step at which compression starts.
-        """
+        """What changes by itself, on all workers before the same step."""
         return step >= start, frozenset(map(id, self.sparse))
 
     def note_sparse(self, verdicts: Iterable[Verdict]) -> None:
@@ -135,12 +130,6 @@ class Plan:
         signature: Signature,
     ) -> None:
         """Makes the buckets, where they are not those of these groups already.
-
-        Args:
-            groups: parameter groups.
-            state: of the parameters (modified in place: completed, and made views of buckets).
-            context: the number of workers, and this worker.
-            signature: of groups and state, of `sign`.
 
         Raises:
             RuntimeError: a parameter has no values.

@@ -84,13 +84,6 @@ class Step:
     ) -> Exchange[bool]:
         """One step.
 
-        Args:
-            groups: parameter groups (parameters, and the count of steps, modified in place).
-            state: of the parameters (modified in place).
-            context: the number of workers, and this worker's place among them, from 0.
-            scaling: of the gradients, in mixed precision.
-            weight: this worker's gradients are multiplied by it.
-
         Returns:
             Whether it was applied; if not, it was skipped by all workers.
 
