@@ -29,14 +29,9 @@ WARM_UP = 2
 
 def check(optimizer: PowerSGDOptimizer) -> int:
     """What a worker computes for `efsgd.wire.compare.compare`; returns the number of tensors."""
-    return len(
-        [
-            checksum(value)
-            for value in replicated(
-                list_parameters(optimizer.param_groups), optimizer.state
-            ).values()
-        ]
-    )
+    infos = list_parameters(optimizer.param_groups)
+    values = replicated(infos, optimizer.state, optimizer.compressor).values()
+    return len([checksum(value) for value in values])
 
 
 def report(workload: str, samples: Mapping[str, Sequence[float]]) -> None:
