@@ -76,7 +76,8 @@ class Voting(Aggregator):
         """
         self._gradients, total = deltas, self.layout.matrix_floats
         with self.phases("Signum: signs of momenta"):
-            for run in self._runs():
+            # A group that was found to be wrong is not read: what is sent then is zeros.
+            for run in () if self.abstains else self._runs():
                 for chunk in self._chunks(run.where):
                     torch.ge(self._next(chunk, run), 0, out=self._votes.flat[chunk])
             for chunk in self._chunks(slice(0, total)):

@@ -37,12 +37,14 @@ class Agreement:
         numerics: of the plans' buckets.
         start: the step at which compression starts.
         every: the number of steps between two checks; 0 where there are none.
+        step: the number of the first step it is for.
     """
 
     signature: Signature
     numerics: tuple[str, ...]
     start: int
     every: int
+    step: int
 
 
 class Handshake:
@@ -84,7 +86,7 @@ class Handshake:
     def is_due(self, step: int) -> bool:
         """Whether all workers are known to begin the step with a comparison."""
         agreed = self._agreed
-        if agreed is None or self._is_planned or not self._plan.buckets:
+        if agreed is None or self._is_planned:
             return True
         is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
         return is_due or self._plan.phase(step, agreed.start) != agreed.signature.phase
@@ -110,6 +112,8 @@ class Handshake:
             sparse = yield from self._counted(compare_gradients(summary, device))
             self._plan.sparse |= {m.parameter for n, m in enumerate(infos) if n in sparse}
         self._compared, self._is_planned = parameters, False
+        if any_new:  # until `conclude`, which all workers reach or none
+            self._agreed = None
         return any_new
 
     def conclude(self, groups: Groups, device: torch.device) -> Exchange[None]:
@@ -118,8 +122,16 @@ class Handshake:
         yield from self._counted(compare(list(plan.describe_numerics()), device))
         assert plan.signature is not None
         numbers = group["start_compressing_at"], group["check_every"]
-        self._agreed = Agreement(plan.signature, plan.numerics, *numbers)
+        self._agreed = Agreement(plan.signature, plan.numerics, *numbers, group["step"])
         self._is_valid, self.expected = True, group["step"]
+
+    def withdraw(self, step: int) -> None:
+        """All workers know that this step is not applied: nor is what was agreed on for it.
+
+        Plans that were made for it are undone, and one that cannot be made again would be missed.
+        """
+        if self._agreed is not None and self._agreed.step == step:
+            self._agreed = None
 
     def has_other_numerics(self) -> bool:
         """Whether this worker computes otherwise than was agreed on."""

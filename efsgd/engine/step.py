@@ -200,11 +200,16 @@ class Step:
         for group in groups:
             is_known = is_known and id(group) in self._rules
             said: dict[str, Any] = {}
-            for name, value in group.items():  # 1, 1.0 and True are equal, and not all are ranks
-                said[name] = value.__class__, value
-                if isinstance(value, Tensor):  # it may change in place
-                    is_known = False
-            said["params"], said[PER_PARAMETER] = None, repr(group.get(PER_PARAMETER))
+            for name, value in group.items():
+                if value is None or isinstance(value, int | float | str):
+                    # 1, 1.0 and True are equal, and not all of them are ranks.
+                    said[name] = value.__class__, value
+                elif name not in ("params", "param_names", PER_PARAMETER):
+                    is_known = False  # it may change in place
+            said["params"], said[PER_PARAMETER] = (
+                len(group["params"]),
+                repr(group.get(PER_PARAMETER)),
+            )
             if type(group.get("step")) is int and group["step"] >= 0:
                 said["step"] = None  # the one that changes by itself
             found.append(said)
@@ -225,15 +230,16 @@ class Step:
         """
         verdicts = [outcome.verdict for outcome in outcomes]
         self.plan.note_sparse(verdicts)
+        if all(verdict.is_good for verdict in verdicts):
+            return True
+        step = groups[0]["step"]
+        self.handshake.withdraw(step)
         for outcome in outcomes:
             if outcome.error is not None:
                 raise outcome.error
         raise_unable(verdicts)
-        step = groups[0]["step"]
         if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
             yield from self.handshake.raise_mismatch(groups, changed, step)
-        if all(verdict.is_good for verdict in verdicts):
-            return True
         is_scaled = any(verdict.is_scaled for verdict in verdicts)
         if groups[0]["nonfinite"] == "raise" and not is_scaled:
             names = {info.index: info.name for info in self.plan.infos}

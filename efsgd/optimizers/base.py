@@ -18,7 +18,7 @@ from efsgd.optimizers.differentiable import require_differentiable, step_differe
 from efsgd.optimizers.stateful import StatefulOptimizer
 from efsgd.optimizers.unsupported import refuse_backward_optimizer
 from efsgd.wire.collectives import Exchange, Transport, intercept, run
-from efsgd.wire.transports import Workers, transport_of, validate_workers
+from efsgd.wire.transports import ProcessGroup, Workers, transport_of, validate_workers
 
 T = TypeVar("T")
 
@@ -155,7 +155,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         transport = transport_of(self._process_group)
         if transport.world_size > 1:
             refuse_backward_optimizer(self)
-        group = getattr(transport, "group", transport)
+        group = transport.group if isinstance(transport, ProcessGroup) else transport
         if group is not self._last_group():
             self.engine.on_new_group()
             self._last_group = ref(group)

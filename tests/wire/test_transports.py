@@ -22,6 +22,7 @@ class Threads:
 
     def __init__(self, table: list[Tensor | None], barrier: threading.Barrier, worker: int) -> None:
         self.world_size, self.worker = len(table), worker
+        self.group = "of threads"  # of no concern to anybody else
         self._table, self._barrier = table, barrier
 
     def start(self, collective: Collective) -> Callable[[], Tensor]:
