@@ -56,7 +56,7 @@ USE = {
 * **Dion** is the class `dion.Dion` of microsoft/dion, commit {dion}: of the optimizers in that
   repository the one that compresses what workers exchange. Matrices go to Dion with
   `rank_fraction=0.25`, all else to its AdamW, under `DistributedDataParallel` with `no_sync()`. It
-  does not promise SGD's rule. Functions that it hands to `torch.compile` run eager, except
+  does not promise SGD's rule. Functions that it hands to `torch.compile` run uncompiled, except
   in F7.
 """,
     "efsgd": """\
