@@ -27,6 +27,7 @@ SCRIPTS = sorted(
 MAKING = re.compile(
     r"(?<!class )\b(?:PowerSGDOptimizer|ErrorFeedbackSGD)(\((?:[^()]|\([^()]*\))*\))"
 )
+LINK = re.compile(r"\]\((?!http)([^)#\s]+)")
 BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -36,6 +37,17 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
         for name in PATH.findall(code):
             if not name.startswith(MADE):
                 assert list(ROOT.glob(name.rstrip("."))), f"{page.name} names {name}"
+
+
+def test_the_readme_can_be_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1100
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_are_linked_exist(name: str) -> None:
+    """Of the pages of the documentation, sphinx says so itself."""
+    links = LINK.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_functions_of_the_architecture_page_are_in_the_files_beside_them() -> None:
