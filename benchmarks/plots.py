@@ -190,7 +190,8 @@ def _line(
 
 
 def _scales(axes: Axes, places: Sequence[int], name: str, title: str) -> None:
-    axes.set_xscale("log", base=2)
+    if len(places) > 1:  # a single place has no scale
+        axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(FuncFormatter(_some_minor_labels))
