@@ -154,6 +154,8 @@ def test_each_way_of_the_documentation_saves_and_loads(results: Results, way: st
                 errors = [errors_in(each["saved"])[name] for each in workers]
                 assert difference(error, torch.stack(errors).mean(dim=0)) <= ROUNDING
             loaded, saved = without_errors(loaded), without_errors(saved)
+            statistics = loaded["model"]["4.running_mean"]
+            assert statistics.tolist() == [sum(range(8)) / 8] * 6  # exact in float64
         assert bits(loaded) == bits(saved)
 
 
