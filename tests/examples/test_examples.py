@@ -141,6 +141,7 @@ def test_the_comparisons(
     name: str, methods: list[str], tasks: int, seeds: int, tmp_path: Path
 ) -> None:
     short = ["--workers", "2", "--epochs", "1", "--seeds", str(seeds), "--output", str(tmp_path)]
+    short += ["--batch-size", "256"]  # of few steps
     done = run(f"examples/{name}.py", *short)
     assert done.returncode == 0, done.stderr
     for words in ("Algorithm", *methods, "Data sent per epoch", "Time per batch"):
