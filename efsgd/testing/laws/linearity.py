@@ -50,7 +50,9 @@ def _compare(trial: Trial, world_size: int, scale: float | None) -> None:
     """Workers, with one that has their mean, or with as many that have `scale` times as much."""
     compressor, settings = trial.compressor, dict(trial.simulate(1).group)
     ours, others = senders(trial, world_size), senders(trial, 1 if scale is None else world_size)
-    what = "one gets of their mean" if scale is None else f"they get of {scale:g} times as much"
+    what = "what one gets of their mean"
+    if scale is not None:
+        what = f"what they get of {scale:g} times as much, divided by {scale:g}"
     for step in range(max(trial.steps, 1 + max(trial.first_steps()))):
         is_claimed = compressor.claims().is_linear_in(compressor.step_kind(step, settings))
         for kinds in (KINDS, ["gaussian"]):
@@ -62,8 +64,8 @@ def _compare(trial: Trial, world_size: int, scale: float | None) -> None:
             wrong = largest(found[0].received - expected[0].received / (scale or 1.0))
             if is_claimed and not wrong <= TOLERANCE * greatest:
                 raise Violation(
-                    f"in step {step} what {world_size} workers get is, in proportion, not what "
-                    f"{what}: it differs by {wrong:.3g}, with values up to {greatest:.3g}"
+                    f"in step {step} with {world_size} workers, what they get differs by "
+                    f"{wrong:.3g} from {what}, with values up to {greatest:.3g}"
                 )
         for sender, outcome in zip([*ours, *others], [*found, *expected], strict=True):
             sender.keep_(outcome.kept if is_claimed else _shared(compressor, expected[0].kept))
