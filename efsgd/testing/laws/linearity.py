@@ -68,7 +68,9 @@ def _compare(trial: Trial, world_size: int, scale: float | None) -> None:
                     f"{wrong:.3g} from {what}, with values up to {greatest:.3g}"
                 )
         for sender, outcome in zip([*ours, *others], [*found, *expected], strict=True):
-            sender.keep_(outcome.kept if is_claimed else _shared(compressor, expected[0].kept))
+            sender.keep_(outcome.kept)
+            if not is_claimed:
+                sender.keep_(_shared(compressor, expected[0].kept))
 
 
 def _mean(deltas: Sequence[Sequence[Tensor]]) -> list[Tensor]:
