@@ -64,7 +64,7 @@ def tensor_shapes() -> st.SearchStrategy[Shape]:
 
 
 def shapes() -> st.SearchStrategy[Shape]:
-    """The shape of any parameter: of all the above; some have no element."""
+    """Any of `matrix_shapes`, `tensor_shapes` and `vector_shapes`; some have no element."""
     return st.one_of(matrix_shapes(), tensor_shapes(), vector_shapes())
 
 
