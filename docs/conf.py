@@ -26,7 +26,10 @@ extensions = [
 exclude_patterns = ["_build", "ext"]
 
 # Every name in the `__all__` of these packages must be in the API reference.
-public_api = ["efsgd", "efsgd.checkpoint", "efsgd.compressors", "efsgd.rank", "efsgd.testing"]
+public_api = [
+    *("efsgd", "efsgd.checkpoint", "efsgd.compressors", "efsgd.rank", "efsgd.testing"),
+    "efsgd.testing.strategies",
+]
 
 html_theme = "furo"
 html_title = f"efsgd {release}"

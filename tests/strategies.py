@@ -1,8 +1,4 @@
-"""Hypothesis strategies and small helpers for the property tests.
-
-Tensors are made from drawn integer seeds, never drawn element by element, so an example costs
-microseconds and shrinks to small shapes and a small seed.
-"""
+"""What property tests need beside `efsgd.testing.strategies`: settings, and whole runs."""
 
 from __future__ import annotations
 
@@ -16,13 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-Shape = tuple[int, ...]
-Gradients = list[list[Tensor | None]]
-"""`gradients[w][i]`: of worker w, for parameter i."""
+from efsgd.testing.gradients import KINDS, Gradients, gaussian, made_up
+from efsgd.testing.strategies import Shape, seeds, shape_lists, world_sizes
 
-WORLD_SIZES = (1, 2, 3, 4, 8)
-
-KINDS = ("gaussian", "scaled", "zero", "rank_deficient", "one_hot", "constant")
 FULL_RANK_KINDS = ("gaussian", "scaled")
 """Kinds whose matrices have full rank. For the others a column of P can depend on those before it;
 then any orthonormal completion is right, and two right implementations may differ in the local
@@ -36,52 +28,6 @@ def examples(number: int) -> settings:
     return settings(max_examples=max(1, number * settings().max_examples // 100))
 
 
-# ---- shapes -------------------------------------------------------------------------------------
-
-_small = st.integers(1, 6)
-_large = st.integers(7, 20)
-
-
-def vector_shapes() -> st.SearchStrategy[Shape]:
-    """Tensors that are never compressed: 0-dim, 1-D, and empty ones of one to three dimensions."""
-    empty: list[Shape] = [(0,), (0, 4), (4, 0), (3, 0, 2)]
-    return st.one_of(st.just(()), st.tuples(st.integers(1, 20)), st.sampled_from(empty))
-
-
-def matrix_shapes() -> st.SearchStrategy[Shape]:
-    """Two dimensions: tall, wide, square, 1 x k and k x 1."""
-    one = st.just(1)
-    square = _large.map(lambda size: (size, size))
-    return st.one_of(
-        square,
-        st.tuples(_large, _small),
-        st.tuples(_small, _large),
-        st.tuples(_large, _large),
-        st.tuples(one, _large),
-        st.tuples(_large, one),
-    )
-
-
-def tensor_shapes() -> st.SearchStrategy[Shape]:
-    """Three to five dimensions, at most 12 x 3^4 elements."""
-    inner = st.integers(1, 3)
-    return st.one_of(*(st.tuples(st.integers(1, 12), *[inner] * extra) for extra in (2, 3, 4)))
-
-
-def shapes() -> st.SearchStrategy[Shape]:
-    """The shape of any parameter."""
-    return st.one_of(matrix_shapes(), tensor_shapes(), vector_shapes())
-
-
-@st.composite
-def shape_lists(draw: st.DrawFn, max_size: int = 5) -> list[Shape]:
-    """Shapes of one to `max_size` parameters; equal shapes often stand apart, so that batching has
-    something to gather and to put back in order."""
-    distinct = draw(st.lists(shapes(), min_size=1, max_size=max(1, max_size - 2)))
-    repeats = draw(st.lists(st.sampled_from(distinct), max_size=max_size - len(distinct)))
-    return draw(st.permutations(distinct + repeats))
-
-
 def matrix_dimensions(shape: Shape) -> tuple[int, int]:
     """(n, m) of the matrix that a tensor is compressed as; (0, 0) where there is none."""
     if len(shape) < 2 or prod(shape) == 0:
@@ -90,16 +36,6 @@ def matrix_dimensions(shape: Shape) -> tuple[int, int]:
 
 
 # ---- small choices ------------------------------------------------------------------------------
-
-
-def world_sizes() -> st.SearchStrategy[int]:
-    """Numbers of workers."""
-    return st.sampled_from(WORLD_SIZES)
-
-
-def seeds() -> st.SearchStrategy[int]:
-    """Seeds for everything that is made rather than drawn."""
-    return st.integers(0, 2**31 - 1)
 
 
 def ranks(shape_list: Sequence[Shape] = ()) -> st.SearchStrategy[int]:
@@ -138,43 +74,7 @@ def hyperparameters(draw: st.DrawFn, shape_list: Sequence[Shape] = ()) -> dict[s
     return drawn
 
 
-# ---- tensors from seeds -------------------------------------------------------------------------
-
-
-def generator(*seed: int) -> torch.Generator:
-    """A generator that differs for each tuple of integers and leaves the global one alone."""
-    mixed = 0
-    for number in seed:
-        mixed = (mixed * 1_000_003 + number + 1) % (2**61 - 1)
-    return torch.Generator().manual_seed(mixed)
-
-
-def gaussian(shape: Shape, *seed: int) -> Tensor:
-    """I.i.d. standard normal, float64."""
-    return torch.randn(shape, generator=generator(*seed), dtype=torch.float64)
-
-
-def make_gradient(shape: Shape, kind: str, worker: int, *seed: int) -> Tensor:
-    """One worker's gradient, float64, of one of KINDS."""
-    if kind == "zero" or prod(shape) == 0:
-        return torch.zeros(shape, dtype=torch.float64)
-    if kind == "gaussian":
-        return gaussian(shape, worker, *seed)
-    if kind == "scaled":  # from 1e-3 to 1e4: errors of small workers must survive big ones
-        return 10.0 ** (worker % 8 - 3) * gaussian(shape, worker, *seed)
-    if kind == "constant":
-        return torch.full(shape, float(worker + 1), dtype=torch.float64)
-    if kind == "one_hot":
-        position = torch.randint(prod(shape), (), generator=generator(worker, *seed))
-        flat = torch.zeros(prod(shape), dtype=torch.float64)
-        flat[position] = 1.0
-        return flat.reshape(shape)
-    if kind == "rank_deficient":  # rank 1 for each worker, so at most world_size for the mean
-        if len(shape) < 2:
-            return gaussian(shape, worker, *seed)
-        left, right = gaussian(shape[:1], worker, 0, *seed), gaussian(shape[1:], worker, 1, *seed)
-        return torch.outer(left, right.flatten()).reshape(shape)
-    raise ValueError(f"unknown kind {kind!r}")
+# ---- layouts of memory -------------------------------------------------------------------------
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
@@ -248,7 +148,7 @@ class Scenario:
         if (step, worker, index) in self.missing:
             return None
         kind = self.kinds[index] if self.kinds else "gaussian"
-        made = make_gradient(self.shapes[index], kind, worker, self.seed, step, index)
+        made = made_up(kind, self.shapes[index], worker, self.seed, step, index)
         return with_layout(made, self.layouts[index] if self.layouts else "contiguous")
 
     def initial_query(self, index: int, step: int) -> Tensor:

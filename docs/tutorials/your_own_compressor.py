@@ -20,7 +20,8 @@ class Sketch(TensorCompressor):
             raise ValueError(f"Invalid bin_size: {self.bin_size!r}. Must be an integer from 1 on.")
 
     def claims(self):
-        return Claims(averages=True, is_random=True, contraction=lambda shape: 1 / self.bin_size)
+        share = 1 / self.bin_size
+        return Claims(averages=True, is_random=True, contraction=lambda shape: share, linear=True)
 
     def compresses(self, shape):
         return len(shape) > 1  # biases and norms go as they are

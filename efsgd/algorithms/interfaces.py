@@ -154,12 +154,20 @@ class Claims:
             has at most (1 - δ) times the squared norm of what was compressed (where `is_random`,
             in the mean); None where nothing is known. 0 for all shapes says that it is never
             longer, random or not.
+        linear: from equal shared state, workers get what one worker with the mean of all they
+            compress would get, and c times as much of c times as much. True, or the kinds of
+            steps (see `Compressor.step_kind`) that are so.
     """
 
     averages: bool
     is_random: bool = False
     is_unbiased: bool = False
     contraction: Callable[[Sequence[int]], float] | None = None
+    linear: bool | frozenset[Hashable] = False
+
+    def is_linear_in(self, step_kind: Hashable) -> bool:
+        """Whether `linear` holds for steps of this kind."""
+        return self.linear if isinstance(self.linear, bool) else step_kind in self.linear
 
 
 class Compressor(ABC):

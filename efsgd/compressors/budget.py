@@ -99,5 +99,5 @@ class DrawnCompressor(BudgetCompressor):
         require_integer("seed", self.seed, 0)
 
     def claims(self) -> Claims:
-        """It is averaged; each element is sent with the same probability."""
-        return Claims(averages=True, is_random=True, contraction=self.sent_share)
+        """It is averaged and linear; each element is sent with the same probability."""
+        return Claims(averages=True, is_random=True, contraction=self.sent_share, linear=True)

@@ -24,4 +24,4 @@ class Identity(TensorCompressor):
 
     def claims(self) -> Claims:
         """It is averaged, and nothing is left out."""
-        return Claims(averages=True, is_unbiased=True, contraction=lambda shape: 1.0)
+        return Claims(averages=True, is_unbiased=True, contraction=lambda shape: 1.0, linear=True)

@@ -79,10 +79,13 @@ class PowerSGD(Compressor):
     def claims(self) -> Claims:
         """It is averaged; what is not sent of a matrix is orthogonal to what is, always.
 
-        Random without a warm start: each step then draws what it starts from.
+        Linear, as P and Q are: each is a product of the workers' own matrices with what all have
+        in common. Random without a warm start: each step then draws what it starts from.
         """
         is_random = not self.warm_start
-        return Claims(averages=True, is_random=is_random, contraction=lambda shape: 0.0)
+        return Claims(
+            averages=True, is_random=is_random, contraction=lambda shape: 0.0, linear=True
+        )
 
     def compressed_bytes(self, layout: Layout, placement: Placement, step: int) -> int:
         """r·(n + m) numbers for each matrix; with `alternating`, r·n and r·m by turns."""

@@ -69,9 +69,13 @@ class PowerSGDPlus(PowerSGD):
             )
 
     def claims(self) -> Claims:
-        """Those of `PowerSGD`; a randomized SVD is random as well."""
+        """Those of `PowerSGD`; a randomized SVD is random as well.
+
+        Linear between refreshes alone: where two singular values are equal, which subspace a
+        refresh takes is a matter of rounding.
+        """
         is_random = not self.warm_start or self.svd == "randomized"
-        return replace(super().claims(), is_random=is_random)
+        return replace(super().claims(), is_random=is_random, linear=frozenset({"ordinary"}))
 
     def step_kind(self, step: int, settings: Settings) -> Hashable:
         """Either "refresh" or "ordinary"."""

@@ -15,6 +15,9 @@ Gradients: TypeAlias = list[list[Tensor | None]]
 #: What gradients may look like.
 KINDS = ("gaussian", "one_hot", "scaled", "rank_deficient", "constant", "zero")
 
+#: The same, with few elements that are not zero, and of sizes near the ends of float32.
+EVERY_KIND = (*KINDS, "sparse", "huge", "tiny")
+
 # Keeps these draws apart from those of other parts of the package.
 _GRADIENTS = 7_001
 
@@ -26,7 +29,7 @@ def gaussian(shape: Sequence[int], *path: int) -> Tensor:
 
 
 def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
-    """One worker's gradient of one parameter, float64: of a kind of `KINDS`, drawn by `path`.
+    """One worker's gradient of one parameter, float64: of `EVERY_KIND`, drawn by `path`.
 
     Example:
         >>> from efsgd.testing.gradients import made_up
@@ -49,7 +52,10 @@ def made_up(kind: str, shape: Sequence[int], worker: int, *path: int) -> Tensor:
         left = gaussian(shape[:1], worker, 0, *path)
         right = gaussian(shape[1:], worker, 1, *path).flatten()
         return torch.outer(left, right).view(torch.Size(shape))
-    return gaussian(shape, worker, *path)
+    found = gaussian(shape, worker, *path)
+    if kind == "sparse":  # one element in eight, or none
+        return found.where(gaussian(shape, worker, 2, *path) > 1.15, 0.0)
+    return {"huge": 1e30, "tiny": 1e-30}.get(kind, 1.0) * found
 
 
 def gradients(

@@ -14,10 +14,12 @@ from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.algorithms.low_rank.products import LowRank
 from efsgd.algorithms.powersgd import PowerIteration
 from efsgd.layout import Blocks, Entry, Layout, matrix_shape
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds, shape_lists
 from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
 from tests.simulation import difference
-from tests.strategies import gaussian, seeds, shape_lists, with_layout
+from tests.strategies import with_layout
 
 CPU = torch.device("cpu")
 

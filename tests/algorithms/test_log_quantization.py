@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds
 from efsgd.wire.bits import pack, unpack
-from tests.strategies import gaussian, seeds
 
 ALPHAS = (0.0, 1e-300, 1e-12, 1e-8, 1e-3, 1.0, 10.0, 1e3, 1e6)
 EXTREME_ALPHAS = (*ALPHAS, 1e30, 1.79e308)

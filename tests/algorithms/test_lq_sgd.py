@@ -13,6 +13,8 @@ from torch import Tensor
 from efsgd import PowerSGD, WorkerMismatchError
 from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.compressors.lq_sgd import LQSGD
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds
 from tests.algorithms.lq_sgd_runs import AGGREGATIONS, gradients, train, workers_of
 from tests.promises.reference import decompress, mean, orthogonalize
 from tests.simulation import (
@@ -23,7 +25,6 @@ from tests.simulation import (
     step_with,
     unchanged,
 )
-from tests.strategies import gaussian, seeds
 
 # ---- against a naive version --------------------------------------------------------------------
 

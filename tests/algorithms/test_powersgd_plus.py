@@ -14,10 +14,13 @@ from docs.counter_example import A, descend
 from efsgd import ErrorFeedbackSGD, PowerSGD
 from efsgd.algorithms.powersgd_plus import leading_left_singular_vectors
 from efsgd.compressors.powersgd_plus import PowerSGDPlus
+from efsgd.randomness import generator_of
+from efsgd.testing.gradients import KINDS, gaussian, made_up
+from efsgd.testing.strategies import seeds
 from tests.algorithms.runs import SHAPES, a_run
 from tests.compressors.made_compressors import make_workers
 from tests.simulation import difference, errors_of, parameters_of, step_with
-from tests.strategies import FULL_RANK_KINDS, KINDS, gaussian, generator, make_gradient, seeds
+from tests.strategies import FULL_RANK_KINDS
 
 # ---- what a refresh is ---------------------------------------------------------------------------
 
@@ -30,7 +33,7 @@ from tests.strategies import FULL_RANK_KINDS, KINDS, gaussian, generator, make_g
 def test_a_refresh_applies_the_best_approximation_of_the_mean(
     kind: str, n: int, m: int, rank: int, world_size: int, seed: int
 ) -> None:
-    gradients = [make_gradient((n, m), kind, w, seed) for w in range(world_size)]
+    gradients = [made_up(kind, (n, m), w, seed) for w in range(world_size)]
     compressor = PowerSGDPlus(rank=rank, min_compression_rate=0.0)
     workers = make_workers([torch.zeros(n, m).double()], world_size, compressor)
     step_with(workers, [[gradient] for gradient in gradients])
@@ -75,7 +78,7 @@ def test_a_randomized_svd_is_nearly_as_good_as_an_exact_one() -> None:
     values = 0.8 ** torch.arange(40, dtype=torch.float64)
     matrices = ((left * values) @ right.mT)[None].expand(2, -1, -1)
     exact = leading_left_singular_vectors(matrices, 4)
-    found = leading_left_singular_vectors(matrices, 4, [generator(0), generator(1)])
+    found = leading_left_singular_vectors(matrices, 4, [generator_of(0), generator_of(1)])
     assert not torch.equal(found[0], found[1])
     for own in found:
         assert (own.mT @ own - torch.eye(4)).abs().max() < 1e-14
@@ -89,8 +92,8 @@ def test_a_randomized_svd_is_nearly_as_good_as_an_exact_one() -> None:
 def test_singular_vectors_are_orthonormal_for_every_matrix(randomized: bool) -> None:
     for kind in KINDS:
         for scale in (0.0, 1e-44, 1e-30, 1.0, 1e30):
-            matrix = make_gradient((30, 20), kind, 1, 3).float()[None] * scale
-            generators = [generator(0)] if randomized else None
+            matrix = made_up(kind, (30, 20), 1, 3).float()[None] * scale
+            generators = [generator_of(0)] if randomized else None
             [vectors] = leading_left_singular_vectors(matrix, 3, generators)
             assert (vectors.mT @ vectors - torch.eye(3)).abs().max() < 2e-6  # float32
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd.algorithms.low_rank.factors import resized
-from tests.strategies import gaussian, seeds
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds
 
 # Some dozen operations in float64, 2e-16 each, beside the largest singular value.
 ROUNDING = 1e-13

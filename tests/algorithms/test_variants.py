@@ -12,19 +12,12 @@ from torch import Tensor
 from efsgd import LQSGD, NonFiniteGradientError, PowerSGD, PowerSGDPlus
 from efsgd.algorithms.alternating import initial_left
 from efsgd.algorithms.low_rank.factors import initial_query
+from efsgd.testing.gradients import KINDS, gaussian, made_up
+from efsgd.testing.strategies import seeds
 from tests.algorithms.runs import LR, PLAIN, a_run
 from tests.compressors.made_compressors import make_workers
 from tests.simulation import bits, difference, errors_of, parameters_of, step_with
-from tests.strategies import (
-    FULL_RANK_KINDS,
-    KINDS,
-    Scenario,
-    gaussian,
-    make_gradient,
-    matrix_dimensions,
-    scenarios,
-    seeds,
-)
+from tests.strategies import FULL_RANK_KINDS, Scenario, matrix_dimensions, scenarios
 
 VARIANTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "alternating": (PowerSGD, {"alternating": True}),
@@ -159,7 +152,7 @@ def test_a_power_of_two_scales_everything_to_the_bit(
 ) -> None:
     if name.startswith("lq"):  # larger numbers are sent in parts
         exponent = max(-60, min(exponent, 60))
-    gradients = [make_gradient((n, m), kind, w, seed).float() for w in range(2)]
+    gradients = [made_up(kind, (n, m), w, seed).float() for w in range(2)]
     compressor, results = variant(name, rank, min_compression_rate=0.0), []
     for scale in (1.0, 2.0**exponent):
         workers = make_workers([torch.zeros(n, m)], 2, compressor, lr=0.5)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd.compressors.spectral_atomo import draw_until, inclusion_probabilities, systematic_sample
-from tests.strategies import generator, seeds
+from efsgd.randomness import generator_of
+from efsgd.testing.strategies import seeds
 
 
 def water_filling(values: list[float], count: int) -> list[float]:
@@ -44,7 +45,7 @@ def spectra(draw: st.DrawFn) -> tuple[Tensor, int]:
     """Singular values in descending order, and the size of a sample of them."""
     size = draw(st.integers(1, 9))
     decay = draw(st.sampled_from([0.0, 0.3, 2.0, 9.0]))
-    values = torch.rand(size, dtype=torch.float64, generator=generator(draw(seeds())))
+    values = torch.rand(size, dtype=torch.float64, generator=generator_of(draw(seeds())))
     values *= torch.exp(-decay * torch.arange(size))
     values[size - draw(st.integers(0, size)) :] = 0.0
     return values.sort(descending=True).values, draw(st.integers(1, size))
@@ -72,7 +73,7 @@ def test_no_other_probabilities_have_a_smaller_second_moment(
     values, count = drawn
     best = second_moment(values, inclusion_probabilities(values, count))
     for number in range(5):
-        other = torch.rand(len(values), dtype=torch.float64, generator=generator(seed, number))
+        other = torch.rand(len(values), dtype=torch.float64, generator=generator_of(seed, number))
         for _ in range(50):  # to a sum of at most `count`
             other = (other * count / other.sum()).clamp(max=1.0)
         assert second_moment(values, other) >= best * (1 - 1e-12)
@@ -110,7 +111,7 @@ def test_rejection_draws_subsets_as_often_as_it_should() -> None:
         for subset in itertools.combinations(range(4), count)
     }
     found = dict.fromkeys(weights, 0)
-    source = generator(5)
+    source = generator_of(5)
     for _ in range(many):
         sample = draw_until(p, count, source, tries=1000)
         assert sample is not None
@@ -122,6 +123,6 @@ def test_rejection_draws_subsets_as_often_as_it_should() -> None:
 
 
 def test_rejection_ends() -> None:
-    source = generator(1)
+    source = generator_of(1)
     assert draw_until(torch.tensor([1.0, 0.0, 0.0]).double(), 2, source, tries=10**9) is None
     assert draw_until(torch.tensor([1.0, 1.0, 1.0]).double(), 2, source, tries=1000) is None

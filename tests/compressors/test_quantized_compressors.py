@@ -13,7 +13,8 @@ from efsgd.compressors.spectral_atomo import SpectralAtomo
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.compressors.uniform_quantized import UniformQuantized
 from efsgd.randomness import Draws
-from tests.strategies import Shape, gaussian, make_gradient, seeds, shapes
+from efsgd.testing.gradients import gaussian, made_up
+from efsgd.testing.strategies import Shape, seeds, shapes, tensors
 
 DTYPES = [torch.float32, torch.float64]
 # As large as can be (in float64 almost), and so small that few digits are left.
@@ -92,11 +93,9 @@ def test_codes_of_all_tensors_follow_each_other() -> None:
 # ---- signs --------------------------------------------------------------------------------------
 
 
-@given(shape=some_shapes, kind=a_kind, dtype=a_dtype, seed=seeds())
-def test_signs_and_the_mean_magnitude_are_sent(
-    shape: Shape, kind: str, dtype: torch.dtype, seed: int
-) -> None:
-    delta = make_gradient(shape, kind, 0, seed).to(dtype)
+@given(delta=tensors(some_shapes), dtype=a_dtype)
+def test_signs_and_the_mean_magnitude_are_sent(delta: Tensor, dtype: torch.dtype) -> None:
+    delta = delta.to(dtype)
     values = delta.double().flatten().tolist()
     scale = math.fsum(map(abs, values)) / len(values)
     signed = [scale if value >= 0 else -scale for value in values]
@@ -111,7 +110,7 @@ def test_signs_and_the_mean_magnitude_are_sent(
 
 @given(shape=some_shapes, kind=a_kind, seed=seeds())
 def test_what_is_left_of_signs_is_as_short_as_claimed(shape: Shape, kind: str, seed: int) -> None:
-    delta = make_gradient(shape, kind, 0, seed)
+    delta = made_up(kind, shape, 0, seed)
     left = (delta - decompressed(SignNorm(), delta)).square().sum()
     whole, size = delta.square().sum(), delta.numel()
     exact = whole - delta.abs().sum().square() / size

@@ -16,8 +16,8 @@ from efsgd.compressors import top_k as selection
 from efsgd.compressors.random_block import RandomBlock
 from efsgd.compressors.random_k import draw_subset
 from efsgd.compressors.top_k import largest
-from efsgd.randomness import Draws
-from tests.strategies import generator, seeds
+from efsgd.randomness import Draws, generator_of
+from efsgd.testing.strategies import seeds
 
 # With these settings sampling, its fall-backs and work chunk by chunk happen in small tensors.
 SMALL = {"FEW": 20, "SAMPLES": 120, "AT_ONCE": 70}
@@ -40,7 +40,7 @@ KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def of_kind(kind: str, numel: int, seed: int) -> Tensor:
-    random = torch.randn(numel, generator=generator(seed), dtype=torch.float64)
+    random = torch.randn(numel, generator=generator_of(seed), dtype=torch.float64)
     position = torch.arange(numel)
     return KINDS[kind](random, position, position % ((numel // SMALL["SAMPLES"]) | 1) == 0)
 
@@ -72,7 +72,7 @@ def test_the_largest_are_those_that_sorting_finds(
 
 @pytest.mark.parametrize("share", [1e-5, 0.001, 0.01, 1 / 64, 0.2, 0.9])
 def test_a_large_tensor_s_sum_of_magnitudes_is_that_of_topk(share: float) -> None:
-    flat = torch.randn(300_001, generator=generator(3), dtype=torch.float64)
+    flat = torch.randn(300_001, generator=generator_of(3), dtype=torch.float64)
     k = max(1, int(share * len(flat)))
     chosen = flat[largest(flat, k)].abs().sort().values
     expected = torch.topk(flat.abs(), k).values.sort().values
@@ -100,7 +100,7 @@ def test_few_elements_of_a_large_tensor_are_given_to_topk(kind: str, share: floa
 
 def test_where_fewer_than_k_differ_from_zero_all_of_them_are_found() -> None:
     flat = torch.zeros(2**18)
-    flat[-100:] = torch.randn(100, generator=generator(6))
+    flat[-100:] = torch.randn(100, generator=generator_of(6))
     check_largest(flat, 2000)
 
 
@@ -131,7 +131,7 @@ def is_uniform(outcomes: Iterable[object], kinds: int) -> bool:
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize(("numel", "k"), [(6, 3), (7, 2), (6, 5), (5, 1)])
 def test_all_subsets_are_equally_likely(draw: Draw, numel: int, k: int) -> None:
-    same = generator(1, numel, k)
+    same = generator_of(1, numel, k)
     outcomes = [tuple(draw(numel, k, same).tolist()) for _ in range(2000)]
     assert is_uniform(outcomes, len(list(itertools.combinations(range(numel), k))))
 
@@ -139,7 +139,7 @@ def test_all_subsets_are_equally_likely(draw: Draw, numel: int, k: int) -> None:
 @pytest.mark.parametrize("draw", DRAWS)
 def test_all_positions_are_equally_likely(draw: Draw) -> None:
     numel, k, times = 4000, 120, 2000
-    same = generator(2)
+    same = generator_of(2)
     drawn = torch.cat([draw(numel, k, same) for _ in range(times)])
     expected = times * k / numel
     squares = (drawn.bincount(minlength=numel) - expected).double().square().sum()
@@ -155,7 +155,7 @@ def test_a_subset_has_as_many_different_positions_as_asked_for(
 ) -> None:
     k = int(share * numel)
     k = min(k, numel - 1) if draw is random_k._few else k
-    positions = draw(numel, k, generator(seed)).tolist()
+    positions = draw(numel, k, generator_of(seed)).tolist()
     assert len(positions) == k
     assert positions == sorted(set(positions))
     assert all(0 <= position < numel for position in positions)
@@ -163,7 +163,7 @@ def test_a_subset_has_as_many_different_positions_as_asked_for(
 
 def test_positions_beyond_32_bits_are_drawn() -> None:
     numel, k = 2**40, 4000
-    positions = draw_subset(numel, k, generator(4))
+    positions = draw_subset(numel, k, generator_of(4))
     assert positions.unique().numel() == k
     assert int(positions.min()) >= 0 and int(positions.max()) < numel
     assert is_uniform((positions >> 37).tolist(), 8)
@@ -173,9 +173,9 @@ def test_positions_beyond_32_bits_are_drawn() -> None:
 def test_a_draw_depends_on_its_generator_alone() -> None:
     before = torch.get_rng_state()
     for numel, k in [(1000, 10), (1000, 400), (1000, 900)]:
-        first, again = (draw_subset(numel, k, generator(5)) for _ in range(2))
+        first, again = (draw_subset(numel, k, generator_of(5)) for _ in range(2))
         assert torch.equal(first, again)
-        assert not torch.equal(first, draw_subset(numel, k, generator(6)))
+        assert not torch.equal(first, draw_subset(numel, k, generator_of(6)))
     assert torch.equal(torch.get_rng_state(), before)
 
 

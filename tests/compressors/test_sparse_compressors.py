@@ -15,8 +15,9 @@ from efsgd.compressors.random_block import RandomBlock
 from efsgd.compressors.random_k import RandomK
 from efsgd.compressors.top_k import TopK
 from efsgd.randomness import Draws
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds, shapes
 from tests.promises.sparse_reference import SPARSE, naive_floats, naive_positions
-from tests.strategies import gaussian, seeds, shapes
 
 OF_ONE_TENSOR = [each for each in SPARSE if not each.takes_all_at_once]
 DRAWS = Draws(seed=0, index=0, step=0, worker=0)

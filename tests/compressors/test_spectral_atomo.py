@@ -17,10 +17,11 @@ from efsgd.compressors.spectral_atomo import (
     systematic_sample,
 )
 from efsgd.randomness import Draws
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import Shape, seeds, shapes
 from tests.compressors.test_atoms import exactly, second_moment
 from tests.compressors.test_quantized_compressors import decompressed
 from tests.simulation import difference, parameters_of, replicated, step_with
-from tests.strategies import Shape, gaussian, seeds, shapes
 
 SHARED = Draws(0, 0, 0, worker=None)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from efsgd.compressors.uniform_quantized import UniformQuantized
 from efsgd.randomness import Draws
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import Shape, seeds
 from tests.compressors.test_quantized_compressors import (
     DTYPES,
     EXTREMES,
@@ -18,7 +20,6 @@ from tests.compressors.test_quantized_compressors import (
     largest,
     some_shapes,
 )
-from tests.strategies import Shape, gaussian, seeds
 
 ALL_BITS = range(1, 17)
 

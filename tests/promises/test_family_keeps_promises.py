@@ -22,10 +22,12 @@ from efsgd import (
 )
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep
+from efsgd.testing.gradients import Gradients, gaussian
+from efsgd.testing.strategies import seeds
 from tests.compressors.made_compressors import make_workers
 from tests.promises.test_nothing_is_lost import LR, Balance
 from tests.simulation import bits, parameters_of, replicated, snapshot, step_with
-from tests.strategies import Gradients, examples, gaussian, seeds
+from tests.strategies import examples
 
 SHAPES = [(12, 10), (10,), (12, 10), (3, 4, 2, 2), ()]
 DENSITIES = {"density": [0.05, 0.3, 1.0]}

@@ -15,17 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from efsgd.testing.gradients import gaussian, made_up
 from tests import strategies
 from tests.optimizers.swap_in.pairs import COMBINATIONS
 from tests.promises.reference import Reference, mean, orthogonalize
-from tests.strategies import (
-    Scenario,
-    assert_close,
-    examples,
-    gaussian,
-    make_gradient,
-    mean_gradient,
-)
+from tests.strategies import Scenario, assert_close, examples, mean_gradient
 
 EXACT_SUMS = 1e-13
 SIZES = st.integers(1, 12)
@@ -53,7 +47,7 @@ def of_scenario(run: Scenario) -> Reference:
 @given(SIZES, SIZES, strategies.seeds(), st.sampled_from(strategies.KINDS))
 @examples(60)
 def test_orthogonalize_gives_orthonormal_columns(n: int, r: int, seed: int, kind: str) -> None:
-    p = make_gradient((n, min(n, r)), kind, 0, seed)
+    p = made_up(kind, (n, min(n, r)), 0, seed)
     p_hat = orthogonalize(p)
     assert_close(p_hat.T @ p_hat, torch.eye(min(n, r), dtype=torch.float64), EXACT_SUMS)
     # Nothing of P lies outside the span, and column j of P is in that of the first j + 1 of P_hat.

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from efsgd.algorithms.powersgd import orthogonalize
+from efsgd.testing.gradients import KINDS, gaussian, made_up
+from efsgd.testing.strategies import seeds
 from tests.simulation import difference, make_workers, parameters_of, step_with
-from tests.strategies import KINDS, examples, gaussian, make_gradient, seeds
+from tests.strategies import examples
 
 # float32 holds numbers from 1e-38 to 3e38; sums over a few dozen elements need some room.
 SCALES = (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30)
@@ -26,7 +28,7 @@ SCALES = (1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30)
 def test_a_power_of_two_scales_everything_to_the_bit(
     kind: str, n: int, m: int, rank: int, world_size: int, seed: int, exponent: int
 ) -> None:
-    gradients = [make_gradient((n, m), kind, w, seed).float() for w in range(world_size)]
+    gradients = [made_up(kind, (n, m), w, seed).float() for w in range(world_size)]
     results = []
     for scale in (1.0, 2.0**exponent):
         workers = make_workers(
@@ -45,7 +47,7 @@ def test_a_power_of_two_scales_everything_to_the_bit(
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sixty_orders_of_magnitude(kind: str, scale: float) -> None:
-    gradients = [make_gradient((10, 8), kind, w, 4).float() for w in range(2)]
+    gradients = [made_up(kind, (10, 8), w, 4).float() for w in range(2)]
     results = []
     for factor in (1.0, scale):
         workers = make_workers([torch.zeros(10, 8)], 2, lr=0.5, momentum_form="sgd", rank=2)
@@ -70,7 +72,7 @@ def test_columns_are_orthonormal_for_every_input(
     kind: str, n: int, rank: int, dtype: torch.dtype, scale: float, seed: int
 ) -> None:
     rank = min(rank, n)
-    matrices = torch.stack([make_gradient((n, rank), kind, w, seed) for w in range(3)]) * scale
+    matrices = torch.stack([made_up(kind, (n, rank), w, seed) for w in range(3)]) * scale
     matrices = matrices.to(dtype)
     before = matrices.clone()
     p_hat = orthogonalize(matrices)

@@ -7,10 +7,10 @@ import torch
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.observation import Observation
+from efsgd.randomness import generator_of
 from efsgd.rank import Accordion, Layer, RankPolicy, Value
 from efsgd.rank.accumulation import Accumulator
 from efsgd.wire.collectives import Exchange
-from tests.strategies import generator
 
 
 class Still(RankPolicy):
@@ -59,8 +59,8 @@ class Drawn(Still):
         return (1, 2, 3, 4)
 
     def draw(self, layers: Sequence[Layer], worker: int) -> dict[int, Value]:
-        """What this worker would have."""
-        drawn = torch.randint(1, 5, (len(layers),), generator=generator(worker, self.windows))
+        """What this worker would have; not the group's own rank, 4, which shows in no override."""
+        drawn = torch.randint(1, 4, (len(layers),), generator=generator_of(worker, self.windows))
         return {layer.index: int(r) for layer, r in zip(layers, drawn, strict=True)}
 
     def propose(

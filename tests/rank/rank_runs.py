@@ -158,4 +158,4 @@ def go_on(
 def made_gradients(window: int, step: int, worker: int, seed: int = 0) -> list[Tensor]:
     """One worker's gradients in one step of `run_windows`."""
     scale = 10.0 if window % 3 == 2 else 1.0 + 0.05 * window
-    return [scale * gaussian(s, seed, window, step, worker, i) for i, s in enumerate(SHAPES)]
+    return [scale * gaussian(s, window, step, worker, i, seed) for i, s in enumerate(SHAPES)]

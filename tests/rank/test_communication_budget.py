@@ -13,9 +13,9 @@ from efsgd import LQSGD, PowerSGD, TopK, UniformQuantized
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.rank import CommunicationBudget, RankScheduler
 from efsgd.rank.fitting import largest_within
+from efsgd.testing.strategies import Shape, matrix_shapes, shape_lists
 from tests.rank.made_time import MadeWorkers, optimizers
 from tests.simulation import parameters_of
-from tests.strategies import Shape, matrix_shapes, shape_lists
 
 SHAPES: list[Shape] = [(24, 16), (16,), (12, 3, 3, 2), (24, 16), (40, 30)]
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.bfloat16]

@@ -20,6 +20,8 @@ from efsgd import (
     UniformQuantized,
 )
 from efsgd.rank import Accordion, CommunicationBudget, LGreCo, Uniform, Value
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds
 from tests.rank.l_greco_runs import (
     Shape,
     Workers,
@@ -30,7 +32,6 @@ from tests.rank.l_greco_runs import (
     payload_bytes,
     purposes,
 )
-from tests.strategies import gaussian, seeds
 
 SHAPES: list[Shape] = [(16, 12), (12, 20), (10, 4, 3), (9,)]
 MATRICES = SHAPES[:3]

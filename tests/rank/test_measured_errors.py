@@ -17,11 +17,12 @@ from efsgd.randomness import Draws
 from efsgd.rank import Layer, Value
 from efsgd.rank.approximation.tables import ErrorTables
 from efsgd.testing import Lockstep, lockstep
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds
 from efsgd.wire.collectives import AllReduceMean
 from tests.rank.l_greco_runs import missed
 from tests.rank.test_costs import layers_with
 from tests.simulation import bits
-from tests.strategies import gaussian, seeds
 
 SHAPES = [(12, 10), (7,), (4, 3, 2)]
 CASES: list[tuple[Any, str, Sequence[Value]]] = [

@@ -19,6 +19,8 @@ from efsgd import (
     UniformQuantized,
 )
 from efsgd.testing import Traced
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import seeds
 from tests.compressors.made_compressors import make_workers as make_any_workers
 from tests.promises.reference import Reference
 from tests.promises.test_nothing_is_lost import LR, PLAIN, Balance
@@ -32,7 +34,7 @@ from tests.simulation import (
     replicated,
     step_with,
 )
-from tests.strategies import FULL_RANK_KINDS, Scenario, gaussian, scenarios, seeds
+from tests.strategies import FULL_RANK_KINDS, Scenario, scenarios
 
 # A dozen steps in float64 (2e-16) that differ in the order of sums, times the condition of what is
 # orthogonalized: columns of Q that are new have 1e-3 of the others' length.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from efsgd.rank.approximation.spectra import exact_tails, power_tails
 from efsgd.testing import Lockstep, lockstep
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.strategies import matrix_shapes, seeds
 from tests.simulation import bits
-from tests.strategies import gaussian, matrix_shapes, seeds
 
 # Singular values are square roots of a float64 Gram matrix's eigenvalues, which are off by some
 # eps times the largest: 1e-16 becomes 1e-8. Relative to the norm of the matrix.

@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from efsgd import PowerSGD, PowerSGDPlus, RandomK, SignNorm
+from efsgd import (
+    LQSGD,
+    PowerSGD,
+    PowerSGDPlus,
+    RandomK,
+    SignNorm,
+    SpectralAtomo,
+    TopK,
+    UniformQuantized,
+)
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.low_rank.products import LowRank
 from efsgd.algorithms.operators import Payload, Unit
@@ -32,6 +41,11 @@ OVERCLAIMED: list[tuple[str, Any, dict[str, Any], Claims]] = [
     ("contracts_as_claimed", Half, {}, Claims(True, is_random=True, contraction=lambda shape: 0.7)),
     ("travels_as_claimed", SignNorm, {}, Claims(averages=True)),
     ("travels_as_claimed", PowerSGD, {"rank": 1}, Claims(averages=False)),
+    ("is_linear_as_claimed", TopK, {"density": 0.2}, Claims(averages=False, linear=True)),
+    ("is_linear_as_claimed", SignNorm, {}, Claims(averages=False, linear=True)),
+    ("is_linear_as_claimed", UniformQuantized, {"bits": 8}, Claims(averages=False, linear=True)),
+    ("is_linear_as_claimed", LQSGD, {"rank": 1, "bits": 12}, Claims(averages=False, linear=True)),
+    ("is_linear_as_claimed", SpectralAtomo, {"rank": 1}, Claims(False, True, linear=True)),
     ("draws_as_claimed", RandomK, {"density": 0.1}, Claims(averages=True, is_random=False)),
     ("draws_as_claimed", PowerSGDPlus, IS_RANDOM, Claims(averages=True, is_random=False)),
     ("draws_as_claimed", SignNorm, {}, Claims(averages=False, is_random=True)),

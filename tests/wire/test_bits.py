@@ -9,9 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from efsgd.randomness import generator_of
+from efsgd.testing.strategies import seeds
 from efsgd.wire.bits import MAX_BITS, pack, packed_size, unpack
 from efsgd.wire.payload import Field, Format, position_dtype
-from tests.strategies import examples, generator, seeds
+from tests.strategies import examples
 
 ALL_BITS = range(1, MAX_BITS + 1)
 COUNTS = st.integers(0, 70)
@@ -19,7 +21,7 @@ COUNTS = st.integers(0, 70)
 
 def some_codes(count: int, bits: int, *seed: int) -> Tensor:
     """From 0 to 2**bits - 1, both of them among the first: [count] int64."""
-    codes = torch.randint(2**bits, (count,), generator=generator(count, bits, *seed))
+    codes = torch.randint(2**bits, (count,), generator=generator_of(count, bits, *seed))
     codes[:1], codes[1:2] = 2**bits - 1, 0
     return codes
 
@@ -130,7 +132,7 @@ def a_payload(announced: list[Field], dtype: torch.dtype, *seed: int) -> list[Te
         else:
             own = dtype if field.dtype is None else field.dtype
             size = field.count * own.itemsize
-            raw = torch.randint(256, (size,), generator=generator(place, *seed))
+            raw = torch.randint(256, (size,), generator=generator_of(place, *seed))
             payload.append(raw.to(torch.uint8).view(own))
     return payload
 

@@ -8,6 +8,7 @@ from efsgd.testing.laws.aggregators import (
     travels_as_claimed,
 )
 from efsgd.testing.laws.claims import contracts_as_claimed, is_unbiased_as_claimed
+from efsgd.testing.laws.linearity import is_linear_as_claimed
 from efsgd.testing.laws.runs import (
     agrees_when_alone,
     refuses_without_a_trace,
@@ -38,6 +39,7 @@ IN_THIS_THREAD = (
     knows_the_norm,
     averages_what_is_sent,
     travels_as_claimed,
+    is_linear_as_claimed,
     contracts_as_claimed,
     is_unbiased_as_claimed,
     repeats_to_the_bit,

@@ -1,23 +1,19 @@
 """Laws of compressing and aggregating, looked at from inside."""
 
-import copy
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.operators import Payload
 from efsgd.compressors import TensorCompressor
-from efsgd.layout import Blocks, Entry, Layout
 from efsgd.randomness import Draws
-from efsgd.testing.gradients import gaussian, made_up
-from efsgd.testing.lockstep import lockstep
+from efsgd.testing.gradients import gaussian
+from efsgd.testing.senders import exchange, senders
 from efsgd.testing.simulation import largest
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
-from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.collectives import run
 from efsgd.wire.transports import Alone
 
 # What is lost to rounding in float64: 2e-16 for each of some dozen sums.
@@ -75,8 +71,8 @@ def leaves_deltas_alone(trial: Trial) -> None:
         if any(field.untyped_storage().data_ptr() == own for field in payload):
             raise Violation(f"for shape {list(delta.shape)} compress returns a view of delta")
     for dtype in (torch.float32, torch.float64):
-        [sender] = _senders(trial, 1, dtype)
-        deltas = sender.fill("gaussian")
+        [sender] = senders(trial, 1, dtype)
+        deltas = sender.fill(sender.made_up("gaussian"))
         kept = {index: view.clone() for index, view in deltas.views.items()}
         run(sender.aggregator.compress(deltas, 1), Alone())
         for batch in deltas.layout.batches:
@@ -97,9 +93,9 @@ def averages_what_is_sent(trial: Trial) -> None:
     float64, in a step of every kind, with error feedback and without.
     """
     for world_size in trial.fewest_and_most:
-        senders = _senders(trial, world_size)
+        workers = senders(trial, world_size)
         for step in trial.first_steps():
-            found = _exchange(senders, step)
+            found = exchange(workers, step)
             sent = torch.stack([each.sent for each in found]).mean(0)
             greatest = max(largest(each.sent) for each in found)
             wrong = max(largest(each.received - sent) for each in found)
@@ -144,13 +140,13 @@ def draws_as_claimed(trial: Trial) -> None:
     is_random = trial.compressor.claims().is_random
     if not trial.compressed_shapes():
         return
-    senders, kinds = _senders(trial, 1), trial.kinds_of_steps(HORIZON).values()
+    workers, kinds = senders(trial, 1), trial.kinds_of_steps(HORIZON).values()
     is_lossy = False
     for steps in kinds:
         first: list[Tensor] = []
         for step in steps[: TRIED_AT_RANDOM if is_random else TRIED]:
-            [found] = _exchange(senders, step)
-            outcome = [found.sent, *found.kept]
+            [found] = exchange(workers, step)
+            outcome = [found.sent, *found.kept.values()]
             first = first or outcome
             if not all(map(torch.equal, first, outcome)):
                 if is_random:
@@ -176,68 +172,3 @@ def _payloads(trial: Trial) -> Iterator[tuple[Tensor, Payload, Draws]]:
         delta = gaussian(shape, trial.seed, index)
         where = compressor.seed_of_draws, index, trial.seed
         yield delta, compressor.compress(delta, Draws(*where, 0)), Draws(*where, None)
-
-
-class _Outcome(NamedTuple):
-    """What came of an exchange on one worker: matrices, flat; and what the next starts from."""
-
-    deltas: Tensor
-    sent: Tensor
-    received: Tensor
-    kept: Sequence[Tensor]
-
-
-class _Sender:
-    """One worker's aggregator without an optimizer around it."""
-
-    def __init__(self, trial: Trial, world_size: int, worker: int, dtype: torch.dtype) -> None:
-        compressor, settings = copy.deepcopy(trial.compressor), trial.simulate(1).group
-        entries = [
-            Entry(index, tuple(shape), compressor.level(torch.Size(shape), settings))
-            for index, shape in enumerate(trial.shapes)
-        ]
-        self._layout, self._kind = Layout.plan(entries), (dtype, torch.device("cpu"))
-        placement = Placement(*self._kind, worker, world_size)
-        self.aggregator = compressor.aggregator(self._layout, settings, placement)
-        self.aggregator.groups = dict.fromkeys(range(len(entries)), settings)
-        for index, views in self.aggregator.state().items():
-            initial = compressor.initial_state(entries[index], settings)
-            for name, view in views.items():
-                view.copy_(initial[name])
-        self._deltas = Blocks(self._layout, *self._kind, self.aggregator.vectors)
-        self._path = worker, trial.seed, 2
-
-    def fill(self, kind: str) -> Blocks:
-        """Tensors that depend on the worker alone."""
-        for index, view in self._deltas.views.items():
-            view.copy_(made_up(kind, view.shape, *self._path, index))
-        return self._deltas
-
-    def exchange(self, step: int) -> Exchange[_Outcome]:
-        """One exchange after which nothing is kept."""
-        deltas = self.fill("scaled")
-        left, received = (Blocks(self._layout, *self._kind) for _ in range(2))
-        before = deltas.flat.clone()
-        local = yield from self.aggregator.compress(deltas, step)
-        local.subtract_from_(left)
-        mean = yield from self.aggregator.aggregate(local)
-        mean.decompress_with_(_copy_, received.views)
-        state = [own[name] for own in self.aggregator.state().values() for name in sorted(own)]
-        present = [tensor.clone() for tensor in state]
-        self.aggregator.commit_(frozenset())
-        kept = [tensor.clone() for tensor in state]
-        _copy_(present, state)
-        return _Outcome(before, -left.flat, received.flat, kept)
-
-
-def _senders(trial: Trial, world_size: int, dtype: torch.dtype = torch.float64) -> list[_Sender]:
-    return [_Sender(trial, world_size, worker, dtype) for worker in range(world_size)]
-
-
-def _exchange(senders: Sequence[_Sender], step: int) -> list[_Outcome]:
-    return lockstep([sender.exchange(step) for sender in senders]).results
-
-
-def _copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for value, target in zip(values, targets, strict=True):
-        target.copy_(value)
