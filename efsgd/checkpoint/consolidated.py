@@ -59,7 +59,6 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     run_between_steps(averaging_(optimizer), optimizer)
 
 
-@torch.no_grad()
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -104,7 +103,6 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
     return run_between_steps(consolidation(optimizer), optimizer)
 
 
-@torch.no_grad()
 def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
     saved = optimizer.state_dict()

@@ -56,7 +56,6 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-@torch.no_grad()
 def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -> Exchange[None]:
     """Compares settings, parameters and replicated state; a difference is a WorkerMismatchError."""
     infos = list(list_parameters(groups))
@@ -64,7 +63,6 @@ def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -
     yield from compare(describe(infos, method), infos[0].parameter.device, values)
 
 
-@torch.no_grad()
 def broadcast_parameters(groups: Groups, method: Method, source: int) -> Exchange[None]:
     """Gives all workers the parameters of one, once it is known that they have the same list."""
     infos = list(list_parameters(groups))

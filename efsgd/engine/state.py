@@ -45,6 +45,10 @@ def complete_(state: State, info: ParameterInfo, method: Method) -> None:
     """Adds to one parameter's state what is missing in it, and fits the rest (in place)."""
     compressor = method.compressor
     parameter, settings, entry = info.parameter, info.settings, info.entry(compressor)
+    given: Mapping[str, object] = state
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.is_inference():  # later steps could not write to it
+            state[name] = value.clone()
     if method.keeps_momentum:
         complete_momentum_(state, info)
     dtype, device = compute_dtype(parameter), parameter.device
@@ -120,6 +124,7 @@ def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
         tensor.shape == parameter.shape
         and tensor.dtype == parameter.dtype
         and tensor.device == parameter.device
+        and not tensor.is_inference()
         and (tensor.stride() == parameter.stride() or tensor.stride() == _dense_strides(parameter))
     )
 

@@ -181,8 +181,11 @@ def _target(info: ParameterInfo, rule: Rule) -> Tensor:
     if not rule.writes_gradients:
         return info.values
     gradient = info.gradient
-    # What Δ' cannot be written into: memory that is shared, or views that are computed when read.
-    is_lazy = gradient is not None and (gradient.is_conj() or gradient.is_neg())
-    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_lazy:
+    # What Δ' cannot be written into: memory that is shared, views that are computed when read, and
+    # what was made in inference mode.
+    is_odd = gradient is not None and (
+        gradient.is_conj() or gradient.is_neg() or gradient.is_inference()
+    )
+    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_odd:
         gradient = info.parameter.grad = torch.empty_like(info.parameter, requires_grad=False)
     return real_view(gradient)

@@ -17,7 +17,7 @@ from efsgd.optimizers import joining, settings
 from efsgd.optimizers.differentiable import require_differentiable, step_differentiably_
 from efsgd.optimizers.stateful import StatefulOptimizer
 from efsgd.optimizers.unsupported import refuse_backward_optimizer
-from efsgd.wire.collectives import Exchange, Transport, intercept, run
+from efsgd.wire.collectives import Exchange, Transport, intercept, leave_modes, run
 from efsgd.wire.transports import ProcessGroup, Workers, transport_of, validate_workers
 
 T = TypeVar("T")
@@ -54,7 +54,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         for group in self.param_groups:
             if group.get("differentiable") and self.transport.world_size == 1:
                 require_differentiable(self.param_groups, self._compressor)
-                step_differentiably_(self.param_groups, self.state, self._weight)
+                with leave_modes():
+                    step_differentiably_(self.param_groups, self.state, self._weight)
                 return loss
         self._take_step()
         return loss
