@@ -22,6 +22,7 @@ from efsgd import (
     Signum,
     TopK,
     average_buffers,
+    broadcast_buffers,
 )
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.checkpoint import OptimizerState, average_errors_, consolidated_state_dict
@@ -177,6 +178,7 @@ def loads_distributed_state(program: Program) -> None:
 
 def averages_buffers(program: Program) -> None:
     average_buffers(program.buffers)
+    broadcast_buffers(program.buffers)
 
 
 def looks_at_workers(program: Program) -> None:
