@@ -12,6 +12,7 @@ from efsgd.compressors import PowerSGD
 from efsgd.engine.parameters import list_parameters
 from efsgd.engine.update import Rule, Rules
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
+from efsgd.optimizers.settings import BOOKKEEPING
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.transports import Workers
 
@@ -34,8 +35,9 @@ class GradientAverager(ErrorFeedbackOptimizer):
     The other arguments are those of `PowerSGDOptimizer`.
 
     Args:
-        params: parameters, (name, parameter) pairs, or parameter groups; `rank` and
-            `min_compression_rate` may be set per group.
+        params: parameters, (name, parameter) pairs, or parameter groups, for example the
+            `param_groups` of the other optimizer; `rank` and `min_compression_rate` may be set per
+            group.
         compressor: what is sent; None is `PowerSGD()`.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip": leave the gradients as they are and return False.
@@ -79,6 +81,18 @@ class GradientAverager(ErrorFeedbackOptimizer):
         }
         compressor = PowerSGD() if compressor is None else compressor
         super().__init__(params, defaults, compressor, process_group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, of which it keeps a copy; see `ErrorFeedbackOptimizer`.
+
+        Args:
+            param_group: may belong to another optimizer: nothing is written into it, and of its
+                settings only those are taken that an averager has.
+        """
+        if isinstance(param_group, dict):
+            known = {"params", "param_names", *self.defaults}.difference(BOOKKEEPING)
+            param_group = {name: param_group[name] for name in param_group if name in known}
+        super().add_param_group(param_group)
 
     def average_(self, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Writes Δ' to each `p.grad`, the same on every worker.

@@ -38,6 +38,9 @@ SHARED = (
     "world_size",
 )
 
+#: What a group notes of its steps and of who took them: no settings.
+BOOKKEEPING = ("step", "worker", "world_size", "compressor")
+
 #: Those of them that may differ between workers: whose errors are kept, in which step's company.
 LOCAL = ("worker", "world_size")
 
