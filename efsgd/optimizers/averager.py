@@ -116,12 +116,8 @@ class GradientAverager(ErrorFeedbackOptimizer):
             CollectiveError: a collective failed; nothing has changed on this worker.
         """
         is_scaled = scaler is not None and scaler.is_enabled()
-        for state in getattr(scaler, "_per_optimizer_states", {}).values() if is_scaled else ():
-            if getattr(state.get("stage"), "name", None) == "UNSCALED":
-                raise RuntimeError(
-                    "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
-                    "already and would be divided by the scale again. Call average_(scaler) first."
-                )
+        if is_scaled:
+            _require_scaled(scaler)
         self._scale = scaler.get_scale() if scaler is not None and is_scaled else None
         try:
             return bool(self.step())
@@ -162,6 +158,21 @@ class GradientAverager(ErrorFeedbackOptimizer):
                 else:
                     parameter.grad = torch.full_like(parameter, torch.inf, requires_grad=False)
         return applied
+
+
+def _require_scaled(scaler: object) -> None:
+    """Raises where gradients have been unscaled before any averager has seen them."""
+    states = getattr(scaler, "_per_optimizer_states", {})  # another dict after scaler.update()
+    # Which optimizer's are unscaled the scaler does not tell. Once an averager has been here they
+    # may be those that it has averaged.
+    is_first = id(GradientAverager) not in states
+    for state in states.values():
+        if is_first and getattr(state.get("stage"), "name", None) == "UNSCALED":
+            raise RuntimeError(
+                "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
+                "already and would be divided by the scale again. Call average_(scaler) first."
+            )
+    states.setdefault(id(GradientAverager), {"stage": None, "found_inf_per_device": {}})
 
 
 def replace_(
