@@ -117,7 +117,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
         """
         is_scaled = scaler is not None and scaler.is_enabled()
         if is_scaled:
-            _require_scaled(scaler)
+            _require_scaled(scaler, self)
         self._scale = scaler.get_scale() if scaler is not None and is_scaled else None
         try:
             return bool(self.step())
@@ -160,19 +160,19 @@ class GradientAverager(ErrorFeedbackOptimizer):
         return applied
 
 
-def _require_scaled(scaler: object) -> None:
-    """Raises where gradients have been unscaled before any averager has seen them."""
+def _require_scaled(scaler: object, averager: object) -> None:
+    """Raises where gradients are unscaled that no other averager has seen in this iteration."""
     states = getattr(scaler, "_per_optimizer_states", {})  # another dict after scaler.update()
-    # Which optimizer's are unscaled the scaler does not tell. Once an averager has been here they
-    # may be those that it has averaged.
-    is_first = id(GradientAverager) not in states
-    for state in states.values():
-        if is_first and getattr(state.get("stage"), "name", None) == "UNSCALED":
+    # A scaler does not tell whose gradients it has unscaled. Noted beside them is who has averaged.
+    note = {"stage": None, "found_inf_per_device": {}, "averagers": set()}
+    known = states.setdefault(id(GradientAverager), note)["averagers"]
+    for state in states.values() if known <= {id(averager)} else ():
+        if getattr(state.get("stage"), "name", None) == "UNSCALED":
             raise RuntimeError(
                 "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
                 "already and would be divided by the scale again. Call average_(scaler) first."
             )
-    states.setdefault(id(GradientAverager), {"stage": None, "found_inf_per_device": {}})
+    known.add(id(averager))
 
 
 def replace_(

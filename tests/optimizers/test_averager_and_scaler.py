@@ -110,7 +110,7 @@ def test_two_averagers_share_a_scaler_with_unscale_in_between() -> None:
         scaler.update()
         assert scaler.get_scale() == 8.0 * 2**iteration
         assert [p.tolist() for p in parameters] == [[-float(iteration)] * 3] * 2
-    # A new iteration: misuse by the first averager is found again.
+    # In a new iteration misuse by the first averager is found again.
     scaler.scale(parameters[0].sum()).backward()
     scaler.unscale_(sgds[0])
     with pytest.raises(RuntimeError, match="Call average_"):
