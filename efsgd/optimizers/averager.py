@@ -164,7 +164,7 @@ def _require_scaled(scaler: object, averager: object) -> None:
     """Raises where gradients are unscaled that no other averager has seen in this iteration."""
     states = getattr(scaler, "_per_optimizer_states", {})  # another dict after scaler.update()
     # A scaler does not tell whose gradients it has unscaled. Noted beside them is who has averaged.
-    note = {"stage": None, "found_inf_per_device": {}, "averagers": set()}
+    note: dict[str, Any] = {"stage": None, "found_inf_per_device": {}, "averagers": set()}
     known = states.setdefault(id(GradientAverager), note)["averagers"]
     for state in states.values() if known <= {id(averager)} else ():
         if getattr(state.get("stage"), "name", None) == "UNSCALED":
