@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
+from efsgd.checks import plain, require_integer
 from efsgd.engine.consistency import broadcast_parameters, compare_all
 from efsgd.engine.observation import Watcher
 from efsgd.engine.update import LossScaling
@@ -70,13 +71,9 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         Returns:
             Whether the step was applied; if not, all workers skipped it.
         """
-        if world_size < 1:
-            raise ValueError(f"Invalid world_size: {world_size}. Must be at least 1.")
-        if not 0 <= worker < world_size:
-            raise ValueError(
-                f"Invalid worker: {worker}. Must be a place among {world_size} workers, from 0."
-            )
-        context, scaling = (world_size, worker), LossScaling.of(self, self._scale)
+        require_integer("world_size", world_size, 1)
+        require_integer("worker", worker, 0, plain(world_size) - 1)
+        context, scaling = (plain(world_size), plain(worker)), LossScaling.of(self, self._scale)
         return self.engine.exchange(self.param_groups, self.state, context, scaling, self._weight)
 
     @staticmethod
@@ -120,18 +117,15 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """Gives all workers the parameters of one. Every worker of the group must call it.
 
         Args:
-            source: the worker whose parameters are taken (no buffers), counted within the group.
+            source: the worker whose parameters are taken, counted within the group. Buffers are
+                given by `efsgd.broadcast_buffers`.
 
         Raises:
             WorkerMismatchError: the workers do not have the same parameters.
         """
         transport = self.transport
-        if not (isinstance(source, int) and 0 <= source < transport.world_size):
-            raise ValueError(
-                f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
-                f"{transport.world_size - 1}."
-            )
-        run(broadcast_parameters(self.param_groups, self._method, source), transport)
+        require_integer("source", source, 0, transport.world_size - 1, remedy="It is a worker.")
+        run(broadcast_parameters(self.param_groups, self._method, plain(source)), transport)
 
     @property
     def process_group(self) -> Workers:

@@ -59,7 +59,7 @@ class StatefulOptimizer(Optimizer):
         defaults[PER_PARAMETER] = None
         settings.validate_setting_names(compressor, defaults)
         defaults |= compressor.settings()
-        self._validate(defaults, compressor)
+        settings.validate_groups(self._validate, compressor, [defaults])
         self._begin(compressor, defaults, process_group)
         super().__init__(params, defaults)
 

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch.optim import Optimizer
 
+from efsgd.checks import plain
 from efsgd.engine.observation import Observation
 from efsgd.engine.parameters import list_parameters, set_overrides_
 from efsgd.errors import CollectiveError, WorkerMismatchError
@@ -218,7 +219,8 @@ class RankScheduler:
         return layers
 
     def _set(self, values: Mapping[int, Value]) -> None:
-        set_overrides_(self.optimizer.param_groups, self.policy.setting, values)
+        own = {index: plain(value) for index, value in values.items()}
+        set_overrides_(self.optimizer.param_groups, self.policy.setting, own)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.
