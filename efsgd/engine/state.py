@@ -87,7 +87,7 @@ def validate_states(
     compressor: Compressor,
 ) -> None:
     """Checks what users may have put into the state, before anything is changed."""
-    for info in infos:
+    for info in (info for info in infos if info.is_trained):
         shapes = {"momentum_buffer": info.parameter.shape}
         shapes |= dict.fromkeys(local_state(compressor), info.shape)
         for name, value in states.get(info.parameter, {}).items():

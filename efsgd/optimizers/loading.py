@@ -177,7 +177,7 @@ def _exact_copy(
 def complete_states_(groups: Groups, states: MutableMapping[Tensor, State], method: Method) -> None:
     """Adds to all parameters' states what is missing in them, and fits the rest (in place)."""
     for info in list_parameters(groups):
-        if info.parameter.requires_grad:
+        if info.is_trained:
             complete_(states[info.parameter], info, method)
     if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
         states[groups[0]["params"][0]] = {}
