@@ -71,9 +71,12 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         Returns:
             Whether the step was applied; if not, all workers skipped it.
         """
-        require_integer("world_size", world_size, 1)
-        require_integer("worker", worker, 0, plain(world_size) - 1)
-        context, scaling = (plain(world_size), plain(worker)), LossScaling.of(self, self._scale)
+        if not (type(world_size) is type(worker) is int and 0 <= worker < world_size):
+            require_integer("world_size", world_size, 1)
+            world_size = plain(world_size)
+            require_integer("worker", worker, 0, world_size - 1)
+            worker = plain(worker)
+        context, scaling = (world_size, worker), LossScaling.of(self, self._scale)
         return self.engine.exchange(self.param_groups, self.state, context, scaling, self._weight)
 
     @staticmethod
