@@ -88,7 +88,9 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
 
     Returns:
         A copy of `optimizer.state_dict()` in which every error, and every local momentum, is the
-        mean over the workers.
+        mean over the workers. Its tensors are contiguous, but for momentum buffers of parameters
+        that are not, such as channels_last ones: as in torch.optim.SGD these are like the
+        parameters.
 
     Raises:
         CollectiveError: a collective failed.
@@ -108,6 +110,10 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     saved = optimizer.state_dict()
     means = yield from local_means(states_in(saved), optimizer)
     state = {key: {**own, **means.get(key, {})} for key, own in saved["state"].items()}
+    for own in state.values():  # a copy anyway, and safetensors takes nothing else
+        for name, value in own.items():
+            if isinstance(value, Tensor) and name != "momentum_buffer":
+                own[name] = value.contiguous()
     consolidated = copy.deepcopy({**saved, "state": state})
     _clear_owner_(consolidated["param_groups"])
     return consolidated
