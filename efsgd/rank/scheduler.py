@@ -10,7 +10,6 @@ from weakref import WeakSet
 import torch
 from torch.optim import Optimizer
 
-from efsgd.checks import plain
 from efsgd.engine.observation import Observation
 from efsgd.engine.parameters import list_parameters, set_overrides_
 from efsgd.errors import CollectiveError, WorkerMismatchError
@@ -219,8 +218,7 @@ class RankScheduler:
         return layers
 
     def _set(self, values: Mapping[int, Value]) -> None:
-        own = {index: plain(value) for index, value in values.items()}
-        set_overrides_(self.optimizer.param_groups, self.policy.setting, own)
+        set_overrides_(self.optimizer.param_groups, self.policy.setting, values)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.
@@ -236,7 +234,6 @@ class RankScheduler:
             found[layer.name] = value
         return found
 
-    @leave_modes()
     def state_dict(self) -> dict[str, Any]:
         """The state of this worker's scheduler, a copy, to be saved beside the optimizer's.
 
