@@ -20,7 +20,7 @@ from efsgd.compressors import (
     UniformQuantized,
 )
 from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
-from efsgd.integrations.model_buffers import average_buffers
+from efsgd.integrations.model_buffers import average_buffers, broadcast_buffers
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
 from efsgd.optimizers.powersgd import PowerSGDOptimizer
@@ -50,6 +50,7 @@ __all__ = [
     "WorkerMismatchError",
     "__version__",
     "average_buffers",
+    "broadcast_buffers",
 ]
 
 __version__ = "0.1.0"

@@ -39,4 +39,4 @@ def warn_user(text: str) -> None:
 
 
 def _is_inner(module: str) -> bool:
-    return module.partition(".")[0] in ("efsgd", "torch")
+    return module.partition(".")[0] in ("efsgd", "torch", "contextlib")

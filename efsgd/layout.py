@@ -45,6 +45,14 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it has a shape, but no values, as under torch's FakeTensorMode.
+
+    Estimators of memory run steps like that. Where such values decide, a step is taken as usual.
+    """
+    return type(tensor).__name__ == "FakeTensor"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One parameter in a plan.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement
-from efsgd.layout import Blocks, Elementwise, Layout
+from efsgd.layout import Blocks, Elementwise, Layout, is_fake
 from efsgd.wire.bits import majority, pack, unpack
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, InFlight, Start
 from efsgd.wire.payload import Field, Format
@@ -128,7 +128,10 @@ class Voting(Aggregator):
         """All but `absent` parameters, in order."""
         runs: list[_Run] = []
         first = 0
-        for entry, has_started in zip(self._entries, self._started.tolist(), strict=True):
+        # Without values, as in estimates of memory, all count as started.
+        has_values = not is_fake(self._started)
+        started = self._started.tolist() if has_values else [True] * len(self._entries)
+        for entry, has_started in zip(self._entries, started, strict=True):
             where = slice(first, first + entry.numel)
             first = where.stop
             if entry.index in absent:

@@ -60,7 +60,6 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     run_between_steps(averaging_(optimizer), optimizer)
 
 
-@torch.no_grad()
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -90,7 +89,9 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
 
     Returns:
         A copy of `optimizer.state_dict()` in which every error, and every local momentum, is the
-        mean over the workers.
+        mean over the workers. Its tensors are contiguous, but for momentum buffers of parameters
+        that are not, such as channels_last ones: as in torch.optim.SGD these are like the
+        parameters.
 
     Raises:
         CollectiveError: a collective failed.
@@ -105,12 +106,15 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
     return run_between_steps(consolidation(optimizer), optimizer)
 
 
-@torch.no_grad()
 def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
     saved = optimizer.state_dict()
     means = yield from local_means(states_in(saved), optimizer)
     state = {key: {**own, **means.get(key, {})} for key, own in saved["state"].items()}
+    for own in state.values():  # a copy anyway, and safetensors takes nothing else
+        for name, value in own.items():
+            if isinstance(value, Tensor) and name != "momentum_buffer":
+                own[name] = value.contiguous()
     consolidated = copy.deepcopy({**saved, "state": state})
     _clear_owner_(consolidated["param_groups"])
     return consolidated

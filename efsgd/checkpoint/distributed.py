@@ -90,7 +90,6 @@ class OptimizerState:
         """
         return run_between_steps(self._saving(), self._optimizer)
 
-    @torch.no_grad()
     def _saving(self) -> Exchange[dict[str, Any]]:
         transport, saved = self._optimizer.transport, self._optimizer.state_dict()
         names, kinds = self._names(), local_state(self._optimizer.compressor)

@@ -25,7 +25,7 @@ def by_kind(infos: Iterable[ParameterInfo]) -> dict[Kind, list[ParameterInfo]]:
     """The parameters that require a gradient, by what a bucket has in common."""
     kinds: dict[Kind, list[ParameterInfo]] = {}
     for info in infos:
-        if info.parameter.requires_grad:
+        if info.is_trained:
             kind = info.parameter.device, compute_dtype(info.parameter)
             kinds.setdefault(kind, []).append(info)
     return kinds

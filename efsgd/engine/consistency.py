@@ -24,7 +24,7 @@ def replicated(
     infos: Iterable[ParameterInfo], state: Mapping[Tensor, State], compressor: Compressor
 ) -> dict[str, Tensor]:
     """What must be equal on all workers, by name: parameters and state, but for what is local."""
-    chosen, local = list(infos), local_state(compressor)
+    chosen, local = [info for info in infos if info.is_trained], local_state(compressor)
     named = {info.name: info.values.detach() for info in chosen}
     for info in chosen:
         for key, value in sorted(state.get(info.parameter, {}).items()):
@@ -41,10 +41,11 @@ def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
         if info.group is not group:
             group = info.group
             lines += [f"{k}={_plain(group[k])} in the group of {info.name}" for k in names]
+        if not info.is_trained:
+            lines.append(f"{info.name}, frozen")
+            continue
         entry, parameter = info.entry_now(method.compressor), info.parameter
         how = "uncompressed" if entry.level is None else f"compressed at level {entry.level}"
-        if not parameter.requires_grad:
-            how = "frozen"
         kind = f"{parameter.dtype} on {parameter.device.type}".removeprefix("torch.")
         own = overrides_of(info.group, info.position).items()
         how += "".join(f", with {name}={value} of its own" for name, value in own)
@@ -56,7 +57,6 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-@torch.no_grad()
 def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -> Exchange[None]:
     """Compares settings, parameters and replicated state; a difference is a WorkerMismatchError."""
     infos = list(list_parameters(groups))
@@ -64,12 +64,11 @@ def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -
     yield from compare(describe(infos, method), infos[0].parameter.device, values)
 
 
-@torch.no_grad()
 def broadcast_parameters(groups: Groups, method: Method, source: int) -> Exchange[None]:
     """Gives all workers the parameters of one, once it is known that they have the same list."""
     infos = list(list_parameters(groups))
     yield from compare(describe(infos, method), infos[0].parameter.device)
-    yield from broadcast_values([info.values for info in infos], source)
+    yield from broadcast_values([info.values for info in infos if info.is_trained], source)
 
 
 def drop_foreign_errors_(

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.layout import Entry, real_view
@@ -148,6 +149,14 @@ class ParameterInfo:
     def settings(self) -> dict[str, Any]:
         """Those of its group, and what it has of its own in their place."""
         return settings_of(self.group, self.position)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether steps work on it: it requires a gradient, and has been initialised.
+
+        Of others nothing but this is read, compared or sent.
+        """
+        return self.parameter.requires_grad and not is_lazy(self.parameter)
 
     @property
     def values(self) -> Tensor:

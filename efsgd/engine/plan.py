@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.engine.buckets import by_kind, make_bucket, memory_of
@@ -34,7 +35,7 @@ class Plan:
 
     Attributes:
         infos: the parameters, in order.
-        states: of those that require a gradient, by index.
+        states: of those that are trained, by index.
         views: what these states show of the buckets.
         buckets: of the same parameters; empty before the first step.
         sparse: the parameters that are known to have sparse gradients.
@@ -91,8 +92,10 @@ class Plan:
                 signed.append(group[name])
             signed += [frozen(group), group.get("momentum", 0) != 0]
             for p in group["params"]:
-                kept = id(state.get(p))
-                signed.append((id(p), kept, p.requires_grad, p.dtype, p.device, p.shape))
+                if p.requires_grad and not is_lazy(p):
+                    signed.append((id(p), id(state.get(p)), p.dtype, p.device, p.shape))
+                else:
+                    signed.append(id(p))
         phase = self.phase(groups[0]["step"], groups[0]["start_compressing_at"])
         return Signature(tuple(signed), phase)
 
@@ -144,15 +147,17 @@ class Plan:
         memory = memory_of(self.buckets, before, self.infos, compressor)
         self.reset()  # all other memory is free for what follows
         for info in self.infos:
-            _require_values(info)
-            if info.parameter.requires_grad:
+            if info.is_trained:
+                _require_values(info)
                 self._complete_(state[info.parameter], info)
                 self.states[info.index] = state[info.parameter]
-            elif info.parameter in state:
+        trained = {info.parameter for info in self.infos if info.is_trained}
+        for info in (*before, *self.infos):
+            if info.parameter not in trained and info.parameter in state:
                 detach_from_buffer_(state[info.parameter])
         kinds = by_kind(self.infos)
-        trained = [info for infos in kinds.values() for info in infos]
-        self.views = StateViews(trained, self.states, self._method)
+        shown = [info for infos in kinds.values() for info in infos]
+        self.views = StateViews(shown, self.states, self._method)
         self.views.release_zeros_(buffer for pair in memory.values() for buffer in pair)
         for kind, infos in kinds.items():
             own = memory.get(kind)
@@ -210,9 +215,10 @@ class Plan:
 
 def _require_values(info: ParameterInfo) -> None:
     if info.parameter.is_meta:
-        fused = "`fused=True` requires all the params to have values, but "
+        fused = "`fused=True` requires all the params to be floating point Tensors of supported "
+        fused = f"{fused}devices, but " if info.group.get("fused") else ""  # torch's own words
         raise RuntimeError(
-            f"{fused if info.group.get('fused') else ''}{info.name} is on the meta "
+            f"{fused}{info.name} is on the meta "
             f"device: there is nothing that a step could change. Give it values first, for "
             f"example by module.to_empty(device='cpu')."
         )

@@ -31,6 +31,7 @@ from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.low_rank.factors import resized
 from efsgd.engine.parameters import ParameterInfo, compute_dtype
 from efsgd.engine.update import Method
+from efsgd.layout import is_fake
 
 #: What is kept for one parameter, by name.
 State: TypeAlias = MutableMapping[str, Tensor]
@@ -45,6 +46,10 @@ def complete_(state: State, info: ParameterInfo, method: Method) -> None:
     """Adds to one parameter's state what is missing in it, and fits the rest (in place)."""
     compressor = method.compressor
     parameter, settings, entry = info.parameter, info.settings, info.entry(compressor)
+    given: Mapping[str, object] = state
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.is_inference():  # later steps could not write to it
+            state[name] = value.clone()
     if method.keeps_momentum:
         complete_momentum_(state, info)
     dtype, device = compute_dtype(parameter), parameter.device
@@ -83,7 +88,7 @@ def validate_states(
     compressor: Compressor,
 ) -> None:
     """Checks what users may have put into the state, before anything is changed."""
-    for info in infos:
+    for info in (info for info in infos if info.is_trained):
         shapes = {"momentum_buffer": info.parameter.shape}
         shapes |= dict.fromkeys(local_state(compressor), info.shape)
         for name, value in states.get(info.parameter, {}).items():
@@ -108,11 +113,16 @@ def complete_momentum_(state: State, info: ParameterInfo) -> None:
     require_tensor(present, "momentum_buffer", info.name)
     require_shape(present, parameter.shape, "momentum_buffer", info.name)
     # One that is there, without a word or in place of our zeros, was given by the user.
-    if has_started is None or (not has_started and not present.is_meta and bool(present.any())):
+    if has_started is None or (not has_started and _is_nonzero(present)):
         state["momentum_started"] = torch.tensor(True, device="cpu")
     if not _is_like(present, parameter):
         state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
         state["momentum_buffer"].copy_(present)
+
+
+def _is_nonzero(tensor: Tensor) -> bool:
+    """Whether any element is; False where there are no values."""
+    return not (tensor.is_meta or is_fake(tensor)) and bool(tensor.any())
 
 
 def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
@@ -120,6 +130,7 @@ def _is_like(tensor: Tensor, parameter: Tensor) -> bool:
         tensor.shape == parameter.shape
         and tensor.dtype == parameter.dtype
         and tensor.device == parameter.device
+        and not tensor.is_inference()
         and (tensor.stride() == parameter.stride() or tensor.stride() == _dense_strides(parameter))
     )
 
@@ -148,14 +159,14 @@ class StateViews:
         A fresh optimizer then never has it twice, in its state and in its buckets. Nothing is
         gained by freeing parts of buffers that are `kept`.
         """
-        addresses = {buffer.untyped_storage().data_ptr() for buffer in kept}
+        memory = {buffer.untyped_storage()._cdata for buffer in kept}
         names = local_state(self._method.compressor)
         for state in self._states.values():
             for name in names:
                 value = state.get(name)
-                if value is None or value.untyped_storage().data_ptr() in addresses:
+                if value is None or value.untyped_storage()._cdata in memory:
                     continue
-                if not bool(value.any()):
+                if not _is_nonzero(value):
                     state[name] = value.new_zeros(()).expand(value.shape)
 
     def attach_(self, bucket: Bucket) -> None:
@@ -172,7 +183,7 @@ class StateViews:
                 bucket.errors.views[entry.index].copy_(state["error"])
             elif "error" in state:
                 state["error"] = _apart(state["error"]).contiguous()
-                if bool(state["error"].any()):
+                if _is_nonzero(state["error"]):
                     bucket.pending_errors[entry.index] = state["error"]
         self.show_errors_(bucket)
 

@@ -185,7 +185,7 @@ class Step:
         """The step's own collectives come next."""
         size = 0
         for info in self.plan.infos:
-            if info.parameter.requires_grad:
+            if info.is_trained:
                 size += info.parameter.numel() * info.parameter.element_size()
         self.traffic.begin_step(size)
         self.phases.begin_step()

@@ -12,7 +12,7 @@ from efsgd.algorithms.error_feedback import decompress_with_
 from efsgd.algorithms.interfaces import Compressed, Compressor
 from efsgd.algorithms.sgd import sgd_
 from efsgd.engine.parameters import Groups, ParameterInfo
-from efsgd.layout import Elementwise, real_view
+from efsgd.layout import Elementwise, is_fake, real_view
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ def squared_norm(bucket: Bucket, mean: Compressed, absent: frozenset[int]) -> fl
         if entry.index not in absent:
             values = bucket.deltas.views[entry.index]
             squares.append(torch.linalg.vector_norm(values, dtype=torch.float64).square())
-    return float(torch.stack(squares).sum()) if squares else 0.0
+    total = torch.stack(squares).sum() if squares else None
+    return 0.0 if total is None or is_fake(total) else float(total)
 
 
 def _target(info: ParameterInfo, rule: Rule) -> Tensor:
@@ -181,8 +182,11 @@ def _target(info: ParameterInfo, rule: Rule) -> Tensor:
     if not rule.writes_gradients:
         return info.values
     gradient = info.gradient
-    # What Δ' cannot be written into: memory that is shared, or views that are computed when read.
-    is_lazy = gradient is not None and (gradient.is_conj() or gradient.is_neg())
-    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_lazy:
+    # What Δ' cannot be written into: memory that is shared, views that are computed when read, and
+    # what was made in inference mode.
+    is_odd = gradient is not None and (
+        gradient.is_conj() or gradient.is_neg() or gradient.is_inference()
+    )
+    if gradient is None or gradient.layout != torch.strided or 0 in gradient.stride() or is_odd:
         gradient = info.parameter.grad = torch.empty_like(info.parameter, requires_grad=False)
     return real_view(gradient)

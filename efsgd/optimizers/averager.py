@@ -12,6 +12,7 @@ from efsgd.compressors import PowerSGD
 from efsgd.engine.parameters import list_parameters
 from efsgd.engine.update import Rule, Rules
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
+from efsgd.optimizers.settings import BOOKKEEPING
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.transports import Workers
 
@@ -34,8 +35,9 @@ class GradientAverager(ErrorFeedbackOptimizer):
     The other arguments are those of `PowerSGDOptimizer`.
 
     Args:
-        params: parameters, (name, parameter) pairs, or parameter groups; `rank` and
-            `min_compression_rate` may be set per group.
+        params: parameters, (name, parameter) pairs, or parameter groups, for example the
+            `param_groups` of the other optimizer; `rank` and `min_compression_rate` may be set per
+            group.
         compressor: what is sent; None is `PowerSGD()`.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip": leave the gradients as they are and return False.
@@ -80,6 +82,18 @@ class GradientAverager(ErrorFeedbackOptimizer):
         compressor = PowerSGD() if compressor is None else compressor
         super().__init__(params, defaults, compressor, process_group)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, of which it keeps a copy; see `ErrorFeedbackOptimizer`.
+
+        Args:
+            param_group: may belong to another optimizer: nothing is written into it, and of its
+                settings only those are taken that an averager has.
+        """
+        if isinstance(param_group, dict):
+            known = {"params", "param_names", *self.defaults}.difference(BOOKKEEPING)
+            param_group = {name: param_group[name] for name in param_group if name in known}
+        super().add_param_group(param_group)
+
     def average_(self, scaler: torch.amp.GradScaler | None = None) -> bool:
         """Writes Δ' to each `p.grad`, the same on every worker.
 
@@ -102,12 +116,8 @@ class GradientAverager(ErrorFeedbackOptimizer):
             CollectiveError: a collective failed; nothing has changed on this worker.
         """
         is_scaled = scaler is not None and scaler.is_enabled()
-        for state in getattr(scaler, "_per_optimizer_states", {}).values() if is_scaled else ():
-            if getattr(state.get("stage"), "name", None) == "UNSCALED":
-                raise RuntimeError(
-                    "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
-                    "already and would be divided by the scale again. Call average_(scaler) first."
-                )
+        if is_scaled:
+            _require_scaled(scaler, self)
         self._scale = scaler.get_scale() if scaler is not None and is_scaled else None
         try:
             return bool(self.step())
@@ -148,6 +158,21 @@ class GradientAverager(ErrorFeedbackOptimizer):
                 else:
                     parameter.grad = torch.full_like(parameter, torch.inf, requires_grad=False)
         return applied
+
+
+def _require_scaled(scaler: object, averager: object) -> None:
+    """Raises where gradients are unscaled that no other averager has seen in this iteration."""
+    states = getattr(scaler, "_per_optimizer_states", {})  # another dict after scaler.update()
+    # A scaler does not tell whose gradients it has unscaled. Noted beside them is who has averaged.
+    note: dict[str, Any] = {"stage": None, "found_inf_per_device": {}, "averagers": set()}
+    known = states.setdefault(id(GradientAverager), note)["averagers"]
+    for state in states.values() if known <= {id(averager)} else ():
+        if getattr(state.get("stage"), "name", None) == "UNSCALED":
+            raise RuntimeError(
+                "average_(scaler) after scaler.unscale_(optimizer): the gradients are unscaled "
+                "already and would be divided by the scale again. Call average_(scaler) first."
+            )
+    known.add(id(averager))
 
 
 def replace_(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
+from efsgd.checks import plain, require_integer
 from efsgd.engine.consistency import broadcast_parameters, compare_all
 from efsgd.engine.observation import Watcher
 from efsgd.engine.update import LossScaling
@@ -17,7 +18,7 @@ from efsgd.optimizers import joining, settings
 from efsgd.optimizers.differentiable import require_differentiable, step_differentiably_
 from efsgd.optimizers.stateful import StatefulOptimizer
 from efsgd.optimizers.unsupported import refuse_backward_optimizer
-from efsgd.wire.collectives import Exchange, Transport, intercept, run
+from efsgd.wire.collectives import Exchange, Transport, intercept, leave_modes, run
 from efsgd.wire.transports import ProcessGroup, Workers, transport_of, validate_workers
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         for group in self.param_groups:
             if group.get("differentiable") and self.transport.world_size == 1:
                 require_differentiable(self.param_groups, self._compressor)
-                step_differentiably_(self.param_groups, self.state, self._weight)
+                with leave_modes():
+                    step_differentiably_(self.param_groups, self.state, self._weight)
                 return loss
         self._take_step()
         return loss
@@ -69,12 +71,11 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         Returns:
             Whether the step was applied; if not, all workers skipped it.
         """
-        if world_size < 1:
-            raise ValueError(f"Invalid world_size: {world_size}. Must be at least 1.")
-        if not 0 <= worker < world_size:
-            raise ValueError(
-                f"Invalid worker: {worker}. Must be a place among {world_size} workers, from 0."
-            )
+        if not (type(world_size) is type(worker) is int and 0 <= worker < world_size):
+            require_integer("world_size", world_size, 1)
+            world_size = plain(world_size)
+            require_integer("worker", worker, 0, world_size - 1)
+            worker = plain(worker)
         context, scaling = (world_size, worker), LossScaling.of(self, self._scale)
         return self.engine.exchange(self.param_groups, self.state, context, scaling, self._weight)
 
@@ -119,18 +120,15 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """Gives all workers the parameters of one. Every worker of the group must call it.
 
         Args:
-            source: the worker whose parameters are taken (no buffers), counted within the group.
+            source: the worker whose parameters are taken, counted within the group. Buffers are
+                given by `efsgd.broadcast_buffers`.
 
         Raises:
             WorkerMismatchError: the workers do not have the same parameters.
         """
         transport = self.transport
-        if not (isinstance(source, int) and 0 <= source < transport.world_size):
-            raise ValueError(
-                f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
-                f"{transport.world_size - 1}."
-            )
-        run(broadcast_parameters(self.param_groups, self._method, source), transport)
+        require_integer("source", source, 0, transport.world_size - 1, remedy="It is a worker.")
+        run(broadcast_parameters(self.param_groups, self._method, plain(source)), transport)
 
     @property
     def process_group(self) -> Workers:

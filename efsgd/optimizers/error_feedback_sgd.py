@@ -22,6 +22,7 @@ from efsgd.optimizers.settings import (
     validate_changes,
     validate_sgd_group,
 )
+from efsgd.wire.collectives import leave_modes
 from efsgd.wire.transports import Workers
 
 
@@ -127,6 +128,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
             require_differentiable(self.param_groups, compressor)
 
     @classmethod
+    @leave_modes()
     def from_sgd(cls, sgd: SGD, **options: Any) -> Self:
         """Takes over from a live torch.optim.SGD: same groups, same momenta, same update rule.
 

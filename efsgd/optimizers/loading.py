@@ -134,14 +134,14 @@ def validate_structure(state_dict: Mapping[str, Any], settings: Iterable[str]) -
 def refuse_overwritten(saved: Mapping[Any, Any], buckets: Sequence[Bucket]) -> None:
     """Refuses a state_dict that was kept without a copy, and whose errors later steps overwrote."""
     scratch = {
-        batch.untyped_storage().data_ptr()
+        batch.untyped_storage()._cdata
         for bucket in buckets
         if bucket.errors is not None
         for batch in bucket.deltas.batches
     }
     for state in saved.values():
         error = state.get("error") if isinstance(state, Mapping) else None
-        if isinstance(error, Tensor) and error.untyped_storage().data_ptr() in scratch:
+        if isinstance(error, Tensor) and error.untyped_storage()._cdata in scratch:
             raise ValueError(
                 "Invalid state_dict: its errors are views of this optimizer's own memory, which "
                 "later steps have overwritten. Copy a state_dict when you take it: "
@@ -177,7 +177,7 @@ def _exact_copy(
 def complete_states_(groups: Groups, states: MutableMapping[Tensor, State], method: Method) -> None:
     """Adds to all parameters' states what is missing in them, and fits the rest (in place)."""
     for info in list_parameters(groups):
-        if info.parameter.requires_grad:
+        if info.is_trained:
             complete_(states[info.parameter], info, method)
     if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
         states[groups[0]["params"][0]] = {}

@@ -1,7 +1,7 @@
 """The optimizer's arguments: torch.optim.SGD's, with its errors, and this package's own."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -25,6 +25,9 @@ SGD_SETTINGS = (
     "fused",
 )
 
+# Those of them that are no numbers.
+_FLAGS = ("nesterov", "maximize", "foreach", "differentiable", "fused")
+
 #: Settings of the optimizer as a whole. They live in every group, since that is what a
 #: state_dict saves, and must be the same in all of them. A compressor may add its own.
 SHARED = (
@@ -37,6 +40,9 @@ SHARED = (
     "worker",
     "world_size",
 )
+
+#: What a group notes of its steps and of who took them: no settings.
+BOOKKEEPING = ("step", "worker", "world_size", "compressor")
 
 #: Those of them that may differ between workers: whose errors are kept, in which step's company.
 LOCAL = ("worker", "world_size")
@@ -156,10 +162,14 @@ def _require(group: Mapping[str, Any], names: Iterable[str]) -> None:
 def validate_groups(
     validate: Callable[[Mapping[str, Any], Compressor], None],
     compressor: Compressor,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[dict[str, Any]],
 ) -> None:
-    """Checks each group, and that settings of the optimizer as a whole are equal in all."""
+    """Checks each group, and that settings of the optimizer as a whole are equal in all.
+
+    Numbers of NumPy and torch in them become Python's own (in place).
+    """
     for group in groups:
+        _make_plain_(group, {*SHARED, *_FLAGS, *compressor.settings()})
         validate(group, compressor)
         for name in (*SHARED, *compressor.shared_settings()) if group is not groups[0] else ():
             if group[name] != groups[0][name]:
@@ -168,6 +178,17 @@ def validate_groups(
                     f"groups. It belongs to the optimizer as a whole and must be the same in every "
                     f"group; pass it to the constructor."
                 )
+
+
+def _make_plain_(group: dict[str, Any], own: Container[str]) -> None:
+    """Tensors stay where torch.optim.SGD takes them, which is not so for `own` settings."""
+    for name, value in group.items():
+        if name in own or not isinstance(value, Tensor):
+            group[name] = plain(value)
+    overrides = group.get(PER_PARAMETER)
+    for name, values in overrides.items() if isinstance(overrides, dict) else ():
+        if isinstance(values, list | tuple):
+            group[PER_PARAMETER][name] = type(values)(map(plain, values))
 
 
 def validate_compressor(compressor: object) -> None:

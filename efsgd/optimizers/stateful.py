@@ -14,6 +14,7 @@ from efsgd.engine.step import Step
 from efsgd.engine.update import Method, Rules
 from efsgd.errors import warn_user
 from efsgd.optimizers import loading, settings
+from efsgd.wire.collectives import leave_modes
 from efsgd.wire.transports import Workers, validate_workers
 
 
@@ -58,7 +59,7 @@ class StatefulOptimizer(Optimizer):
         defaults[PER_PARAMETER] = None
         settings.validate_setting_names(compressor, defaults)
         defaults |= compressor.settings()
-        self._validate(defaults, compressor)
+        settings.validate_groups(self._validate, compressor, [defaults])
         self._begin(compressor, defaults, process_group)
         super().__init__(params, defaults)
 
@@ -100,8 +101,10 @@ class StatefulOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        loading.complete_states_(self.param_groups, self.state, self._method)
+        with leave_modes():
+            loading.complete_states_(self.param_groups, self.state, self._method)
 
+    @leave_modes()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
 
@@ -128,6 +131,7 @@ class StatefulOptimizer(Optimizer):
         # A process group cannot be pickled: what is unpickled uses the default group.
         return {**super().__getstate__(), "_compressor": self._compressor}
 
+    @leave_modes()
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -135,6 +139,7 @@ class StatefulOptimizer(Optimizer):
         twin._process_group, twin._weight = self._process_group, self._weight
         return twin
 
+    @leave_modes()
     def __setstate__(self, state: dict[str, Any]) -> None:
         compressor, defaults, note = loading.fit_(state, self.__dict__, self._validate)
         if "engine" not in self.__dict__:

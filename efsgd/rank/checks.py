@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from efsgd.checks import require_integer, require_number
+from efsgd.checks import plain, require_integer, require_number
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import RankPolicy
 from efsgd.rank.layers import Layer, Value
@@ -40,13 +40,13 @@ def require_exchange(made: object, what: str) -> Generator[Any, Any, Any]:
 
 
 def require_mapping(values: object, policy: object, method: str) -> Mapping[int, Value]:
-    """Raises a TypeError unless a policy's method has returned a dict."""
+    """The dict that a policy's method has returned, with plain numbers; else a TypeError."""
     if not isinstance(values, Mapping):
         raise TypeError(
             f"Invalid result of {type(policy).__name__}.{method}: {values!r}. Must be a dict from "
             f"the indices of layers to values; an empty one changes nothing."
         )
-    return values
+    return {index: plain(value) for index, value in values.items()}
 
 
 def require_known(

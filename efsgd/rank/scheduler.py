@@ -24,7 +24,7 @@ from efsgd.rank.checks import (
 )
 from efsgd.rank.layers import Background, Layer, Value, layers_of
 from efsgd.rank.saving import load_policy, saved, validate_saved
-from efsgd.wire.collectives import AllGather, Exchange
+from efsgd.wire.collectives import AllGather, Exchange, leave_modes
 from efsgd.wire.compare import compare
 
 #: Those that decide on the settings of some optimizer.
@@ -78,6 +78,7 @@ class RankScheduler:
         {'parameter 0': 1}
     """
 
+    @leave_modes()
     def __init__(
         self,
         optimizer: ErrorFeedbackOptimizer,
@@ -155,7 +156,6 @@ class RankScheduler:
                 f"same two steps of the optimizer. Nothing has changed on this worker."
             ) from error
 
-    @torch.no_grad()
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[None]:
         """`step` as an exchange, for any driver: `efsgd.wire.collectives.run`, `testing.lockstep`.
 
@@ -250,7 +250,6 @@ class RankScheduler:
         """
         return self.optimizer.decide(self.consolidation)
 
-    @torch.no_grad()
     def consolidation(self, world_size: int = 1, worker: int = 0) -> Exchange[dict[str, Any]]:
         """`consolidated_state_dict` as an exchange; see `exchange`."""
         yield from self._compare()
@@ -263,6 +262,7 @@ class RankScheduler:
     def _saved(self, sums: list[dict[str, Any]]) -> dict[str, Any]:
         return saved(self.policy, self._layers(), self._calls, self._last_step, sums)
 
+    @leave_modes()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` or `consolidated_state_dict` returned.
 

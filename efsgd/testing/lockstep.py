@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efsgd.errors import CollectiveError
-from efsgd.wire.collectives import Collective, Exchange, InFlight, Request, Start
+from efsgd.wire.collectives import Collective, Exchange, InFlight, Request, Start, leave_modes
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class _Conductor(Generic[T]):
         # What is in flight: by the number of the collective, what each worker has handed over.
         self._started: dict[int, list[tuple[Collective, Tensor]]] = {}
 
-    @torch.no_grad()
+    @leave_modes()
     def run(self) -> Lockstep[T]:
         answers: list[Any] = [None] * len(self._exchanges)
         while True:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.multiprocessing import get_all_start_methods
 from torch.multiprocessing.spawn import start_processes
 
-from efsgd.checks import require_integer
+from efsgd.checks import plain, require_integer
 from efsgd.compressors import Compressor
 from efsgd.testing.gradients import Gradients
 from efsgd.testing.simulation import Simulation, first_difference
@@ -72,7 +72,7 @@ def check_in_processes(
         ValueError: an argument is out of range.
     """
     require_integer("processes", processes, 1)
-    own = (processes,), shapes, steps, seed, processes, error_feedback
+    own = (plain(processes),), shapes, steps, seed, processes, error_feedback
     _require_agreement([Trial(compressor, *own) for compressor in compressors])
 
 

@@ -1,5 +1,6 @@
 """What a compressor is tried with, and what makes a function a law."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -8,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from efsgd.checks import require_integer
+from efsgd.checks import plain, require_integer
 from efsgd.compressors import Compressor
 from efsgd.testing.simulation import Simulation
 from efsgd.testing.violations import CompressorLawError, Violation
@@ -42,6 +43,10 @@ class Trial:
     error_feedback: bool = True
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+        object.__setattr__(self, "world_sizes", tuple(map(plain, self.world_sizes)))
+        object.__setattr__(self, "shapes", [tuple(map(plain, shape)) for shape in self.shapes])
         require_integer("steps", self.steps, 1)
         require_integer("processes", self.processes, 0)
         if not self.world_sizes or min(self.world_sizes) < 1:

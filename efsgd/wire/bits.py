@@ -9,6 +9,8 @@ import functools
 import torch
 from torch import Tensor
 
+from efsgd.layout import is_fake
+
 #: The most that a code may have.
 MAX_BITS = 32
 
@@ -77,7 +79,8 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
             packed = packed[size:]
         return codes
     if bits == 1:
-        words = _spread_bytes(packed.device)[packed.long()]
+        spread = _spread_bytes.__wrapped__ if is_fake(packed) else _spread_bytes
+        words = spread(packed.device)[packed.long()]
         return words.view(torch.bool)[:count]
     groups = _padded(packed, bits).view(-1, bits)
     words = torch.zeros(len(groups), dtype=torch.int64, device=packed.device)
@@ -107,7 +110,7 @@ def _in_every_second(lane: int, width: int) -> int:
 def _padded(values: Tensor, multiple: int) -> Tensor:
     """With zeros at the end, up to a multiple, and aligned as a fresh tensor is."""
     missing = -len(values) % multiple
-    is_aligned = values.is_contiguous() and values.data_ptr() % 8 == 0
+    is_aligned = values.is_contiguous() and (is_fake(values) or values.data_ptr() % 8 == 0)
     if missing == 0 and is_aligned and values.storage_offset() % 8 == 0:
         return values
     padded = values.new_zeros(len(values) + missing)

@@ -9,14 +9,15 @@ An *exchange* is a generator. It yields a request and is resumed with the answer
     mean = yield in_flight                                       # paused until the mean is there
 
 A buffer belongs to the collective from the moment it is yielded until its answer has been
-received; in between it is neither read nor written. Drivers run exchanges without autograd.
+received; in between it is neither read nor written. Drivers run exchanges within `leave_modes`.
 
 The same exchange runs over a torch.distributed group (`efsgd.wire.transports.ProcessGroup`), over
 nobody (`efsgd.wire.transports.Alone`) and, with many workers in one thread, in
 `efsgd.testing.lockstep`. A new collective is a subclass of `Collective`, and nothing else.
 """
 
-from collections.abc import Callable, Generator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
@@ -25,6 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# Devices whose operations autocast may change.
+_KINDS = "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla"
+_AUTOCAST = tuple(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +238,30 @@ def intercept(
             incoming(answer)
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def leave_modes() -> Iterator[None]:
+    """Leaves autograd, inference mode and autocast of the thread behind; also as a decorator.
+
+    Within them results would not be other workers', nor tensors what later steps need. So drivers,
+    construction and loading run without. Who makes a tensor names its dtype and device.
+
+    Example:
+        >>> from efsgd.wire.collectives import leave_modes
+        >>> with torch.inference_mode(), leave_modes():
+        ...     torch.zeros(2).is_inference()
+        False
+    """
+    with contextlib.ExitStack() as stack:
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())  # the last: without inference mode autograd is on
+        yield
+
+
+@leave_modes()
 def run(exchange: Exchange[T], transport: Transport) -> T:
     """Drives `exchange` over `transport` and returns its result.
 

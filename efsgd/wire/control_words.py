@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from efsgd.errors import CollectiveError
-from efsgd.layout import real_view
+from efsgd.layout import is_fake, real_view
 from efsgd.wire.collectives import Collective, Exchange, intercept
 
 T = TypeVar("T")
@@ -137,7 +137,10 @@ class ControlWords:
             is_checked = False
 
         result = yield from intercept(exchange, outgoing, incoming)
-        return result, self._read(words.tolist(), overflowed=not mean_is_finite)
+        # Where nothing can be read, all workers are like this one.
+        is_unread = type(words) is not Tensor and is_fake(words)
+        found = self._last[0] if is_unread else words.tolist()
+        return result, self._read(found, overflowed=not mean_is_finite)
 
     def _own_words(self, gradients: Sequence[Tensor | None], code: int) -> Tensor:
         words = [0.0] * len(self._usual)
@@ -198,7 +201,7 @@ def all_finite(tensor: Tensor) -> bool:
         >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([0.0, float("nan")]))
         (True, False)
     """
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or (type(tensor) is not Tensor and is_fake(tensor)):
         return True
     # A sum reads memory once and is finite in all but strange cases; a finite sum has only
     # finite terms, but finite terms may have an infinite sum.

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from efsgd import PowerSGDOptimizer
-from efsgd.checkpoint import average_errors_, averaging_, consolidation
+from efsgd.checkpoint import (
+    average_errors_,
+    averaging_,
+    consolidated_state_dict,
+    consolidation,
+)
 from efsgd.errors import CollectiveError
 from efsgd.testing import Traced, lockstep
 from tests.simulation import (
@@ -33,6 +38,27 @@ def trained(steps: int = 4, **options: Any) -> tuple[list[PowerSGDOptimizer], Sc
 
 def average(workers: list[PowerSGDOptimizer], **options: Any) -> list[Traced]:
     return lockstep([averaging_(optimizer) for optimizer in workers], **options).trace
+
+
+def test_what_is_consolidated_is_contiguous() -> None:
+    """As safetensors asks for; momenta have the layout of their parameters, as in torch."""
+    layer = torch.nn.Conv2d(4, 12, 3).to(memory_format=torch.channels_last)
+    models = [layer, torch.nn.Linear(20, 12)]
+    parameters = [p for model in models for p in model.parameters()]
+    optimizer = PowerSGDOptimizer(parameters, lr=0.1, momentum=0.9, rank=2, momentum_form="sgd")
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not optimizer.state[parameters[0]]["q"].is_contiguous()
+    saved = consolidated_state_dict(optimizer)
+    for parameter, own in zip(parameters, saved["state"].values(), strict=True):
+        assert bits(own["q"]) == bits(optimizer.state[parameter]["q"]) if "q" in own else True
+        for name, value in own.items():
+            expected = parameter.stride() == value.stride()
+            assert value.is_contiguous() or (name == "momentum_buffer" and expected)
+    before = optimizer.state[parameters[0]]["q"].clone()
+    optimizer.load_state_dict(saved)
+    assert bits(optimizer.state[parameters[0]]["q"]) == bits(before)
 
 
 def test_every_worker_has_what_consolidation_has() -> None:

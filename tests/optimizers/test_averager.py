@@ -209,3 +209,33 @@ def test_conjugated_gradients_are_replaced_by_ordinary_ones() -> None:
     for worker in workers:
         assert not parameters_of(worker)[0].grad.is_conj()
         assert torch.equal(parameters_of(worker)[0].grad, (given[0] + given[1]) / 2)
+
+
+def test_groups_of_another_optimizer_are_shared_and_left_as_they_are() -> None:
+    own, twins = ([p.requires_grad_() for p in parameters()] for _ in range(2))
+    named = [{"params": list(zip("ab", own[:2], strict=True)), "lr": 0.1, "rank": 1}]
+    other = torch.optim.AdamW(named, weight_decay=0.3)
+    other.add_param_group({"params": list(zip("cde", own[2:], strict=True))})
+    before = copy.deepcopy(other.state_dict()), [dict(group) for group in other.param_groups]
+    shared = GradientAverager(other.param_groups, PowerSGD(rank=2, seed=3))
+    alone = GradientAverager(
+        [{"params": twins[:2], "rank": 1}, {"params": twins[2:]}], PowerSGD(rank=2, seed=3)
+    )
+    for number in range(3):
+        step([shared], number)
+        step([alone], number)
+    assert bits([p.grad for p in own]) == bits([p.grad for p in twins])
+    assert before == (other.state_dict(), [dict(group) for group in other.param_groups])
+    for group, theirs in zip(shared.param_groups, other.param_groups, strict=True):
+        assert group is not theirs
+        assert group["param_names"] == theirs["param_names"]
+        assert not group.keys() & {"lr", "betas", "weight_decay", "initial_lr"}
+
+
+def test_groups_of_another_averager_are_new_to_it() -> None:
+    first = averagers(1)[0]
+    step([first], 0)
+    second = GradientAverager(first.param_groups, PowerSGD(rank=2, seed=3))
+    assert (first.param_groups[0]["step"], second.param_groups[0]["step"]) == (1, 0)
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        first.add_param_group([1])  # type: ignore[arg-type]

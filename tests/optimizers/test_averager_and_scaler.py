@@ -90,3 +90,28 @@ def test_averaging_after_unscale_is_refused() -> None:
         assert parameter.grad.tolist() == [1.0] * 3
         scaler.step(sgd)
         scaler.update()
+
+
+def test_two_averagers_share_a_scaler_with_unscale_in_between() -> None:
+    parameters = [torch.zeros(3, requires_grad=True) for _ in range(2)]
+    averagers = [GradientAverager([parameter]) for parameter in parameters]
+    sgds = [torch.optim.SGD([parameter], lr=1.0) for parameter in parameters]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    for iteration in range(1, 3):
+        for parameter, averager, sgd in zip(parameters, averagers, sgds, strict=True):
+            sgd.zero_grad()
+            scaler.scale(parameter.sum()).backward()
+            assert averager.average_(scaler)
+            scaler.unscale_(sgd)
+            assert parameter.grad is not None
+            assert parameter.grad.tolist() == [1.0] * 3
+        for sgd in sgds:
+            scaler.step(sgd)
+        scaler.update()
+        assert scaler.get_scale() == 8.0 * 2**iteration
+        assert [p.tolist() for p in parameters] == [[-float(iteration)] * 3] * 2
+    # In a new iteration misuse by the first averager is found again.
+    scaler.scale(parameters[0].sum()).backward()
+    scaler.unscale_(sgds[0])
+    with pytest.raises(RuntimeError, match="Call average_"):
+        averagers[0].average_(scaler)

@@ -139,8 +139,7 @@ def shared_fusion() -> Fusion:
 @functools.lru_cache(maxsize=256)
 def _tensor(name: str, number: float) -> Tensor:
     # One for each name: where two numbers were the same tensor, the compiler would rely on it.
-    with torch.inference_mode(False):
-        return torch.tensor(number, dtype=torch.float64, device="cpu")
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 @functools.cache

@@ -44,7 +44,8 @@ class GatheredMean:
         self._quantizer, self._sizes, self._dtype = quantizer, tuple(sizes), placement.dtype
         counts = torch.tensor(self._sizes, dtype=torch.int64, device=placement.device)
         # [numbers]: to which matrix each element belongs.
-        self._matrix_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        numbers, total = torch.arange(len(counts), device=counts.device), sum(self._sizes)
+        self._matrix_of = numbers.repeat_interleave(counts, output_size=total)
 
     @classmethod
     def nbytes(cls, sizes: Sequence[int], bits: int, itemsize: int, world_size: int) -> int:

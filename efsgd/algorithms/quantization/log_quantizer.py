@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from efsgd.checks import require_integer, require_number
+from efsgd.layout import is_fake
 from efsgd.wire.bits import MAX_BITS
 
 # Below this alpha the logarithm is a straight line to all digits of float64.
@@ -87,7 +88,8 @@ class LogQuantizer:
         """
         codes = codes.long() & (2**self.bits - 1)
         if self.bits <= _BITS_OF_FLOAT32:
-            return _table(self, scale.dtype, scale.device)[codes] * scale
+            table = _table.__wrapped__ if is_fake(scale) else _table
+            return table(self, scale.dtype, scale.device)[codes] * scale
         return (self._unit(codes) * scale.double()).to(scale.dtype)
 
     def _unit(self, codes: Tensor) -> Tensor:

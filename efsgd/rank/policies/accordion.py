@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from efsgd.checks import plain
 from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
 from efsgd.rank.accumulation import Accumulator
@@ -106,9 +107,12 @@ class Accordion(RankPolicy):
                 f"Invalid low and high: {low!r} and {high!r}. Must be in this order: low is for "
                 f"windows in which little changes, and must not exceed high."
             )
-        self.low, self.high, self.threshold, self.interval = low, high, threshold, interval
-        self.scope, self.lr_fall, self.gradients, self.sketch = scope, lr_fall, gradients, sketch
-        self.setting, self.values = setting, (low, high)
+        self.low, self.high, self.sketch = plain(low), plain(high), plain(sketch)
+        self.threshold: float = plain(threshold)
+        self.interval: int = plain(interval)
+        self.lr_fall: float = plain(lr_fall)
+        self.scope, self.gradients = scope, gradients
+        self.setting, self.values = setting, (self.low, self.high)
         self._windows = 0  # that have ended
         self._norms: dict[int, float] = {}  # of the last window that was measured
         self._pending: dict[int, float] | None = None

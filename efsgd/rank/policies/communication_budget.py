@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from efsgd.checks import is_number
+from efsgd.checks import is_number, plain
 from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
 from efsgd.rank.base import RankPolicy
@@ -101,15 +101,16 @@ class CommunicationBudget(RankPolicy):
                 f"Invalid values: None. Must be a list of values of {setting!r}, in order of "
                 f"ascending cost; by itself only ranks are known, from 1 to max_rank."
             )
-        own = tuple(range(1, max_rank + 1) if values is None else values)
+        own = tuple(range(1, plain(max_rank) + 1) if values is None else map(plain, values))
         are_numbers = all(_is_between(-math.inf, value, math.inf) for value in own)
         if not own or len(set(own)) < len(own) or not are_numbers:
             raise ValueError(
                 f"Invalid values: {values!r}. Must be one or more numbers, each once, in order of "
                 f"ascending cost."
             )
-        self.bytes_per_step, self.share_of_step = bytes_per_step, share_of_step
-        self.setting, self.interval, self.values, self._clock = setting, interval, own, clock
+        self.bytes_per_step, self.share_of_step = plain(bytes_per_step), plain(share_of_step)
+        self.setting, self.values, self._clock = setting, own, clock
+        self.interval = plain(interval)
         self.network: Network | None = None
         self.step_seconds: float | None = None
         self._is_time = bytes_per_step is None

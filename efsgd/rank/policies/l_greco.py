@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from efsgd.checks import plain
 from efsgd.compressors import Compressor
 from efsgd.engine.observation import Observation
 from efsgd.rank.accumulation import Accumulator
@@ -104,19 +105,20 @@ class LGreCo(RankPolicy):
                 f"with another setting, or leave this one out."
             )
         own = reference.values
-        chosen = _between(own, shrink, grow) if values is None else tuple(values)
+        chosen = _between(own, shrink, grow) if values is None else tuple(map(plain, values))
         require_numbers(**{f"values[{place}]": value for place, value in enumerate(chosen)})
         if missing := [value for value in own if value not in chosen]:
             raise ValueError(
                 f"Invalid values: {list(chosen)}. They lack {missing}, which the reference may "
                 f"ask for, and must have all of its values."
             )
-        self.tolerance, self.costs = tolerance, costs
-        self.spectrum, self.iterations = spectrum, iterations
-        self.gradients, self.sketch = gradients, sketch
-        self.observations, self.interval = observations, interval
+        self.tolerance, self.costs = plain(tolerance), costs
+        self.spectrum, self.iterations = spectrum, plain(iterations)
+        self.gradients, self.sketch = gradients, plain(sketch)
+        self.observations: int = plain(observations)
+        self.interval: int = plain(interval)
         self.values = tuple(sorted(set(chosen)))
-        options = spectrum, iterations, gradients, sketch
+        options = spectrum, self.iterations, gradients, self.sketch
         self._tables = ErrorTables(self.setting, self.values, *options)
         self._windows = 0  # that have ended
         self._steps = 0  # of the present window
@@ -228,7 +230,7 @@ class LGreCo(RankPolicy):
 
 def _between(values: Sequence[Value], shrink: float, grow: float) -> Sequence[int]:
     """All ranks from a share of the least to a multiple of the greatest of these."""
-    if not all(isinstance(value, int) for value in values):
+    if not all(isinstance(plain(value), int) for value in values):
         raise ValueError(
             f"Invalid values: None. Must be given where those of the reference are no integers, "
             f"as here: {list(values)}."

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from efsgd.checks import plain
 from efsgd.compressors import Compressor
 from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import require_numbers
@@ -23,7 +24,8 @@ class Uniform(RankPolicy):
 
     def __init__(self, value: Value, setting: str = "rank") -> None:
         require_numbers(value=value)
-        self.value, self.values, self.setting = value, (value,), setting
+        self.value, self.setting = plain(value), setting
+        self.values = (self.value,)
 
     def begin(self, layers: Sequence[Layer], compressor: Compressor) -> Mapping[int, Value]:
         """The one."""

@@ -115,7 +115,7 @@ CALLS = [
     *(invalid("weight", bad, "Must be",
               lambda run, bad=bad: setattr(run.optimizer, "weight", bad), error)
       for bad, error in ((-1.0, ValueError), (math.nan, ValueError), ("1", TypeError))),
-    *(invalid("source", bad, "Must be a worker's number",
+    *(invalid("source", bad, "Must be an integer from 0 to 0",
               lambda run, bad=bad: run.optimizer.broadcast_parameters(bad), ValueError)
       for bad in (5, -1, "0")),
     invalid("worker", 2, "Must be", lambda run: next(run.optimizer.exchange(2, 2)), ValueError),

@@ -84,7 +84,9 @@ def test_fused_without_data() -> None:
     for optimizer in pair([torch.zeros(4, 3, device="meta")], UNCOMPRESSED, lr=0.1, fused=True):
         p = parameters_of(optimizer)[0].requires_grad_()
         p.grad = torch.zeros_like(p)
-        with pytest.raises(RuntimeError, match="`fused=True` requires all the params"):
+        with pytest.raises(
+            RuntimeError, match=r"`fused=True` requires all the params to be floating point Tensors"
+        ):
             optimizer.step()
 
 
