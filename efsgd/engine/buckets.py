@@ -22,10 +22,10 @@ Memory: TypeAlias = dict[Kind, tuple[Tensor, Tensor]]
 
 
 def by_kind(infos: Iterable[ParameterInfo]) -> dict[Kind, list[ParameterInfo]]:
-    """The parameters that require a gradient, by what a bucket has in common."""
+    """The parameters that are trained, by what a bucket has in common."""
     kinds: dict[Kind, list[ParameterInfo]] = {}
     for info in infos:
-        if info.parameter.requires_grad:
+        if info.is_trained:
             kind = info.parameter.device, compute_dtype(info.parameter)
             kinds.setdefault(kind, []).append(info)
     return kinds

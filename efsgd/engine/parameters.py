@@ -1,17 +1,21 @@
 """The parameters of an optimizer, one by one."""
 
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.layout import Entry, real_view
 
 #: Parameter groups of an optimizer.
 Groups: TypeAlias = list[dict[str, Any]]
+
+#: What `per_parameter` of a group says, in a form that cannot change.
+Overrides: TypeAlias = tuple[tuple[str, tuple[Any, ...]], ...]
 
 #: The entry of a parameter group for settings of single parameters.
 PER_PARAMETER = "per_parameter"
@@ -52,7 +56,7 @@ def set_overrides_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[
         first += count
 
 
-def frozen(group: Mapping[str, Any]) -> Hashable:
+def frozen(group: Mapping[str, Any]) -> Overrides:
     """What `per_parameter` says, to be compared with what it says later."""
     own = group.get(PER_PARAMETER)
     return tuple([(name, tuple(own[name])) for name in sorted(own)]) if own else ()
@@ -150,6 +154,14 @@ class ParameterInfo:
         return settings_of(self.group, self.position)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether steps work on it: it requires a gradient, and has been initialised.
+
+        Of others nothing but this is read, compared or sent.
+        """
+        return self.parameter.requires_grad and not is_lazy(self.parameter)
+
+    @property
     def values(self) -> Tensor:
         """What is worked on: this worker's part of the parameter, the real view of a complex one.
 
@@ -187,6 +199,12 @@ class ParameterInfo:
         return Entry(self.index, tuple(self.shape), None)
 
 
+def device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where buffers of an optimizer may live that are no parameter's."""
+    trained = (p.device for group in groups for p in group["params"] if p.requires_grad)
+    return next(trained, torch.device("cpu"))
+
+
 def list_parameters(
     groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()
 ) -> Iterator[ParameterInfo]:
@@ -199,7 +217,7 @@ def list_parameters(
         names = group.get("param_names")
         for position, parameter in enumerate(group["params"]):
             name = f"parameter {index}"
-            if names is not None:
+            if names is not None and len(names) == len(group["params"]):
                 name += f" ({names[position]})"
             if parameter not in seen:
                 yield ParameterInfo(index, parameter, group, position, name, parameter in sparse)

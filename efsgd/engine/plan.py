@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.engine.buckets import by_kind, make_bucket, memory_of
+from efsgd.engine.notes import GroupNotes
 from efsgd.engine.parameters import Groups, ParameterInfo, frozen, list_parameters
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
 from efsgd.engine.update import Method, Rules, prepare_updates
@@ -34,25 +36,30 @@ class Plan:
 
     Attributes:
         infos: the parameters, in order.
-        states: of those that require a gradient, by index.
+        states: of those that are trained, by index.
         views: what these states show of the buckets.
         buckets: of the same parameters; empty before the first step.
+        nbytes: the size of all their gradients.
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
         signature: of the groups and the state that the buckets were made for; None: make them anew.
 
     Args:
         method: how the optimizer treats its groups.
+        notes: what groups say about the optimizer as a whole.
         phases: names the phases of a step.
         traffic: counts what is sent.
     """
 
-    def __init__(self, method: Method, phases: Phases, traffic: TrafficCounter) -> None:
-        self._method, self._phases, self._traffic = method, phases, traffic
+    def __init__(
+        self, method: Method, notes: GroupNotes, phases: Phases, traffic: TrafficCounter
+    ) -> None:
+        self._method, self._notes, self._phases, self._traffic = method, notes, phases, traffic
         self.infos: list[ParameterInfo] = []
         self.states: dict[int, State] = {}
         self.views = StateViews([], {}, method)
         self.buckets: list[Bucket] = []
+        self.nbytes = 0
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
@@ -91,9 +98,12 @@ class Plan:
                 signed.append(group[name])
             signed += [frozen(group), group.get("momentum", 0) != 0]
             for p in group["params"]:
-                kept = id(state.get(p))
-                signed.append((id(p), kept, p.requires_grad, p.dtype, p.device, p.shape))
-        phase = self.phase(groups[0]["step"], groups[0]["start_compressing_at"])
+                if p.requires_grad and not is_lazy(p):
+                    signed.append((id(p), id(state.get(p)), p.dtype, p.device, p.shape))
+                else:
+                    signed.append(id(p))
+        start = self._notes.shared(groups)["start_compressing_at"]
+        phase = self.phase(self._notes.step, start)
         return Signature(tuple(signed), phase)
 
     def phase(self, step: int, start: int) -> Hashable:
@@ -144,15 +154,17 @@ class Plan:
         memory = memory_of(self.buckets, before, self.infos, compressor)
         self.reset()  # all other memory is free for what follows
         for info in self.infos:
-            _require_values(info)
-            if info.parameter.requires_grad:
+            if info.is_trained:
+                _require_values(info)
                 self._complete_(state[info.parameter], info)
                 self.states[info.index] = state[info.parameter]
-            elif info.parameter in state:
+        trained = {info.parameter for info in self.infos if info.is_trained}
+        for info in (*before, *self.infos):
+            if info.parameter not in trained and info.parameter in state:
                 detach_from_buffer_(state[info.parameter])
         kinds = by_kind(self.infos)
-        trained = [info for infos in kinds.values() for info in infos]
-        self.views = StateViews(trained, self.states, self._method)
+        shown = [info for infos in kinds.values() for info in infos]
+        self.views = StateViews(shown, self.states, self._method)
         self.views.release_zeros_(buffer for pair in memory.values() for buffer in pair)
         for kind, infos in kinds.items():
             own = memory.get(kind)
@@ -160,6 +172,7 @@ class Plan:
             self.views.attach_(bucket)
             self.buckets.append(bucket)
         self.context, self._prepared = context, []
+        self.nbytes = sum(p.numel() * p.element_size() for p in trained)
         self.sparse &= {info.parameter for info in self.infos}
         self.signature = self.sign(groups, state)
 

@@ -83,7 +83,7 @@ def validate_states(
     compressor: Compressor,
 ) -> None:
     """Checks what users may have put into the state, before anything is changed."""
-    for info in infos:
+    for info in (info for info in infos if info.is_trained):
         shapes = {"momentum_buffer": info.parameter.shape}
         shapes |= dict.fromkeys(local_state(compressor), info.shape)
         for name, value in states.get(info.parameter, {}).items():
@@ -132,7 +132,7 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
 class StateViews:
     """What `optimizer.state` shows of the buckets: the only way out of them, and back in.
 
-    `states` are those of the parameters that require a gradient, by index (modified in place).
+    `states` are those of the parameters that are trained, by index (modified in place).
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.consistency import broadcast_parameters, compare_all
 from efsgd.engine.observation import Watcher
+from efsgd.engine.parameters import device_of
 from efsgd.engine.update import LossScaling
 from efsgd.errors import CollectiveError
 from efsgd.optimizers import joining, settings
@@ -55,6 +56,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
             if group.get("differentiable") and self.transport.world_size == 1:
                 require_differentiable(self.param_groups, self._compressor)
                 step_differentiably_(self.param_groups, self.state, self._weight)
+                self.engine.notes.count_step(self.param_groups, (1, 0))
                 return loss
         self._take_step()
         return loss
@@ -94,7 +96,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
 
     def _run_exchange(self) -> bool:
         transport = self.transport
-        step = self.param_groups[0].get("step")
+        step = self.engine.notes.step
         try:
             return run(self.exchange(transport.world_size, transport.worker), transport)
         except CollectiveError as error:
@@ -113,7 +115,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         transport = self.transport
         if transport.world_size > 1:
-            run(compare_all(self.param_groups, self.state, self._method), transport)
+            run(compare_all(self.settled_groups, self.state, self._method), transport)
 
     def broadcast_parameters(self, source: Any = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.
@@ -130,7 +132,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
                 f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
                 f"{transport.world_size - 1}."
             )
-        run(broadcast_parameters(self.param_groups, self._method, source), transport)
+        run(broadcast_parameters(self.settled_groups, self._method, source), transport)
 
     @property
     def process_group(self) -> Workers:
@@ -185,7 +187,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
     @property
     def join_device(self) -> torch.device:
         """Where the buffers of Join's own collectives are."""
-        return torch.device(self.param_groups[0]["params"][0].device)
+        return device_of(self.param_groups)
 
     @property
     def join_process_group(self) -> Any:
@@ -248,7 +250,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         Returns:
             What to warn of, if it was so.
         """
-        return self.engine.settle_errors(self.param_groups, self.state, (world_size, worker))
+        return self.engine.settle_errors(self.state, (world_size, worker))
 
     def communication_stats(self) -> dict[str, Any]:
         """What was handed to collectives by this worker, counted from the buffers.

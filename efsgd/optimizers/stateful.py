@@ -80,7 +80,7 @@ class StatefulOptimizer(Optimizer):
             self._keeps_momentum,
             self._takes_sparse,
         )
-        self.engine = Step(self._method)
+        self.engine = Step(self._method, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
@@ -89,18 +89,35 @@ class StatefulOptimizer(Optimizer):
             ValueError: a setting is out of range, or differs from the other groups' though it
                 belongs to the optimizer as a whole.
         """
-        if self.param_groups and isinstance(param_group, dict):
+        if isinstance(param_group, dict):
             for name in (*settings.SHARED, *self._compressor.shared_settings()):
-                param_group.setdefault(name, self.param_groups[0][name])
+                if self.param_groups:
+                    param_group.setdefault(name, self.param_groups[0][name])
+            self.engine.notes.write_counters([param_group])
         super().add_param_group(param_group)
         try:
-            settings.validate_groups(self._validate, self._compressor, self.param_groups)
+            settings.validate_groups(self._validate, self._compressor, self.settled_groups)
             for info in list_parameters(self.param_groups):
-                settings.validate_parameter(info.parameter, info.name)
+                if info.is_trained:
+                    settings.validate_parameter(info.parameter, info.name)
         except Exception:
             self.param_groups.pop()
             raise
         loading.complete_states_(self.param_groups, self.state, self._method)
+
+    @property
+    def settled_groups(self) -> Groups:
+        """The parameter groups, in which counters and `per_parameter` are right once more.
+
+        They are after each step and until groups or their parameters change.
+        """
+        self.engine.notes.settle(self.param_groups)
+        return self.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; errors in it are this worker's own."""
+        self.engine.notes.settle(self.param_groups)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
@@ -125,6 +142,7 @@ class StatefulOptimizer(Optimizer):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.engine.notes.settle(self.param_groups)
         # A process group cannot be pickled: what is unpickled uses the default group.
         return {**super().__getstate__(), "_compressor": self._compressor}
 
@@ -142,7 +160,7 @@ class StatefulOptimizer(Optimizer):
         # It raises before anything changes.
         loading.complete_states_(state["param_groups"], state["state"], self._method)
         super().__setstate__(state)
-        self.engine.reload()
+        self.engine.reload(self.param_groups)
         if note is not None:
             warn_user(note)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from efsgd.compressors import Compressor
@@ -70,6 +71,8 @@ def layers_of(
     positions = {id(group): position for position, group in enumerate(groups)}
     found = []
     for info in list_parameters(groups):
+        if is_lazy(info.parameter):
+            continue
         lr, settings = lrs.get(id(info.parameter)), info.settings
         layer = Layer(
             index=info.index,
@@ -122,7 +125,7 @@ class Background:
         nbytes, fixed = 0, set()
         counts = Counter[tuple[torch.device, torch.dtype]]()  # control words go with each bucket
         for info in infos:
-            is_frozen, is_layer = not info.parameter.requires_grad, info.index in layers
+            is_frozen, is_layer = not info.is_trained, info.index in layers
             if is_layer and (is_frozen or info.has_sparse_gradients):
                 fixed.add(info.index)
             if is_frozen:
