@@ -14,6 +14,8 @@ from torch import Tensor
 
 from efsgd.engine.parameters import PER_PARAMETER, Overrides, frozen, overrides_of
 
+_LISTS = list, tuple
+
 
 class GroupNotes:
     """Counters of an optimizer, and settings of its single parameters.
@@ -66,11 +68,10 @@ class GroupNotes:
 
     def _align(self, group: dict[str, Any]) -> None:
         """Overrides move with their parameters, unless they were set anew with these."""
-        parameters = group["params"]
-        try:
-            said = frozen(group)
-        except (AttributeError, TypeError):  # whoever checks it says so
-            return
+        parameters, given = group["params"], group.get(PER_PARAMETER) or {}
+        if not isinstance(given, dict) or not all(isinstance(v, _LISTS) for v in given.values()):
+            return  # whoever checks it says so
+        said = frozen(group)
         _, before, said_before = self._seen.get(id(group), (group, parameters, said))
         has_moved = len(before) != len(parameters) or any(map(operator.is_not, before, parameters))
         if has_moved and said == said_before:

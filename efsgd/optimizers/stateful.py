@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -115,9 +116,18 @@ class StatefulOptimizer(Optimizer):
         return self.param_groups
 
     def state_dict(self) -> dict[str, Any]:
-        """See `torch.optim.Optimizer.state_dict`; errors in it are this worker's own."""
-        self.engine.notes.settle(self.param_groups)
-        return super().state_dict()
+        """See `torch.optim.Optimizer.state_dict`; errors in it are this worker's own.
+
+        Left out is what is kept for parameters that are in no group any more.
+        """
+        groups, whole = self.settled_groups, self.state
+        present = {parameter for group in groups for parameter in group["params"]}
+        if not present.issuperset(whole):
+            self.state = defaultdict(dict, {p: own for p, own in whole.items() if p in present})
+        try:
+            return super().state_dict()
+        finally:
+            self.state = whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this class, of `efsgd.checkpoint`, or of torch.optim.SGD.
