@@ -41,19 +41,19 @@ def overrides_of(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     return {name: value for name, value in chosen if value is not None}
 
 
-def set_overrides_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
-    """Gives single parameters values of a setting, by their positions over all groups.
+def set_overrides_(
+    groups: Iterable[dict[str, Any]], name: str, values: Mapping[Tensor, Any]
+) -> None:
+    """Gives single parameters values of a setting.
 
     Those left out keep what they have. `per_parameter` is replaced where it changes.
     """
-    first = 0
     for group in groups:
-        own, count = group.get(PER_PARAMETER) or {}, len(group["params"])
-        before = tuple(own.get(name, [None] * count))
-        after = tuple(values.get(first + place, old) for place, old in enumerate(before))
+        own, parameters = group.get(PER_PARAMETER) or {}, group["params"]
+        before = tuple(own.get(name, [None] * len(parameters)))
+        after = tuple(values.get(p, old) for p, old in zip(parameters, before, strict=True))
         if after != before:
             group[PER_PARAMETER] = {**own, name: after}
-        first += count
 
 
 def frozen(group: Mapping[str, Any]) -> Overrides:
