@@ -57,7 +57,7 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
         >>> average_errors_(optimizer)
         >>> hook = optimizer.register_state_dict_pre_hook(average_errors_)
     """
-    run_between_steps(averaging_(optimizer), optimizer)
+    run_between_steps(averaging_(optimizer), optimizer, "average_errors_()")
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
         >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
         >>> optimizer.load_state_dict(consolidated_state_dict(optimizer))
     """
-    return run_between_steps(consolidation(optimizer), optimizer)
+    return run_between_steps(consolidation(optimizer), optimizer, "consolidated_state_dict()")
 
 
 @torch.no_grad()
@@ -134,12 +134,12 @@ def require_optimizer(optimizer: object) -> None:
         )
 
 
-def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer) -> T:
+def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer, call: str) -> T:
     """Runs an exchange about local state, once errors of other workers are left out of it."""
     require_optimizer(optimizer)
     transport = optimizer.transport
     note = optimizer.settle_errors(transport.world_size, transport.worker)
-    result = run(exchange, transport)
+    result = run(exchange, transport, call)
     if note is not None:  # as an error, a warning must not keep the others waiting
         warn_user(note)
     return result

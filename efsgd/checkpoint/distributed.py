@@ -86,7 +86,7 @@ class OptimizerState:
         Raises:
             CollectiveError: a collective failed.
         """
-        return run_between_steps(self._saving(), self._optimizer)
+        return run_between_steps(self._saving(), self._optimizer, "state_dict()")
 
     @torch.no_grad()
     def _saving(self) -> Exchange[dict[str, Any]]:

@@ -26,7 +26,7 @@ def average_buffers(module: torch.nn.Module, process_group: Workers = None) -> N
         >>> from efsgd import average_buffers
         >>> average_buffers(torch.nn.BatchNorm1d(4))
     """
-    run(buffer_exchange(module), transport_of(process_group))
+    run(buffer_exchange(module), transport_of(process_group), "average_buffers()")
 
 
 @torch.no_grad()

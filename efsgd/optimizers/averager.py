@@ -57,6 +57,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
     """
 
     _rules = staticmethod(_rules_of)
+    _step_name = "average_()"
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
     # The workers of the last step; a weak reference, as it would outlive destroy_process_group.
     _last_group: Callable[[], object] = staticmethod(lambda: None)
     _join_config: Any = joining.DISABLED
+    _step_name = "step()"
     _scale: float | None = None  # of the loss, where no scaler tells of it
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -98,7 +99,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         transport = self.transport
         step = self.engine.notes.step
         try:
-            return run(self.exchange(transport.world_size, transport.worker), transport)
+            exchange = self.exchange(transport.world_size, transport.worker)
+            return run(exchange, transport, self._step_name)
         except CollectiveError as error:
             raise CollectiveError(
                 f"Step {step} was abandoned: {error} Parameters and optimizer state of this worker "
@@ -115,7 +117,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         transport = self.transport
         if transport.world_size > 1:
-            run(compare_all(self.settled_groups, self.state, self._method), transport)
+            exchange = compare_all(self.settled_groups, self.state, self._method)
+            run(exchange, transport, "compare_workers()")
 
     def broadcast_parameters(self, source: Any = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.
@@ -132,7 +135,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
                 f"Invalid source: {source!r}. Must be a worker's number, from 0 to "
                 f"{transport.world_size - 1}."
             )
-        run(broadcast_parameters(self.settled_groups, self._method, source), transport)
+        exchange = broadcast_parameters(self.settled_groups, self._method, source)
+        run(exchange, transport, "broadcast_parameters()")
 
     @property
     def process_group(self) -> Workers:
@@ -231,18 +235,19 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         self.engine.handshake.plan_change()
 
-    def decide(self, decision: Callable[[int, int], Exchange[T]]) -> T:
+    def decide(self, decision: Callable[[int, int], Exchange[T]], call: str) -> T:
         """Runs an exchange that belongs to no step, with the workers of the process group.
 
         Args:
             decision: makes the exchange, from the number of workers and this worker's place.
+            call: which call of the program this is, for errors.
 
         Returns:
             Its result.
         """
         transport = self.transport
         exchange = decision(transport.world_size, transport.worker)
-        return run(intercept(exchange, self.engine.traffic.record_decision), transport)
+        return run(intercept(exchange, self.engine.traffic.record_decision), transport, call)
 
     def settle_errors(self, world_size: int, worker: int) -> str | None:
         """Leaves out loaded errors that are another worker's, as the next step would.

@@ -152,7 +152,7 @@ class RankScheduler:
             ValueError: the policy proposes what is none of its values. Nothing has changed.
         """
         try:
-            self.optimizer.decide(self.exchange)
+            self.optimizer.decide(self.exchange, "RankScheduler.step()")
         except CollectiveError as error:
             raise CollectiveError(
                 f"RankScheduler.step was abandoned: {error} Every worker must call it, between the "
@@ -253,7 +253,7 @@ class RankScheduler:
 
         Every worker must call it, between the same two steps; all get equal dicts.
         """
-        return self.optimizer.decide(self.consolidation)
+        return self.optimizer.decide(self.consolidation, "consolidated_state_dict()")
 
     @torch.no_grad()
     def consolidation(self, world_size: int = 1, worker: int = 0) -> Exchange[dict[str, Any]]:
