@@ -84,10 +84,14 @@ def network_table(result: Result) -> str:
         rows.append((label_of(candidate), *figures))
     columns = ("", "exchange + update, ms", "faster than SGD", "sent, MB")
     title = f"**{WORKLOADS[settings['workload']]}**, {settings['workers']} workers"
-    rate = settings["rate"]
-    links = "links without limit" if rate == UNLIMITED else f"links of {rate}"
-    title += f", {links}. {link_figures(result)}"
+    title += f", {links_of(result)}. {link_figures(result)}"
     return "\n".join((title, "", table(columns, rows), source_of(result)))
+
+
+def links_of(result: Result) -> str:
+    """The network, in words."""
+    rate = result["settings"]["rate"]
+    return "links without limit" if rate == UNLIMITED else f"links of {rate}"
 
 
 def link_figures(result: Result) -> str:

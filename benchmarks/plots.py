@@ -73,6 +73,30 @@ def plot_times(path: Path, panels: Mapping[str, Rows]) -> None:
     _save(figure, path, plots[0])
 
 
+def plot_rates(path: Path, panels: Mapping[str, Rows]) -> None:
+    """Exchange and update as bars, a panel for each network, each on a scale of its own.
+
+    Args:
+        path: of the image.
+        panels: by title: one row for each implementation.
+    """
+    figure, plots = _panels(len(panels))
+    for axes, (title, rows) in zip(plots, panels.items(), strict=True):
+        spreads = [row.net.scaled(1e3) for _, row in rows]
+        labels = [label_of(candidate, with_rank=False) for candidate, _ in rows]
+        bars = axes.barh(labels, [spread.median for spread in spreads], color="#006BA4")
+        axes.bar_label(bars, [f"{spread.median:.0f}" for spread in spreads], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_title(title)
+        axes.set_xlabel("exchange + update of a step, ms")
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes is not plots[0]:
+            axes.set_yticklabels([])
+    figure.set_figheight(2.4)
+    _save(figure, path)
+
+
 def plot_memory(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Peaks as bars.
 
@@ -166,7 +190,8 @@ def _line(
 
 
 def _scales(axes: Axes, places: Sequence[int], name: str, title: str) -> None:
-    axes.set_xscale("log", base=2)
+    if len(places) > 1:  # a single place has no scale
+        axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(FuncFormatter(_some_minor_labels))
@@ -181,12 +206,16 @@ def _some_minor_labels(value: float, _: int) -> str:
     return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
-def _save(figure: Figure, path: Path, legend_of: Axes) -> None:
-    """Writes the image, with one legend for all panels below them."""
-    handles, labels = legend_of.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, fontsize="small"
-    )
+def _save(figure: Figure, path: Path, legend_of: Axes | None = None) -> None:
+    """Writes the image, with one legend for all panels below them if there is to be one."""
+    if legend_of is not None:
+        figure.legend(
+            *legend_of.get_legend_handles_labels(),
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=3,
+            fontsize="small",
+        )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})

@@ -64,6 +64,10 @@ Each worker is a process with one thread in a network namespace of its own. A br
 `tc` limits each link in both directions. The transport is gloo.
 """
 
+#: What the plot over the rates of the network shows, of the candidates and their ranks.
+OVER_RATES = ("ddp-sgd", "hook", "epfml", "efsgd")
+OVER_RATES_RANK = 4
+
 LOCAL = """\
 ## On one worker
 
@@ -129,7 +133,10 @@ def render(results: Sequence[Result], images: Path) -> str:
         results: of `load`. A section for which there is none is left out.
         images: a folder.
     """
-    parts = [INTRODUCTION, *_steps("network", NETWORK, results, images)]
+    parts = [
+        INTRODUCTION,
+        *_steps("network", NETWORK + _over_rates(results, images), results, images),
+    ]
     parts += _steps("local", LOCAL, results, images)
     memory = [r for r in results if r["benchmark"] == "memory"]
     if memory:
@@ -163,6 +170,32 @@ def _steps(name: str, text: str, results: Sequence[Result], images: Path) -> lis
     if reasons:
         parts.append("Left out: " + " ".join(sorted(reasons)) + "\n")
     return parts
+
+
+def _over_rates(results: Sequence[Result], images: Path) -> str:
+    """The plot of one model on each network, where two workers were measured."""
+    panels = {}
+    for result in results:
+        settings = result["settings"]
+        is_shown = result["benchmark"] == "network" and settings["workload"] == "resnet18"
+        if is_shown and settings["workers"] == 2:
+            rows = [
+                (candidate, row)
+                for candidate, row in page.rows_of(result, "floor", "ddp-sgd")
+                if candidate.kind in OVER_RATES
+                and candidate.rank in (None, OVER_RATES_RANK)
+                and candidate.form != "paper"
+                and not candidate.compiled
+            ]
+            panels[page.links_of(result)] = sorted(
+                rows, key=lambda each: OVER_RATES.index(each[0].kind)
+            )
+    if not panels:
+        return ""
+    name = "benchmark-rates"
+    plots.plot_rates(images / f"{name}.png", panels)
+    text = f"{WORKLOADS['resnet18']} at rank {OVER_RATES_RANK}, over the rate of the links"
+    return f"\n{_image(images, name, text)}"
 
 
 def _growth(results: Sequence[Result], images: Path) -> list[str]:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from efsgd import PowerSGDOptimizer
+from efsgd import PowerSGDOptimizer, average_buffers
 from efsgd.checkpoint import (
     ElasticLoadPlanner,
     OptimizerState,
@@ -41,9 +41,10 @@ def load_own(model: Model, optimizer: Optimizer, folder: Path) -> None:
 
 
 def save_consolidated(model: Model, optimizer: Optimizer, folder: Path) -> None:
-    consolidated = consolidated_state_dict(optimizer)  # on every worker
+    average_buffers(model)  # on every worker, as the next line
+    averaged = consolidated_state_dict(optimizer)
     if dist.get_rank() == 0:
-        state = {"model": model.state_dict(), "optimizer": consolidated}
+        state = {"model": model.state_dict(), "optimizer": averaged}
         torch.save(state, folder / "all-workers.pt")
 
 

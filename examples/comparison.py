@@ -111,12 +111,20 @@ class Comparison:
         subjects = [replace(s, settings=replace(s.settings, **changes)) for s in self.subjects]
         runs: dict[str, dict[str, list[History]]] = {subject.title: {} for subject in subjects}
         qualities: dict[str, str] = {}
-        for seed in range(1, arguments.seeds + 1):
-            for method in self.methods:
-                for subject in subjects:
-                    history, quality = self._train(subject, method, seed, workers)
-                    qualities[subject.title] = quality
-                    runs[subject.title].setdefault(method, []).append(history)
+        console = Console(width=None if Console().is_terminal else 110)
+        for subject in subjects:
+            of_subject = runs[subject.title]
+            # Methods take turns, so that none has all its seeds while the machine is slow.
+            for seed in range(1, arguments.seeds + 1):
+                for method in self.methods:
+                    history, qualities[subject.title] = self._train(subject, method, seed, workers)
+                    of_subject.setdefault(method, []).append(history)
+            if workers.is_first:
+                table = self.table(subject.title, qualities[subject.title], of_subject)
+                if arguments.markdown:
+                    print(markdown(table), flush=True)
+                else:
+                    console.print(table, end="\n\n")
         if not workers.is_first:
             return
         about = f"{workers.world_size} workers, {arguments.seeds} seeds, {os.cpu_count()} cores"
@@ -124,17 +132,10 @@ class Comparison:
         settings = {subject.title: subject.settings for subject in subjects}
         content = {"about": about, "quality": qualities, "settings": settings}
         content |= {"overrides_of": self.overrides_of, "runs": runs}
-        shown = {title: (qualities[title], of_subject) for title, of_subject in runs.items()}
-        console = Console(width=None if Console().is_terminal else 110)
-        for title, (quality, of_subject) in shown.items():
-            table = self.table(title, quality, of_subject)
-            if arguments.markdown:
-                print(markdown(table))
-            else:
-                console.print(table, end="\n\n")
         console.print(f"{about}, torch {torch.__version__}, {seconds:.0f} s in all")
         path = arguments.output / self.name
         save_json(path.with_suffix(".json"), content)
+        shown = {title: (qualities[title], of_subject) for title, of_subject in runs.items()}
         self.plot(path.with_suffix(".png"), shown)
         console.print(f"saved {path}.json and {path}.png")
 

@@ -25,7 +25,9 @@ untrained = torch.nn.Sequential(
 
 def train_with(rank):
     model = copy.deepcopy(untrained)
-    optimizer = PowerSGDOptimizer(model.named_parameters(), lr=0.02, momentum=0.9, rank=rank)
+    optimizer = PowerSGDOptimizer(
+        model.named_parameters(), lr=0.02, momentum=0.9, rank=rank, momentum_form="sgd"
+    )
     torch.manual_seed(0)
     for _ in range(5):
         for batch in train[torch.randperm(len(train))].split(50):

@@ -17,7 +17,9 @@ model = torch.nn.Sequential(
     torch.nn.ReLU(),
     torch.nn.Linear(256, 10),
 )
-optimizer = PowerSGDOptimizer(model.parameters(), lr=0.05, momentum=0.9, rank=4)
+optimizer = PowerSGDOptimizer(
+    model.parameters(), lr=0.05, momentum=0.9, rank=4, momentum_form="sgd"
+)
 
 for epoch in range(1, 6):
     for batch in train[torch.randperm(len(train))].split(50):

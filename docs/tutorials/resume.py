@@ -30,7 +30,9 @@ model = torch.nn.Sequential(
     torch.nn.ReLU(),
     torch.nn.Linear(256, 10),
 )
-optimizer = PowerSGDOptimizer(model.parameters(), lr=0.05, momentum=0.9, rank=4)
+optimizer = PowerSGDOptimizer(
+    model.parameters(), lr=0.05, momentum=0.9, rank=4, momentum_form="sgd"
+)
 epochs_done = 0
 
 if checkpoint.exists():  # every worker loads the same file

@@ -22,7 +22,9 @@ model = torch.nn.Sequential(
     torch.nn.ReLU(),
     torch.nn.Linear(256, 10),
 )
-optimizer = PowerSGDOptimizer(model.parameters(), lr=0.05, momentum=0.9, rank=4)
+optimizer = PowerSGDOptimizer(
+    model.parameters(), lr=0.05, momentum=0.9, rank=4, momentum_form="sgd"
+)
 optimizer.broadcast_parameters()  # all start from the parameters of worker 0
 
 for epoch in range(1, 6):

@@ -53,7 +53,8 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
     Example:
         >>> from efsgd import PowerSGDOptimizer
         >>> from efsgd.checkpoint import average_errors_
-        >>> optimizer = PowerSGDOptimizer(torch.nn.Linear(32, 32).parameters(), lr=0.1)
+        >>> model = torch.nn.Linear(32, 32)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum_form="sgd")
         >>> average_errors_(optimizer)
         >>> hook = optimizer.register_state_dict_pre_hook(average_errors_)
     """
@@ -101,7 +102,7 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
         >>> from efsgd import PowerSGDOptimizer
         >>> from efsgd.checkpoint import consolidated_state_dict
         >>> model = torch.nn.Linear(32, 32)
-        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum_form="sgd")
         >>> optimizer.load_state_dict(consolidated_state_dict(optimizer))
     """
     return run_between_steps(consolidation(optimizer), optimizer, "consolidated_state_dict()")

@@ -65,7 +65,9 @@ class OptimizerState:
         >>> from efsgd import PowerSGDOptimizer
         >>> from efsgd.checkpoint import ElasticLoadPlanner, OptimizerState
         >>> model = torch.nn.Linear(32, 32)
-        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = PowerSGDOptimizer(
+        ...     model.parameters(), lr=0.1, momentum=0.9, momentum_form="sgd"
+        ... )
         >>> folder = tempfile.TemporaryDirectory()
         >>> state = {"model": model, "optimizer": OptimizerState(model, optimizer)}
         >>> metadata = dcp.save(state, checkpoint_id=folder.name)

@@ -39,7 +39,9 @@ class PowerSGDPlus(PowerSGD):
         >>> from efsgd import ErrorFeedbackSGD, PowerSGDPlus
         >>> model = torch.nn.Linear(64, 32)
         >>> compressor = PowerSGDPlus(rank=2, refresh_every=100)
-        >>> optimizer = ErrorFeedbackSGD(model.parameters(), lr=0.1, compressor=compressor)
+        >>> optimizer = ErrorFeedbackSGD(
+        ...     model.parameters(), lr=0.1, momentum_form="sgd", compressor=compressor
+        ... )
         >>> shapes = [p.shape for p in model.parameters()]
         >>> [compressor.payload_bytes(shapes, step=step) for step in (0, 1)]
         [8832, 896]

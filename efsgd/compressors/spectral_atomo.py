@@ -134,7 +134,11 @@ class SpectralAtomo(TensorCompressor):
         >>> from efsgd import ErrorFeedbackSGD, SpectralAtomo
         >>> model, compressor = torch.nn.Linear(64, 32), SpectralAtomo(rank=2)
         >>> optimizer = ErrorFeedbackSGD(
-        ...     model.parameters(), lr=0.1, compressor=compressor, error_feedback=False
+        ...     model.parameters(),
+        ...     lr=0.1,
+        ...     momentum_form="sgd",
+        ...     compressor=compressor,
+        ...     error_feedback=False,
         ... )
         >>> compressor.payload_bytes([(32, 64), (32,)])  # 2·(32 + 64 + 1) + 2·(16 + 2 + 1) floats
         928

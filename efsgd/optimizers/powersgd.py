@@ -67,7 +67,9 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
     Example:
         >>> from efsgd import PowerSGDOptimizer
         >>> model = torch.nn.Linear(64, 32)
-        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum=0.9, rank=2)
+        >>> optimizer = PowerSGDOptimizer(
+        ...     model.parameters(), lr=0.1, momentum=0.9, rank=2, momentum_form="sgd"
+        ... )
         >>> model(torch.ones(8, 64)).square().mean().backward()
         >>> optimizer.step()
         >>> optimizer.communication_stats()["collectives"]

@@ -67,7 +67,7 @@ class RankScheduler:
         >>> from efsgd import PowerSGDOptimizer
         >>> from efsgd.rank import Accordion, RankScheduler
         >>> model = torch.nn.Linear(64, 32)
-        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum_form="sgd")
         >>> scheduler = RankScheduler(optimizer, Accordion(low=1, high=4, interval=1))
         >>> for epoch in range(3):
         ...     optimizer.zero_grad()

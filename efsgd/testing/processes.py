@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing import get_all_start_methods
+from torch.multiprocessing.spawn import start_processes
 
 from efsgd.checks import require_integer
 from efsgd.compressors import Compressor
@@ -21,6 +22,9 @@ from efsgd.testing.violations import CompressorLawError, Violation
 
 # How long one worker waits for another, which may have to load torch first.
 _PATIENCE = timedelta(seconds=90)
+
+# Where there is a server that forks, workers need not load torch if the program has loaded it.
+_START_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 
 # More than two workers are added in another order than in lockstep: rounding of float64, 2e-16,
 # multiplied by what error feedback makes of it in a few steps.
@@ -75,11 +79,11 @@ def check_in_processes(
 def _require_agreement(trials: Sequence[Trial]) -> None:
     """Runs all trials in one launch of processes; raises what is wrong with the first of them."""
     packed = [_packed(trial) for trial in trials]
-    processes: Any = torch.multiprocessing
     with tempfile.TemporaryDirectory() as folder:
         count = trials[0].processes if trials else 0
         try:
-            processes.spawn(_work, (count, folder, packed), nprocs=count, daemon=True)
+            given: Any = count, folder, packed
+            start_processes(_work, given, nprocs=count, daemon=True, start_method=_START_METHOD)
         except Exception as error:
             reports = sorted(Path(folder).glob("*.txt"))
             texts = [report.read_text() for report in reports] or [f"{error}"]

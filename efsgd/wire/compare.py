@@ -94,8 +94,9 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
         warn_user(
             "All workers have bitwise equal gradients, as if they had already been averaged. "
             "Give this optimizer local gradients: use the plain model, or under "
-            "DistributedDataParallel ddp.register_comm_hook(None, noop_hook), or forward and "
-            "backward within ddp.no_sync()."
+            "DistributedDataParallel ddp.register_comm_hook(None, noop_hook) with noop_hook from "
+            "torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks, or forward and backward "
+            "within ddp.no_sync()."
         )
     if not bool(summaries[:, 1].any()):
         return frozenset()

@@ -87,7 +87,8 @@ def test_the_page_shows_all_results(tmp_path: Path) -> None:
         assert f"`python -m benchmarks.{name}`, 2026-01-01, commit abcdef" in text
     images = {path.name for path in (tmp_path / "images").iterdir()}
     assert images == {line.split("images/")[1][:-1] for line in text.splitlines() if "![" in line}
-    assert len(images) == 5
+    assert len(images) == 6
+    assert "benchmark-rates.png" in images
 
 
 def test_a_page_without_results_says_how_to_get_them(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint: nothing is lost, nothing is stored twice."""
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.checkpoint import checkpoint_worker as script
-from tests.launcher import environment
+from tests.launcher import run_programs
 from tests.simulation import bits, difference
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-LIMIT = 160  # seconds for a whole launch, of which loading torch eight times takes most
 # Sums of four float64 numbers in another order, and three steps of training on top of that: some
 # units in the last place, 2e-16 each.
 ROUNDING = 1e-13
@@ -30,9 +27,7 @@ Results = list[dict[str, Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where eight workers have left their checkpoints and reports."""
     made = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=8", script.__file__, str(made)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    done = run_programs([script.__file__, str(made)], 8)
     assert done.returncode == 0, done.stderr
     return made
 
@@ -159,6 +154,8 @@ def test_each_way_of_the_documentation_saves_and_loads(results: Results, way: st
                 errors = [errors_in(each["saved"])[name] for each in workers]
                 assert difference(error, torch.stack(errors).mean(dim=0)) <= ROUNDING
             loaded, saved = without_errors(loaded), without_errors(saved)
+            statistics = loaded["model"]["4.running_mean"]
+            assert statistics.tolist() == [sum(range(8)) / 8] * 6  # exact in float64
         assert bits(loaded) == bits(saved)
 
 

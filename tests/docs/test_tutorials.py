@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launcher import run_programs
+
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
 SHOWN = re.compile(
@@ -59,12 +61,17 @@ def test_a_command_prints_what_its_page_shows(
     variables = [word for word in words if re.fullmatch(r"[A-Z_]+=\w+", word)]
     program, *arguments = words[len(variables) :]
     arguments = [str(ROOT / each) if each.startswith("docs/") else each for each in arguments]
+    two_workers = ["--standalone", "--nproc-per-node", "2"]
     if program == "python":
         (script,) = arguments
         monkeypatch.syspath_prepend(str(TUTORIALS))
         runpy.run_path(script, run_name="__main__")  # here, where torch is loaded already
         printed = capsys.readouterr().out
-    else:
+    elif arguments[:4] == [*two_workers, str(ROOT / shlex.split(command)[-1])]:
+        done = run_programs(arguments[3:], 2, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:  # torchrun starts them anew
         assert program == "torchrun"
         environment = {**os.environ, **dict(each.split("=") for each in variables)}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

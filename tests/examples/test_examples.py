@@ -12,28 +12,17 @@ from typing import Any
 import pytest
 
 from tests.examples.test_example_data import write_cifar10
+from tests.launcher import LIMIT, ROOT, Finished, environment, run_programs
 
 pytestmark = pytest.mark.xdist_group("processes")
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 150  # seconds for a whole launch, of which loading torch takes most
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 IMAGES = ("examples/image_classification.py", "--epochs", "3", "--rank", "2")
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these arguments from the root of the repository."""
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
+def run(*command: str, workers: int = 1) -> Finished:
+    """Runs a script with its arguments from the root of the repository."""
+    return run_programs(command, workers)
 
 
 def results_of(folder: Path, name: str) -> dict[str, Any]:
@@ -42,14 +31,14 @@ def results_of(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-Launched = tuple[subprocess.CompletedProcess[str], Path]
+Launched = tuple[Finished, Path]
 
 
 @pytest.fixture(scope="module")
 def images_on_two_workers(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     """A launch of the script for images, and the folder of its results."""
     folder = tmp_path_factory.mktemp("images")
-    return run(*TORCHRUN, "--nproc-per-node=2", *IMAGES, "--output", str(folder)), folder
+    return run(*IMAGES, "--output", str(folder), workers=2), folder
 
 
 def test_images_on_two_workers(images_on_two_workers: Launched) -> None:
@@ -75,7 +64,7 @@ def test_a_worker_is_killed_and_torchrun_goes_on_from_the_checkpoint(
     torchrun = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -152,6 +141,7 @@ def test_the_comparisons(
     name: str, methods: list[str], tasks: int, seeds: int, tmp_path: Path
 ) -> None:
     short = ["--workers", "2", "--epochs", "1", "--seeds", str(seeds), "--output", str(tmp_path)]
+    short += ["--batch-size", "256"]  # of few steps
     done = run(f"examples/{name}.py", *short)
     assert done.returncode == 0, done.stderr
     for words in ("Algorithm", *methods, "Data sent per epoch", "Time per batch"):

@@ -169,6 +169,28 @@ def averaged_models(worker: int) -> dict[str, Any]:
     return found
 
 
+def line_search(worker: int) -> dict[str, Any]:
+    """L-BFGS, which evaluates its closure as often as the loss says, on the averaged loss."""
+    model = make_model().double()
+    averager = efsgd.GradientAverager(model.parameters(), compressor=efsgd.Identity())
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=6, line_search_fn="strong_wolfe")
+    inputs, evaluations = batch(worker, 0), 0
+
+    def closure() -> float:
+        nonlocal evaluations
+        evaluations += 1
+        lbfgs.zero_grad()
+        loss = loss_of(model, inputs)
+        loss.backward()
+        averager.average_()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        return float(mean / dist.get_world_size())
+
+    lbfgs.step(closure)
+    return {"evaluations": evaluations, "parameters": values(model.parameters())}
+
+
 LOOPS: list[Callable[[int], dict[str, Any]]] = [
-    clipping, adversaries, subgroups, uneven, weighted, averaged_models
+    clipping, adversaries, subgroups, uneven, weighted, averaged_models, line_search
 ]  # fmt: skip

@@ -274,6 +274,29 @@ def test_weighted_workers_are_one_worker_with_all_batches(workers: Reports, name
         assert largest_difference(found, expected) < 1e-13
 
 
+def test_line_searches_on_the_averaged_loss_are_those_of_one_worker(workers: Reports) -> None:
+    model = training.make_model().double()
+    lbfgs = torch.optim.LBFGS(model.parameters(), max_iter=6, line_search_fn="strong_wolfe")
+    inputs = torch.cat([training.batch(worker, 0) for worker in range(WORLD_SIZE)])
+    evaluations = 0
+
+    def closure() -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        lbfgs.zero_grad()
+        loss = training.loss_of(model, inputs)
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    for worker in workers:
+        found = worker["line_search"]
+        assert found == workers[0]["line_search"]
+        assert found["evaluations"] == evaluations
+        # Six iterations in float64, each of which multiplies rounding by the curvature's condition.
+        assert largest_difference(found["parameters"], training.values(model.parameters())) < 1e-9
+
+
 def test_averaged_models_need_no_communication(workers: Reports) -> None:
     for worker in workers:
         report = worker["averaged_models"]

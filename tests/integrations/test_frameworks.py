@@ -50,11 +50,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
         if script not in runs:
             folder = tmp_path_factory.mktemp(script)
             program = str(Path(common.__file__).with_name(f"{script}_worker.py"))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("HF_HUB_OFFLINE", "1")
-                patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-                tasks = (launch(program, common.WORKERS, folder, t) for t in ("train", "resume"))
-                runs[script] = Run(folder, *tasks)
+            tasks = (launch(program, common.WORKERS, folder, t) for t in ("train", "resume"))
+            runs[script] = Run(folder, *tasks)
         return runs[script]
 
     return find

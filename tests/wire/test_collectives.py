@@ -1,5 +1,7 @@
 """Exchanges, transports and lockstep themselves."""
 
+import importlib
+import re
 from typing import NoReturn
 
 import pytest
@@ -172,8 +174,11 @@ def test_equal_gradients_are_suspicious_unless_zero() -> None:
             parameter.grad = gradient.clone()
         return [PowerSGDOptimizer([parameter], lr=0.1) for parameter in parameters]
 
-    with pytest.warns(UserWarning, match="noop_hook"):
+    with pytest.warns(UserWarning, match="noop_hook from ") as warned:
         step_together(optimizers(torch.ones(4)))
+    source = re.search(r"noop_hook from ([\w.]+)", str(warned[0].message))
+    assert source is not None
+    assert callable(importlib.import_module(source[1]).noop_hook)
     step_together(optimizers(torch.zeros(4)))  # any warning would be an error
 
 

@@ -1,9 +1,6 @@
 """Real processes over gloo: the same as in lockstep, and clear errors in place of hangs."""
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import torch
 
 from efsgd.checkpoint import consolidation
 from efsgd.testing import lockstep, step_together
-from tests.launcher import LIMIT, environment, launch
+from tests.launcher import launch, run_programs
 from tests.wire import process_worker as script
 
 # One process of pytest runs them all: they share launches, and several would crowd the cores.
@@ -113,23 +110,9 @@ def test_what_is_made_and_loaded_before_the_group_trains_like_what_is_made_after
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_worker_that_dies_leaves_the_others_intact(world_size: int, tmp_path: Path) -> None:
-    # Not torchrun: it would end the others before they can say how they are.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {**environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, script.__file__, "die", str(tmp_path)],
-            env={**common, "RANK": str(rank), "WORLD_SIZE": str(world_size)},
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        codes = [worker.wait(timeout=LIMIT) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    # torchrun would end the others before they can say how they are.
+    command = [script.__file__, "die", str(tmp_path)]
+    codes = run_programs(command, world_size, ends_others=False).returncodes
     assert codes == [3 if rank == 1 else 0 for rank in range(world_size)]
     found = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
     assert sorted(found) == [rank for rank in range(world_size) if rank != 1]

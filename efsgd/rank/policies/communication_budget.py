@@ -63,7 +63,7 @@ class CommunicationBudget(RankPolicy):
         >>> from efsgd import PowerSGDOptimizer
         >>> from efsgd.rank import CommunicationBudget, RankScheduler
         >>> model = torch.nn.Linear(64, 32)
-        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1)
+        >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum_form="sgd")
         >>> scheduler = RankScheduler(optimizer, CommunicationBudget(bytes_per_step=3000))
         >>> scheduler.get_last_ranks()  # 4·7·(64 + 32) bytes, and 4·(32 + 2 + 1)
         {'parameter 0': 7}

@@ -1,0 +1,26 @@
+"""What workers of tests need, loaded once: they are forked from a process that has it."""
+
+import contextlib
+import importlib
+import warnings
+
+#: torch's compiler is loaded by the first optimizer that is made; frameworks may be missing.
+MODULES = (
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.algorithms.join",
+    "efsgd.checkpoint",
+    "efsgd.rank",
+    "efsgd.testing",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+    "accelerate",
+    "lightning",
+    "transformers",
+)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for name in MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
