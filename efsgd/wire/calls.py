@@ -45,10 +45,8 @@ class Call:
         patience = PATIENCE
         while not self._is_done(work, patience):
             self.tell(self.name)
-            others = self._others()
-            if others:
-                said = "; ".join(f"worker {', '.join(map(str, w))}: {n}" for n, w in others.items())
-                raise RuntimeError(f"other workers wait in another call ({said})")
+            if elsewhere := self.who_is_elsewhere():
+                raise RuntimeError(elsewhere)
             patience = _GLANCE
         if self._has_told:
             self.tell("")
@@ -70,8 +68,8 @@ class Call:
             return False
         return True
 
-    def _others(self) -> dict[str, list[int]]:
-        """Names of other calls with the number of this one, and the workers that wait in them."""
+    def who_is_elsewhere(self) -> str:
+        """Which workers wait in other calls, as far as they have told; empty if none has."""
         found = defaultdict[str, list[int]](list)
         with contextlib.suppress(Exception):
             store = self._store()
@@ -80,7 +78,8 @@ class Call:
                     number, name = json.loads(store.get(_key(worker)))
                     if number == self._number and name not in ("", self.name):
                         found[name].append(worker)
-        return found
+        said = [f"worker {', '.join(map(str, who))} waits in {name}" for name, who in found.items()]
+        return "; ".join(said)
 
     def _store(self) -> Any:
         """The store by which the workers of the group have met: torch has no public name for it."""

@@ -77,7 +77,10 @@ class ProcessGroup:
         try:
             work, answer = collective.launch(self.group)
         except RuntimeError as error:
-            raise self._failure(collective, error) from error
+            raise CollectiveError(
+                f"{type(collective).__name__} of {collective.purpose} could not be started on "
+                f"worker {self.worker} of {self.world_size}: {error}."
+            ) from error
 
         def wait() -> Tensor:
             try:
@@ -92,13 +95,15 @@ class ProcessGroup:
         return wait
 
     def _failure(self, collective: Collective, error: RuntimeError) -> CollectiveError:
-        call = "an exchange"
+        call, elsewhere = "an exchange", ""
         if self._call is not None:
             call = self._call.name
             self._call.tell(call)
+            elsewhere = self._call.who_is_elsewhere()
+        found = str(error) if elsewhere in str(error) else f"{elsewhere}. {error}"
         return CollectiveError(
             f"{type(collective).__name__} of {collective.purpose} failed on worker {self.worker} "
-            f"of {self.world_size} in {call}: {error}. Every worker of the group must call {call}, "
+            f"of {self.world_size} in {call}: {found}. Every worker of the group must call {call}, "
             f"at the same place among its calls and not within 'if rank == 0:'. If all of them "
             f"do, another worker has probably died or hung."
         )
