@@ -10,6 +10,7 @@ from benchmarks.timing import Runner
 from efsgd import PowerSGDOptimizer
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.engine.observation import Observation
+from efsgd.engine.parameters import list_parameters
 from efsgd.rank import Accordion, Layer, RankPolicy, RankScheduler, Value
 from efsgd.rank.accumulation import Accumulator
 from efsgd.rank.layers import layers_of
@@ -119,7 +120,9 @@ class Watched:
     def __init__(self, optimizer: PowerSGDOptimizer) -> None:
         self._optimizer = optimizer
         groups, compressor = optimizer.param_groups, optimizer.compressor
-        self._layers = layers_of(groups, compressor, "rank", (LOW, HIGH), optimizer)
+        self._layers = layers_of(
+            list_parameters(groups), groups, compressor, "rank", (LOW, HIGH), optimizer
+        )
 
     def runner(self, *, with_errors: bool) -> Runner:
         """A step that one accumulator is shown.

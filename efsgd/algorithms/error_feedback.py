@@ -57,6 +57,7 @@ def exchange_gradients(
     has_overflowed: bool = False,
     is_scaled: bool = False,
     abstains: Abstention | None = None,
+    digest: int = 0,
 ) -> Exchange[Outcome]:
     """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
 
@@ -70,6 +71,7 @@ def exchange_gradients(
         has_overflowed: it is known already that a gradient of this worker is not finite.
         is_scaled: the gradients are those of a scaled loss.
         abstains: why this worker takes part with zeros alone, if it does.
+        digest: of this worker's settings, which must be those of all others.
     """
     aggregator, deltas, traffic = bucket.aggregator, bucket.deltas, bucket.traffic
     record = traffic.record if abstains is None else traffic.record_check
@@ -101,6 +103,7 @@ def exchange_gradients(
             has_overflowed=has_overflowed or not is_good,
             is_scaled=is_scaled,
             abstains=abstains,
+            digest=digest,
         )
     except CollectiveError:
         raise

@@ -11,12 +11,13 @@ Signum's momenta are each worker's own as well, and are averaged in the same way
 
 import copy
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from efsgd.engine.parameters import device_of
 from efsgd.engine.state import local_state
 from efsgd.errors import warn_user
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
@@ -57,7 +58,7 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
         >>> average_errors_(optimizer)
         >>> hook = optimizer.register_state_dict_pre_hook(average_errors_)
     """
-    run_between_steps(averaging_(optimizer), optimizer)
+    run_between_steps(averaging_(optimizer), optimizer, "average_errors_()")
 
 
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
@@ -74,7 +75,9 @@ def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
         # uncompressed may have been zero on this worker.
         optimizer.state[parameter] = state
     optimizer.plan_change()
-    _clear_owner_(optimizer.param_groups)
+    notes = optimizer.engine.notes
+    notes.worker, notes.world_size = 0, 0
+    notes.write_counters(optimizer.param_groups)
 
 
 def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
         >>> optimizer = PowerSGDOptimizer(model.parameters(), lr=0.1, momentum_form="sgd")
         >>> optimizer.load_state_dict(consolidated_state_dict(optimizer))
     """
-    return run_between_steps(consolidation(optimizer), optimizer)
+    return run_between_steps(consolidation(optimizer), optimizer, "consolidated_state_dict()")
 
 
 def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
@@ -116,7 +119,8 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
             if isinstance(value, Tensor) and name != "momentum_buffer":
                 own[name] = value.contiguous()
     consolidated = copy.deepcopy({**saved, "state": state})
-    _clear_owner_(consolidated["param_groups"])
+    for group in consolidated["param_groups"]:
+        group.update(worker=0, world_size=0)
     return consolidated
 
 
@@ -135,12 +139,12 @@ def require_optimizer(optimizer: object) -> None:
         )
 
 
-def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer) -> T:
+def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer, call: str) -> T:
     """Runs an exchange about local state, once errors of other workers are left out of it."""
     require_optimizer(optimizer)
     transport = optimizer.transport
     note = optimizer.settle_errors(transport.world_size, transport.worker)
-    result = run(exchange, transport)
+    result = run(exchange, transport, call)
     if note is not None:  # as an error, a warning must not keep the others waiting
         warn_user(note)
     return result
@@ -156,7 +160,7 @@ def local_means(
             value = own[name]
             lines.append(f"{name} of parameter {number}: {list(value.shape)}, {value.dtype}")
             same_kind[value.device, value.dtype].append((key, name, value))
-    yield from compare(lines, optimizer.param_groups[0]["params"][0].device)
+    yield from compare(lines, device_of(optimizer.param_groups))
     means: dict[Key, dict[str, Tensor]] = {key: {} for key in states}
     for found in same_kind.values():
         flat = torch.cat([value.reshape(-1) for *_, value in found])
@@ -164,9 +168,3 @@ def local_means(
         for (key, name, value), part in zip(found, parts, strict=True):
             means[key][name] = part.view(value.shape)
     return means
-
-
-def _clear_owner_(groups: Iterable[dict[str, Any]]) -> None:
-    """Notes in the groups that local state is that of no worker in particular."""
-    for group in groups:
-        group.update(worker=0, world_size=0)

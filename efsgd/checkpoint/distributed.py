@@ -88,7 +88,7 @@ class OptimizerState:
         Raises:
             CollectiveError: a collective failed.
         """
-        return run_between_steps(self._saving(), self._optimizer)
+        return run_between_steps(self._saving(), self._optimizer, "state_dict()")
 
     def _saving(self) -> Exchange[dict[str, Any]]:
         transport, saved = self._optimizer.transport, self._optimizer.state_dict()

@@ -22,7 +22,7 @@ Memory: TypeAlias = dict[Kind, tuple[Tensor, Tensor]]
 
 
 def by_kind(infos: Iterable[ParameterInfo]) -> dict[Kind, list[ParameterInfo]]:
-    """The parameters that require a gradient, by what a bucket has in common."""
+    """The parameters that are trained, by what a bucket has in common."""
     kinds: dict[Kind, list[ParameterInfo]] = {}
     for info in infos:
         if info.is_trained:

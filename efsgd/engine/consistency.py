@@ -1,16 +1,19 @@
 """What workers must have in common, compared or given by one to the others; and what not."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Compressor
+from efsgd.checks import plain
 from efsgd.engine.parameters import (
     PER_PARAMETER,
     Groups,
     ParameterInfo,
+    device_of,
     list_parameters,
     overrides_of,
 )
@@ -18,6 +21,7 @@ from efsgd.engine.state import State, local_state
 from efsgd.engine.update import Method
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.compare import broadcast_values, checksums, compare
+from efsgd.wire.control_words import DIGESTS
 
 
 def replicated(
@@ -35,12 +39,13 @@ def replicated(
 
 def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
     """What workers must agree on, a line for each parameter and each group."""
-    lines, names = [], sorted(set(method.compared) - {PER_PARAMETER})
+    lines: list[str] = []
     group: dict[str, Any] | None = None
     for info in infos:
         if info.group is not group:
             group = info.group
-            lines += [f"{k}={_plain(group[k])} in the group of {info.name}" for k in names]
+            said = settings_said(group, method).items()
+            lines += [f"{name}={value} in the group of {info.name}" for name, value in said]
         if not info.is_trained:
             lines.append(f"{info.name}, frozen")
             continue
@@ -53,26 +58,41 @@ def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
     return lines
 
 
+def settings_said(group: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """What a group says that workers must agree on; numbers are the same whatever their type."""
+    names = sorted(set(method.compared) - {PER_PARAMETER})
+    return {name: _plain(group[name]) for name in names}
+
+
 def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    value = plain(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def digest_of(groups: Iterable[Mapping[str, Any]], method: Method) -> int:
+    """A digest of what groups say, but for the number of the step, which travels in each step."""
+    said = [{**settings_said(group, method), "step": None} for group in groups]
+    return zlib.crc32(repr(said).encode()) % DIGESTS
 
 
 def compare_all(groups: Groups, state: Mapping[Tensor, State], method: Method) -> Exchange[None]:
     """Compares settings, parameters and replicated state; a difference is a WorkerMismatchError."""
     infos = list(list_parameters(groups))
     values = checksums(replicated(infos, state, method.compressor))
-    yield from compare(describe(infos, method), infos[0].parameter.device, values)
+    yield from compare(describe(infos, method), device_of(groups), values)
 
 
 def broadcast_parameters(groups: Groups, method: Method, source: int) -> Exchange[None]:
     """Gives all workers the parameters of one, once it is known that they have the same list."""
     infos = list(list_parameters(groups))
-    yield from compare(describe(infos, method), infos[0].parameter.device)
+    yield from compare(describe(infos, method), device_of(groups))
     yield from broadcast_values([info.values for info in infos if info.is_trained], source)
 
 
 def drop_foreign_errors_(
-    groups: Sequence[Mapping[str, Any]],
+    saved: tuple[int, int],
     state: Mapping[Any, Any],
     compressor: Compressor,
     context: tuple[int, int],
@@ -81,12 +101,16 @@ def drop_foreign_errors_(
 
     If all workers kept them they would count several times, and in place of the workers' own. Local
     momenta are kept, whoever's they are: each is an estimate of the same mean gradient, counts
-    once in each vote, and is soon forgotten. Groups say whose errors these are; those saved by one
-    worker are the mean over all. `context` is the number of workers now, and this worker.
+    once in each vote, and is soon forgotten. Those saved by one worker are the mean over all.
+
+    Args:
+        saved: the number of workers whose errors were loaded, and which of them.
+        state: of all parameters (errors are modified in place).
+        compressor: says what else is local.
+        context: the number of workers now, and this worker.
     """
-    saved = groups[0]["worker"], groups[0]["world_size"]
     world_size, worker = context
-    if saved[1] <= 1 or saved == (worker, world_size):
+    if saved[0] <= 1 or saved == context:
         return None
     states = [own for own in state.values() if isinstance(own, Mapping)]
     errors = [own["error"] for own in states if "error" in own]
@@ -99,7 +123,7 @@ def drop_foreign_errors_(
     for error in errors:
         error.zero_()
     return (
-        f"The {what} that were loaded are those of worker {saved[0]} of {saved[1]}, and this is "
+        f"The {what} that were loaded are those of worker {saved[1]} of {saved[0]}, and this is "
         f"worker {worker} of {world_size}: they were {effect}. "
         f"Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
         f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "

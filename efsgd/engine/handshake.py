@@ -6,7 +6,7 @@ and says so in its control word; unless it knows that all of them begin with a c
 """
 
 import contextlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Never, TypeVar
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from efsgd.algorithms.error_feedback import exchange_gradients
 from efsgd.engine.consistency import describe, replicated
-from efsgd.engine.parameters import Groups, list_parameters
+from efsgd.engine.notes import GroupNotes
+from efsgd.engine.parameters import Groups, device_of, list_parameters
 from efsgd.engine.plan import Plan, Signature
 from efsgd.engine.state import State
 from efsgd.engine.update import Method
@@ -54,8 +55,10 @@ class Handshake:
     step that the others are about to take, as far as is known.
     """
 
-    def __init__(self, method: Method, plan: Plan, traffic: TrafficCounter) -> None:
-        self._method, self._plan, self._traffic = method, plan, traffic
+    def __init__(
+        self, method: Method, notes: GroupNotes, plan: Plan, traffic: TrafficCounter
+    ) -> None:
+        self._method, self._notes, self._plan, self._traffic = method, notes, plan, traffic
         self.reset()
 
     def reset(self) -> None:
@@ -97,11 +100,12 @@ class Handshake:
         """Compares settings and values. Returns whether any worker has something `new`."""
         infos = list(list_parameters(groups, self._plan.sparse))
         parameters: Hashable = context, tuple(id(info.parameter) for info in infos)
-        is_first, device = parameters != self._compared, infos[0].parameter.device
+        is_first, device = parameters != self._compared, device_of(groups)
         try:
             lines = describe(infos, self._method)
             values = checksums(replicated(infos, state, self._method.compressor))
-            summary = GradientSummary.of([i.gradient if is_first else None for i in infos])
+            trained = [i.gradient if i.is_trained and is_first else None for i in infos]
+            summary = GradientSummary.of(trained)
         except Exception as error:
             yield from self.report_failure(error, device, 0, compares=True)
             raise
@@ -118,12 +122,12 @@ class Handshake:
 
     def conclude(self, groups: Groups, device: torch.device) -> Exchange[None]:
         """All workers have made new plans: they agree on these if their numerics are equal."""
-        plan, group = self._plan, groups[0]
+        plan, group, step = self._plan, self._notes.shared(groups), self._notes.step
         yield from self._counted(compare(list(plan.describe_numerics()), device))
         assert plan.signature is not None
         numbers = group["start_compressing_at"], group["check_every"]
-        self._agreed = Agreement(plan.signature, plan.numerics, *numbers, group["step"])
-        self._is_valid, self.expected = True, group["step"]
+        self._agreed = Agreement(plan.signature, plan.numerics, *numbers, step)
+        self._is_valid, self.expected = True, step
 
     def withdraw(self, step: int) -> None:
         """All workers know that this step is not applied: nor is what was agreed on for it.
@@ -147,15 +151,15 @@ class Handshake:
             everyone = everyone and len(verdict.changed) == bucket.control.world_size
         raise_unable(verdicts)
         if not everyone:
-            yield from self.raise_mismatch(groups, verdicts[0].changed, step)
+            text = describe_change(verdicts[0].changed, step)
+            yield from self.raise_mismatch(groups, text)
 
-    def raise_mismatch(self, groups: Groups, workers: Sequence[int], step: int) -> Exchange[Never]:
-        """Raises on all workers, since they all know that `workers` have changed and others not."""
-        text = describe_change(workers, step)
+    def raise_mismatch(self, groups: Groups, text: str) -> Exchange[Never]:
+        """Raises on all workers, since they all know that they are not the same; says where."""
         infos = list(list_parameters(groups, self._plan.sparse))
         try:
             lines = describe(infos, self._method)
-            yield from self._counted(compare(lines, infos[0].parameter.device))
+            yield from self._counted(compare(lines, device_of(groups)))
         except WorkerMismatchError as difference:
             text = f"{text} {difference}"
         raise WorkerMismatchError(text)

@@ -1,6 +1,6 @@
 """The parameters of an optimizer, one by one."""
 
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +13,9 @@ from efsgd.layout import Entry, real_view
 
 #: Parameter groups of an optimizer.
 Groups: TypeAlias = list[dict[str, Any]]
+
+#: What `per_parameter` of a group says, in a form that cannot change.
+Overrides: TypeAlias = tuple[tuple[str, tuple[Any, ...]], ...]
 
 #: The entry of a parameter group for settings of single parameters.
 PER_PARAMETER = "per_parameter"
@@ -38,22 +41,22 @@ def overrides_of(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     return {name: value for name, value in chosen if value is not None}
 
 
-def set_overrides_(groups: Iterable[dict[str, Any]], name: str, values: Mapping[int, Any]) -> None:
-    """Gives single parameters values of a setting, by their positions over all groups.
+def set_overrides_(
+    groups: Iterable[dict[str, Any]], name: str, values: Mapping[Tensor, Any]
+) -> None:
+    """Gives single parameters values of a setting.
 
     Those left out keep what they have. `per_parameter` is replaced where it changes.
     """
-    first = 0
     for group in groups:
-        own, count = group.get(PER_PARAMETER) or {}, len(group["params"])
-        before = tuple(own.get(name, [None] * count))
-        after = tuple(values.get(first + place, old) for place, old in enumerate(before))
+        own, parameters = group.get(PER_PARAMETER) or {}, group["params"]
+        before = tuple(own.get(name, [None] * len(parameters)))
+        after = tuple(values.get(p, old) for p, old in zip(parameters, before, strict=True))
         if after != before:
             group[PER_PARAMETER] = {**own, name: after}
-        first += count
 
 
-def frozen(group: Mapping[str, Any]) -> Hashable:
+def frozen(group: Mapping[str, Any]) -> Overrides:
     """What `per_parameter` says, to be compared with what it says later."""
     own = group.get(PER_PARAMETER)
     return tuple([(name, tuple(own[name])) for name in sorted(own)]) if own else ()
@@ -196,6 +199,12 @@ class ParameterInfo:
         return Entry(self.index, tuple(self.shape), None)
 
 
+def device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Where buffers of an optimizer may live that are no parameter's."""
+    trained = (p.device for group in groups for p in group["params"] if p.requires_grad)
+    return next(trained, torch.device("cpu"))
+
+
 def list_parameters(
     groups: Sequence[dict[str, Any]], sparse: Container[Tensor] = ()
 ) -> Iterator[ParameterInfo]:
@@ -208,7 +217,7 @@ def list_parameters(
         names = group.get("param_names")
         for position, parameter in enumerate(group["params"]):
             name = f"parameter {index}"
-            if names is not None:
+            if names is not None and len(names) == len(group["params"]):
                 name += f" ({names[position]})"
             if parameter not in seen:
                 yield ParameterInfo(index, parameter, group, position, name, parameter in sparse)

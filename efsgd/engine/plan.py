@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.engine.buckets import by_kind, make_bucket, memory_of
+from efsgd.engine.notes import GroupNotes
 from efsgd.engine.parameters import Groups, ParameterInfo, frozen, list_parameters
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
 from efsgd.engine.update import Method, Rules, prepare_updates
@@ -38,22 +39,27 @@ class Plan:
         states: of those that are trained, by index.
         views: what these states show of the buckets.
         buckets: of the same parameters; empty before the first step.
+        nbytes: the size of all their gradients.
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
         signature: of the groups and the state that the buckets were made for; None: make them anew.
 
     Args:
         method: how the optimizer treats its groups.
+        notes: what groups say about the optimizer as a whole.
         phases: names the phases of a step.
         traffic: counts what is sent.
     """
 
-    def __init__(self, method: Method, phases: Phases, traffic: TrafficCounter) -> None:
-        self._method, self._phases, self._traffic = method, phases, traffic
+    def __init__(
+        self, method: Method, notes: GroupNotes, phases: Phases, traffic: TrafficCounter
+    ) -> None:
+        self._method, self._notes, self._phases, self._traffic = method, notes, phases, traffic
         self.infos: list[ParameterInfo] = []
         self.states: dict[int, State] = {}
         self.views = StateViews([], {}, method)
         self.buckets: list[Bucket] = []
+        self.nbytes = 0
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
@@ -96,7 +102,8 @@ class Plan:
                     signed.append((id(p), id(state.get(p)), p.dtype, p.device, p.shape))
                 else:
                     signed.append(id(p))
-        phase = self.phase(groups[0]["step"], groups[0]["start_compressing_at"])
+        start = self._notes.shared(groups)["start_compressing_at"]
+        phase = self.phase(self._notes.step, start)
         return Signature(tuple(signed), phase)
 
     def phase(self, step: int, start: int) -> Hashable:
@@ -165,6 +172,7 @@ class Plan:
             self.views.attach_(bucket)
             self.buckets.append(bucket)
         self.context, self._prepared = context, []
+        self.nbytes = sum(p.numel() * p.element_size() for p in trained)
         self.sparse &= {info.parameter for info in self.infos}
         self.signature = self.sign(groups, state)
 

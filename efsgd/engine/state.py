@@ -143,7 +143,7 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
 class StateViews:
     """What `optimizer.state` shows of the buckets: the only way out of them, and back in.
 
-    `states` are those of the parameters that require a gradient, by index (modified in place).
+    `states` are those of the parameters that are trained, by index (modified in place).
     """
 
     def __init__(

@@ -5,23 +5,30 @@ once every bucket of every worker is known to be good.
 """
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
-from efsgd.engine.consistency import drop_foreign_errors_
+from efsgd.engine.consistency import digest_of, drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
+from efsgd.engine.notes import GroupNotes
 from efsgd.engine.observation import Watcher, observe
-from efsgd.engine.parameters import PER_PARAMETER, Groups, list_parameters, require_dense
+from efsgd.engine.parameters import (
+    PER_PARAMETER,
+    Groups,
+    device_of,
+    list_parameters,
+    require_dense,
+)
 from efsgd.engine.plan import Plan
 from efsgd.engine.state import State, validate_states
 from efsgd.engine.update import LossScaling, Method, Rules, apply_updates_, squared_norm
 from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
-from efsgd.wire.control_words import describe_rejection, raise_unable
+from efsgd.wire.control_words import describe_change, describe_rejection, raise_unable
 from efsgd.wire.traffic import TrafficCounter
 
 
@@ -31,23 +38,26 @@ class Step:
     Attributes:
         traffic: what was handed to collectives.
         phases: of a step, and how long they take.
+        notes: what groups say about the optimizer as a whole.
         plan: the buckets of the present parameter groups.
         watchers: are shown each step that is applied, of each bucket.
 
     Args:
         method: how the optimizer treats its groups.
+        defaults: settings where there is no group.
     """
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, defaults: Mapping[str, Any]) -> None:
         self._method = method
-        self.traffic, self.phases = TrafficCounter(), Phases()
-        self.plan = Plan(method, self.phases, self.traffic)
-        self.handshake = Handshake(method, self.plan, self.traffic)
+        self.traffic, self.phases, self.notes = TrafficCounter(), Phases(), GroupNotes(defaults)
+        self.plan = Plan(method, self.notes, self.phases, self.traffic)
+        self.handshake = Handshake(method, self.notes, self.plan, self.traffic)
         self.watchers: list[Watcher] = []
         self._has_loaded = False
         # What groups were last found to say, and the rules made of that.
         self._checked: list[dict[str, Any]] = []
         self._rules: Rules = {}
+        self._digest = 0  # of the settings, which must be equal on all workers
 
     def on_new_group(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
@@ -55,14 +65,15 @@ class Step:
         self.plan.sparse.clear()
         self.handshake.reset()
 
-    def reload(self) -> None:
+    def reload(self, groups: Groups) -> None:
         """Groups and state have been loaded: plans are made, and values compared, anew."""
+        self.notes.load(groups)
         self.plan.invalidate()
         self.handshake.invalidate()
         self._has_loaded = True
 
     def settle_errors(
-        self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
+        self, state: MutableMapping[Tensor, State], context: tuple[int, int]
     ) -> str | None:
         """Once after loading: errors of another worker are left out.
 
@@ -72,7 +83,8 @@ class Step:
         if not self._has_loaded:
             return None
         self._has_loaded = False
-        return drop_foreign_errors_(groups, state, self._method.compressor, context)
+        saved = self.notes.world_size, self.notes.worker
+        return drop_foreign_errors_(saved, state, self._method.compressor, context)
 
     def exchange(
         self,
@@ -92,11 +104,12 @@ class Step:
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
-        note = self.settle_errors(groups, state, context) if self._has_loaded else None
+        note = self.settle_errors(state, context) if self._has_loaded else None
         try:
             rules = yield from self._agree(groups, state, context)
-            step, outcomes = groups[0]["step"], []
-            self._begin()
+            step, outcomes = self.notes.step, []
+            self.traffic.begin_step(self.plan.nbytes)
+            self.phases.begin_step()
             try:
                 for bucket in self.plan.buckets:
                     exchange = exchange_gradients(
@@ -106,6 +119,7 @@ class Step:
                         weight if scaling is None else scaling.factor * weight,
                         has_overflowed=scaling is not None and scaling.has_overflowed,
                         is_scaled=scaling is not None,
+                        digest=self._digest,
                     )
                     outcomes.append((yield from exchange))
             except CollectiveError:
@@ -123,9 +137,8 @@ class Step:
             if self.watchers:
                 scale = weight if scaling is None else scaling.factor * weight
                 failure = self._show(outcomes, scale)
-            self._apply(outcomes, rules, groups[0]["max_grad_norm"])
-            for group in groups:
-                group.update(step=step + 1, world_size=context[0], worker=context[1])
+            self._apply(outcomes, rules, self.notes.shared(groups)["max_grad_norm"])
+            self.notes.count_step(groups, context)
             self.handshake.expected = step + 1
             self.traffic.steps += 1
             if failure is not None:
@@ -153,9 +166,9 @@ class Step:
             plan.update(groups, state, context, plan.sign(groups, state))
             plan.prepare(rules)
             return rules
-        step = groups[0].get("step", 0) if handshake.expected is None else handshake.expected
+        step = self.notes.step if handshake.expected is None else handshake.expected
         compares, is_new = handshake.is_due(step), True
-        device = next(p.device for group in groups for p in group["params"])
+        device = device_of(groups)
         try:
             rules = self._check(groups)
             is_new = handshake.is_new(plan.sign(groups, state))
@@ -181,21 +194,13 @@ class Step:
             yield from handshake.conclude(groups, device)
         return rules
 
-    def _begin(self) -> None:
-        """The step's own collectives come next."""
-        size = 0
-        for info in self.plan.infos:
-            if info.is_trained:
-                size += info.parameter.numel() * info.parameter.element_size()
-        self.traffic.begin_step(size)
-        self.phases.begin_step()
-
     def _check(self, groups: Groups) -> Rules:
         """Checks what groups say and what gradients are, before anything is sent.
 
         Returns:
             How the groups are to be updated.
         """
+        self.notes.settle(groups)
         found, is_known = [], len(groups) == len(self._rules)
         for group in groups:
             is_known = is_known and id(group) in self._rules
@@ -210,14 +215,14 @@ class Step:
                 len(group["params"]),
                 repr(group.get(PER_PARAMETER)),
             )
-            if type(group.get("step")) is int and group["step"] >= 0:
-                said["step"] = None  # the one that changes by itself
+            said["step"] = None  # the one that changes by itself
             found.append(said)
             for parameter in () if self._method.takes_sparse else group["params"]:
                 require_dense(parameter.grad)
         if not is_known or found != self._checked:
             self._method.validate(groups)
             self._rules, self._checked = self._method.rules(groups), found
+            self._digest = digest_of(groups, self._method)
         return self._rules
 
     def _judge(self, groups: Groups, outcomes: Sequence[Outcome]) -> Exchange[bool]:
@@ -232,16 +237,19 @@ class Step:
         self.plan.note_sparse(verdicts)
         if all(verdict.is_good for verdict in verdicts):
             return True
-        step = groups[0]["step"]
+        step = self.notes.step
         self.handshake.withdraw(step)
         for outcome in outcomes:
             if outcome.error is not None:
                 raise outcome.error
         raise_unable(verdicts)
         if changed := sorted({worker for verdict in verdicts for worker in verdict.changed}):
-            yield from self.handshake.raise_mismatch(groups, changed, step)
+            yield from self.handshake.raise_mismatch(groups, describe_change(changed, step))
+        if any(verdict.differing for verdict in verdicts):
+            text = f"Step {step} was abandoned, and nothing has changed on any worker."
+            yield from self.handshake.raise_mismatch(groups, text)
         is_scaled = any(verdict.is_scaled for verdict in verdicts)
-        if groups[0]["nonfinite"] == "raise" and not is_scaled:
+        if self.notes.shared(groups)["nonfinite"] == "raise" and not is_scaled:
             names = {info.index: info.name for info in self.plan.infos}
             raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
         return False

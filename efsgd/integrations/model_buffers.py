@@ -45,7 +45,7 @@ def average_buffers(
         >>> from efsgd import average_buffers
         >>> average_buffers(torch.nn.BatchNorm1d(4))
     """
-    run(buffer_exchange(module, also), transport_of(process_group))
+    run(buffer_exchange(module, also), transport_of(process_group), "average_buffers()")
 
 
 def broadcast_buffers(model: nn.Module, source: int = 0, process_group: Workers = None) -> None:
@@ -73,7 +73,8 @@ def broadcast_buffers(model: nn.Module, source: int = 0, process_group: Workers 
     """
     transport = transport_of(process_group)
     require_integer("source", source, 0, transport.world_size - 1)
-    run(buffer_exchange(model, source=plain(source), averages=False), transport)
+    exchange = buffer_exchange(model, source=plain(source), averages=False)
+    run(exchange, transport, "broadcast_buffers()")
 
 
 def buffer_exchange(

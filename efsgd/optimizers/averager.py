@@ -59,6 +59,7 @@ class GradientAverager(ErrorFeedbackOptimizer):
     """
 
     _rules = staticmethod(_rules_of)
+    _step_name = "average_()"
 
     def __init__(
         self,
@@ -151,8 +152,8 @@ class GradientAverager(ErrorFeedbackOptimizer):
         """`average_` as an exchange, for any driver; see `ErrorFeedbackOptimizer.exchange`."""
         applied = yield from super().exchange(world_size, worker)
         if self._scale is not None:
-            parameters = (info.parameter for info in list_parameters(self.param_groups))
-            for parameter in (p for p in parameters if p.requires_grad and p.grad is not None):
+            trained = [info for info in list_parameters(self.param_groups) if info.is_trained]
+            for parameter in (i.parameter for i in trained if i.gradient is not None):
                 if applied and parameter.grad is not None:
                     parameter.grad.mul_(self._scale)
                 else:

@@ -12,6 +12,7 @@ from efsgd.algorithms.interfaces import Compressor
 from efsgd.checks import plain, require_integer
 from efsgd.engine.consistency import broadcast_parameters, compare_all
 from efsgd.engine.observation import Watcher
+from efsgd.engine.parameters import device_of
 from efsgd.engine.update import LossScaling
 from efsgd.errors import CollectiveError
 from efsgd.optimizers import joining, settings
@@ -33,6 +34,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
     # The workers of the last step; a weak reference, as it would outlive destroy_process_group.
     _last_group: Callable[[], object] = staticmethod(lambda: None)
     _join_config: Any = joining.DISABLED
+    _step_name = "step()"
     _scale: float | None = None  # of the loss, where no scaler tells of it
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -57,6 +59,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
                 require_differentiable(self.param_groups, self._compressor)
                 with leave_modes():
                     step_differentiably_(self.param_groups, self.state, self._weight)
+                self.engine.notes.count_step(self.param_groups, (1, 0))
                 return loss
         self._take_step()
         return loss
@@ -95,9 +98,10 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
 
     def _run_exchange(self) -> bool:
         transport = self.transport
-        step = self.param_groups[0].get("step")
+        step = self.engine.notes.step
         try:
-            return run(self.exchange(transport.world_size, transport.worker), transport)
+            exchange = self.exchange(transport.world_size, transport.worker)
+            return run(exchange, transport, self._step_name)
         except CollectiveError as error:
             raise CollectiveError(
                 f"Step {step} was abandoned: {error} Parameters and optimizer state of this worker "
@@ -114,7 +118,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         transport = self.transport
         if transport.world_size > 1:
-            run(compare_all(self.param_groups, self.state, self._method), transport)
+            exchange = compare_all(self.settled_groups, self.state, self._method)
+            run(exchange, transport, "compare_workers()")
 
     def broadcast_parameters(self, source: Any = 0) -> None:
         """Gives all workers the parameters of one. Every worker of the group must call it.
@@ -128,7 +133,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         transport = self.transport
         require_integer("source", source, 0, transport.world_size - 1, remedy="It is a worker.")
-        run(broadcast_parameters(self.param_groups, self._method, plain(source)), transport)
+        exchange = broadcast_parameters(self.settled_groups, self._method, plain(source))
+        run(exchange, transport, "broadcast_parameters()")
 
     @property
     def process_group(self) -> Workers:
@@ -183,7 +189,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
     @property
     def join_device(self) -> torch.device:
         """Where the buffers of Join's own collectives are."""
-        return torch.device(self.param_groups[0]["params"][0].device)
+        return device_of(self.param_groups)
 
     @property
     def join_process_group(self) -> Any:
@@ -227,18 +233,19 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         self.engine.handshake.plan_change()
 
-    def decide(self, decision: Callable[[int, int], Exchange[T]]) -> T:
+    def decide(self, decision: Callable[[int, int], Exchange[T]], call: str) -> T:
         """Runs an exchange that belongs to no step, with the workers of the process group.
 
         Args:
             decision: makes the exchange, from the number of workers and this worker's place.
+            call: which call of the program this is, for errors.
 
         Returns:
             Its result.
         """
         transport = self.transport
         exchange = decision(transport.world_size, transport.worker)
-        return run(intercept(exchange, self.engine.traffic.record_decision), transport)
+        return run(intercept(exchange, self.engine.traffic.record_decision), transport, call)
 
     def settle_errors(self, world_size: int, worker: int) -> str | None:
         """Leaves out loaded errors that are another worker's, as the next step would.
@@ -246,7 +253,7 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         Returns:
             What to warn of, if it was so.
         """
-        return self.engine.settle_errors(self.param_groups, self.state, (world_size, worker))
+        return self.engine.settle_errors(self.state, (world_size, worker))
 
     def communication_stats(self) -> dict[str, Any]:
         """What was handed to collectives by this worker, counted from the buffers.

@@ -48,7 +48,6 @@ def step_differentiably_(
             if buffer is not None:
                 state[parameter]["momentum_buffer"] = buffer
                 state[parameter]["momentum_started"] = torch.tensor(True, device="cpu")
-        group["step"] += 1
 
 
 def _momentum(state: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Loading a state_dict: what is filled in, what is checked, and in which dtypes it is copied."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -180,4 +181,5 @@ def complete_states_(groups: Groups, states: MutableMapping[Tensor, State], meth
         if info.is_trained:
             complete_(states[info.parameter], info, method)
     if not states:  # all are frozen: torch.distributed.checkpoint steps what has no state
-        states[groups[0]["params"][0]] = {}
+        for info in itertools.islice(list_parameters(groups), 1):
+            states[info.parameter] = {}

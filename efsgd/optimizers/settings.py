@@ -176,7 +176,7 @@ def validate_groups(
                 raise ValueError(
                     f"Invalid {name}: {[each.get(name) for each in groups]} in the parameter "
                     f"groups. It belongs to the optimizer as a whole and must be the same in every "
-                    f"group; pass it to the constructor."
+                    f"group: set it in all of them."
                 )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -81,7 +82,7 @@ class StatefulOptimizer(Optimizer):
             self._keeps_momentum,
             self._takes_sparse,
         )
-        self.engine = Step(self._method)
+        self.engine = Step(self._method, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
@@ -90,19 +91,45 @@ class StatefulOptimizer(Optimizer):
             ValueError: a setting is out of range, or differs from the other groups' though it
                 belongs to the optimizer as a whole.
         """
-        if self.param_groups and isinstance(param_group, dict):
+        if isinstance(param_group, dict):
             for name in (*settings.SHARED, *self._compressor.shared_settings()):
-                param_group.setdefault(name, self.param_groups[0][name])
+                if self.param_groups:
+                    param_group.setdefault(name, self.param_groups[0][name])
+            self.engine.notes.write_counters([param_group])
         super().add_param_group(param_group)
         try:
-            settings.validate_groups(self._validate, self._compressor, self.param_groups)
+            settings.validate_groups(self._validate, self._compressor, self.settled_groups)
             for info in list_parameters(self.param_groups):
-                settings.validate_parameter(info.parameter, info.name)
+                if info.is_trained:
+                    settings.validate_parameter(info.parameter, info.name)
         except Exception:
             self.param_groups.pop()
             raise
         with leave_modes():
             loading.complete_states_(self.param_groups, self.state, self._method)
+
+    @property
+    def settled_groups(self) -> Groups:
+        """The parameter groups, in which counters and `per_parameter` are right once more.
+
+        They are after each step and until groups or their parameters change.
+        """
+        self.engine.notes.settle(self.param_groups)
+        return self.param_groups
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `torch.optim.Optimizer.state_dict`; errors in it are this worker's own.
+
+        Left out is what is kept for parameters that are in no group any more.
+        """
+        groups, whole = self.settled_groups, self.state
+        present = {parameter for group in groups for parameter in group["params"]}
+        if not present.issuperset(whole):
+            self.state = defaultdict(dict, {p: own for p, own in whole.items() if p in present})
+        try:
+            return super().state_dict()
+        finally:
+            self.state = whole
 
     @leave_modes()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -128,6 +155,7 @@ class StatefulOptimizer(Optimizer):
             self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.engine.notes.settle(self.param_groups)
         # A process group cannot be pickled: what is unpickled uses the default group.
         return {**super().__getstate__(), "_compressor": self._compressor}
 
@@ -147,7 +175,7 @@ class StatefulOptimizer(Optimizer):
         # It raises before anything changes.
         loading.complete_states_(state["param_groups"], state["state"], self._method)
         super().__setstate__(state)
-        self.engine.reload()
+        self.engine.reload(self.param_groups)
         if note is not None:
             warn_user(note)
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from efsgd.checks import plain, require_integer, require_number
+from efsgd.compressors import Compressor
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import RankPolicy
 from efsgd.rank.layers import Layer, Value
@@ -64,6 +65,23 @@ def require_known(
             )
         found[layer.index] = known[number]
     return found
+
+
+def require_layers(
+    layers: Sequence[Layer], policy: RankPolicy, compressor: Compressor, lr_of: Optimizer | None
+) -> None:
+    """Raises a ValueError where there is nothing to decide on, or `lr_of` has none of it."""
+    if not layers:
+        raise ValueError(
+            f"Invalid {policy.setting} values: {list(policy.values)}. With none of them "
+            f"{type(compressor).__name__} compresses any parameter of this optimizer: there is "
+            f"nothing to decide on."
+        )
+    if lr_of is not None and all(layer.lr is None for layer in layers):
+        raise ValueError(
+            f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
+            f"compressed, and has none of them: their learning rates are not known."
+        )
 
 
 def validate_arguments(

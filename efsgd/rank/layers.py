@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from efsgd.compressors import Compressor
-from efsgd.engine.parameters import ParameterInfo, compute_dtype, list_parameters
+from efsgd.engine.parameters import ParameterInfo, compute_dtype
 from efsgd.wire.control_words import ControlWords
 
 #: What is decided on for one parameter: a rank, a density, a number of bits.
@@ -21,7 +22,7 @@ class Layer:
     """A parameter for which a policy decides.
 
     Attributes:
-        index: its position over all groups of the optimizer.
+        index: its number, which it keeps; at first its position over all groups of the optimizer.
         name: for messages: its name if the optimizer knows names, and its index.
         shape: as which it is compressed.
         value: of the setting that is decided on, as it is now.
@@ -48,15 +49,16 @@ class Layer:
 
 
 def layers_of(
+    infos: Iterable[ParameterInfo],
     groups: Sequence[dict[str, Any]],
     compressor: Compressor,
     setting: str,
     values: Iterable[Value],
     lr_of: Optimizer,
 ) -> list[Layer]:
-    """The parameters that are compressed at some of these values; a ValueError if there are none.
+    """The parameters that are compressed at some of these values.
 
-    The learning rates are those of `lr_of`.
+    The learning rates are those of `lr_of`. A value out of range is a ValueError.
     """
     allowed = sorted(set(compressor.settings()) - set(compressor.shared_settings()))
     kind = type(compressor).__name__
@@ -69,7 +71,9 @@ def layers_of(
     lrs = {id(p): group.get("lr") for group in lr_of.param_groups for p in group["params"]}
     positions = {id(group): position for position, group in enumerate(groups)}
     found = []
-    for info in list_parameters(groups):
+    for info in infos:
+        if is_lazy(info.parameter):
+            continue
         lr, settings = lrs.get(id(info.parameter)), info.settings
         layer = Layer(
             index=info.index,
@@ -93,11 +97,6 @@ def layers_of(
                 ) from error
         if any(layer.level(compressor, setting, value) is not None for value in choices):
             found.append(layer)
-    if not found:
-        raise ValueError(
-            f"Invalid {setting} values: {choices}. With none of them {kind} compresses any "
-            f"parameter of this optimizer: there is nothing to decide on."
-        )
     return found
 
 
@@ -122,7 +121,7 @@ class Background:
         nbytes, fixed = 0, set()
         counts = Counter[tuple[torch.device, torch.dtype]]()  # control words go with each bucket
         for info in infos:
-            is_frozen, is_layer = not info.parameter.requires_grad, info.index in layers
+            is_frozen, is_layer = not info.is_trained, info.index in layers
             if is_layer and (is_frozen or info.has_sparse_gradients):
                 fixed.add(info.index)
             if is_frozen:

@@ -1,6 +1,7 @@
 """The state_dict of a rank scheduler."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from efsgd.rank.base import RankPolicy
@@ -10,10 +11,19 @@ _MUST = "Must be what state_dict() of a RankScheduler with the same policy retur
 
 
 def saved(
-    policy: RankPolicy, layers: Sequence[Layer], calls: int, last_step: int, sums: list[Any]
+    policy: RankPolicy,
+    layers: Sequence[Layer],
+    numbers: Sequence[int],
+    calls: int,
+    last_step: int,
+    sums: list[Any],
 ) -> dict[str, Any]:
-    """The dict, not copied. `calls` counts decisions, the last at `last_step`."""
+    """The dict, not copied. `calls` counts decisions, the last at `last_step`.
+
+    `numbers` are those of all parameters, by position.
+    """
     return {
+        "numbers": list(numbers),
         "kind": type(policy).__name__,
         "setting": policy.setting,
         "values": {layer.index: layer.value for layer in layers},
@@ -24,12 +34,25 @@ def saved(
     }
 
 
-def validate_saved(state_dict: Any, policy: RankPolicy, layers: Sequence[Layer]) -> None:
-    """Raises a ValueError where it is no such dict, another policy's, or of another model."""
-    expected = saved(policy, layers, 0, 0, []).keys()
+def validate_saved(
+    state_dict: Any, policy: RankPolicy, layers: Sequence[Layer], numbers: Sequence[int]
+) -> list[Layer]:
+    """Raises a ValueError where it is no such dict, another policy's, or of another model.
+
+    `numbers` are those that all parameters have now, by position. Returns the layers with the
+    numbers of the dict.
+    """
+    expected = saved(policy, layers, numbers, 0, 0, []).keys()
     if not isinstance(state_dict, Mapping) or state_dict.keys() != expected:
         found = list(state_dict) if isinstance(state_dict, Mapping) else state_dict
         raise ValueError(f"Invalid state_dict: it has {found!r}. {_MUST}")
+    places, theirs_by_place = {n: place for place, n in enumerate(numbers)}, state_dict["numbers"]
+    if len(theirs_by_place) != len(numbers):
+        raise ValueError(
+            f"Invalid state_dict: it is of {len(theirs_by_place)} parameters, and the optimizer "
+            f"has {len(numbers)}. Make model and optimizer as they were."
+        )
+    layers = [replace(layer, index=theirs_by_place[places[layer.index]]) for layer in layers]
     own = type(policy).__name__, policy.setting, [layer.index for layer in layers]
     theirs = state_dict["kind"], state_dict["setting"], list(state_dict["values"])
     if theirs != own or len(state_dict["sums"]) != len(policy.accumulators):
@@ -39,6 +62,7 @@ def validate_saved(state_dict: Any, policy: RankPolicy, layers: Sequence[Layer])
         )
     for accumulator, sums in zip(policy.accumulators, state_dict["sums"], strict=True):
         accumulator.validate(sums, layers)
+    return layers
 
 
 def load_policy(policy: RankPolicy, state_dict: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from efsgd.engine.observation import Observation
-from efsgd.engine.parameters import list_parameters, set_overrides_
+from efsgd.engine.parameters import ParameterInfo, device_of, list_parameters, set_overrides_
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.layout import matrix_shape
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
@@ -19,10 +19,12 @@ from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import (
     require_exchange,
     require_known,
+    require_layers,
     require_mapping,
     validate_arguments,
 )
 from efsgd.rank.layers import Background, Layer, Value, layers_of
+from efsgd.rank.numbers import ParameterNumbers
 from efsgd.rank.saving import load_policy, saved, validate_saved
 from efsgd.wire.collectives import AllGather, Exchange, leave_modes
 from efsgd.wire.compare import compare
@@ -89,15 +91,12 @@ class RankScheduler:
         validate_arguments(optimizer, policy, lr_of, _OPEN)
         self.optimizer, self.policy = optimizer, policy
         self._lr_of = optimizer if lr_of is None else lr_of
+        self._numbers = ParameterNumbers(list_parameters(optimizer.param_groups))
         self._calls, self._last_step = 0, self._step_number
         self._seen: int | None = None
         self._is_closed = False
         layers = self._layers()
-        if lr_of is not None and all(layer.lr is None for layer in layers):
-            raise ValueError(
-                f"Invalid lr_of: {type(lr_of).__name__}. Must have the parameters that are "
-                f"compressed, and has none of them: their learning rates are not known."
-            )
+        require_layers(layers, policy, optimizer.compressor, lr_of)
         policy.background = self._background(layers, optimizer.transport.world_size)
         values = policy.begin(layers, optimizer.compressor)
         self._set(require_mapping(values, policy, "begin"))
@@ -108,25 +107,30 @@ class RankScheduler:
     @property
     def _step_number(self) -> int:
         """How many steps the optimizer has taken."""
-        return int(self.optimizer.param_groups[0]["step"])
+        return self.optimizer.engine.notes.step
+
+    def _infos(self) -> list[ParameterInfo]:
+        """All parameters, by their numbers."""
+        optimizer = self.optimizer
+        listed = list_parameters(optimizer.settled_groups, optimizer.sparse_parameters)
+        return self._numbers.apply(listed)
 
     def _layers(self, more: Iterable[Value] = ()) -> list[Layer]:
         """Those that are compressed at some of the policy's values, or of `more` values."""
-        optimizer, policy = self.optimizer, self.policy
+        optimizer, policy, infos = self.optimizer, self.policy, self._infos()
         groups, values = optimizer.param_groups, (*policy.values, *more)
-        return layers_of(groups, optimizer.compressor, policy.setting, values, self._lr_of)
+        return layers_of(infos, groups, optimizer.compressor, policy.setting, values, self._lr_of)
 
     def _background(self, layers: Sequence[Layer], world_size: int) -> Background:
-        optimizer = self.optimizer
-        listed = list_parameters(optimizer.param_groups, optimizer.sparse_parameters)
-        collectives = optimizer.communication_stats()["collectives"]
-        return Background.of(listed, {layer.index for layer in layers}, world_size, collectives)
+        indices = {layer.index for layer in layers}
+        collectives = self.optimizer.communication_stats()["collectives"]
+        return Background.of(self._infos(), indices, world_size, collectives)
 
     def _observe(self, observation: Observation) -> None:
         if self._step_number != self._seen:  # a step has a part for each device and dtype
             self._seen = self._step_number
             self.policy.count_step()
-        self.policy.observe(observation)
+        self.policy.observe(self._numbers.apply_to(observation, self.optimizer.engine.plan.infos))
 
     def close(self) -> None:
         """Stops watching the optimizer, and deciding: from then on `step` changes nothing."""
@@ -149,7 +153,7 @@ class RankScheduler:
             ValueError: the policy proposes what is none of its values. Nothing has changed.
         """
         try:
-            self.optimizer.decide(self.exchange)
+            self.optimizer.decide(self.exchange, "RankScheduler.step()")
         except CollectiveError as error:
             raise CollectiveError(
                 f"RankScheduler.step was abandoned: {error} Every worker must call it, between the "
@@ -164,7 +168,7 @@ class RankScheduler:
             worker: this worker's place among them, from 0.
         """
         layers = yield from self._compare()
-        if self._is_closed or self._step_number == self._last_step:
+        if self._is_closed or self._step_number == self._last_step or not layers:
             return
         wanted = [float(layer.value) for layer in layers]
         failure = None
@@ -200,7 +204,7 @@ class RankScheduler:
 
     def _compare(self) -> Exchange[list[Layer]]:
         """The layers, once it is known that all workers have the same, and are in one window."""
-        device = self.optimizer.param_groups[0]["params"][0].device
+        device = device_of(self.optimizer.param_groups)
         try:
             layers = self._layers()
             setting = self.policy.setting
@@ -218,7 +222,8 @@ class RankScheduler:
         return layers
 
     def _set(self, values: Mapping[int, Value]) -> None:
-        set_overrides_(self.optimizer.param_groups, self.policy.setting, values)
+        chosen = {i.parameter: values[i.index] for i in self._infos() if i.index in values}
+        set_overrides_(self.optimizer.param_groups, self.policy.setting, chosen)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.
@@ -248,7 +253,7 @@ class RankScheduler:
 
         Every worker must call it, between the same two steps; all get equal dicts.
         """
-        return self.optimizer.decide(self.consolidation)
+        return self.optimizer.decide(self.consolidation, "consolidated_state_dict()")
 
     def consolidation(self, world_size: int = 1, worker: int = 0) -> Exchange[dict[str, Any]]:
         """`consolidated_state_dict` as an exchange; see `exchange`."""
@@ -260,7 +265,11 @@ class RankScheduler:
         return copy.deepcopy(self._saved(sums))
 
     def _saved(self, sums: list[dict[str, Any]]) -> dict[str, Any]:
-        return saved(self.policy, self._layers(), self._calls, self._last_step, sums)
+        layers, numbers = self._layers(), [info.index for info in self._infos()]
+        known = {layer.index for layer in layers}
+        for own in sums:  # not of layers that are in no group any more
+            own["sums"] = {n: value for n, value in own["sums"].items() if n in known}
+        return saved(self.policy, layers, numbers, self._calls, self._last_step, sums)
 
     @leave_modes()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -277,13 +286,15 @@ class RankScheduler:
             ValueError: it is no such dict, another policy's, or of another model. Nothing has
                 changed then.
         """
-        layers, policy = self._layers(), self.policy
-        validate_saved(state_dict, policy, layers)
+        policy, infos = self.policy, self._infos()
+        numbers = [info.index for info in infos]
+        layers = validate_saved(state_dict, policy, self._layers(), numbers)
         values = state_dict["values"]
         self._layers(values.values())  # are they in range?
         load_policy(policy, state_dict["policy"])
         for accumulator, sums in zip(policy.accumulators, state_dict["sums"], strict=True):
             accumulator.load_state_dict(sums, layers)
+        self._numbers.load(infos, state_dict["numbers"])
         self._set(values)
         self._calls, self._last_step = state_dict["calls"], state_dict["last_step"]
         self._seen = None

@@ -53,8 +53,8 @@ class Collective:
         """The size of what this worker hands over, in bytes."""
         return self.buffer.numel() * self.buffer.element_size()
 
-    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
-        """Starts it on a torch.distributed group; the returned function waits for the answer."""
+    def launch(self, group: "dist.ProcessGroup | None") -> "Launched":
+        """Starts it on a torch.distributed group."""
         raise NotImplementedError
 
     def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
@@ -71,15 +71,10 @@ class AllReduceMean(Collective):
     Its buffer is a floating-point tensor.
     """
 
-    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+    def launch(self, group: "dist.ProcessGroup | None") -> "Launched":
         """A sum that is divided later: gloo has no mean."""
         work = dist.all_reduce(self.buffer, group=group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return self.buffer.div_(dist.get_world_size(group))
-
-        return wait
+        return work, lambda: self.buffer.div_(dist.get_world_size(group))
 
     def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """One worker after the other is added, so that the sum is the same on all."""
@@ -96,12 +91,12 @@ class AllGather(Collective):
 
     writes_buffer = False
 
-    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+    def launch(self, group: "dist.ProcessGroup | None") -> "Launched":
         """Gathers into new memory."""
         gathered = self.buffer.new_empty((dist.get_world_size(group), *self.buffer.shape))
         parts = list(gathered.unbind(0))
         work = dist.all_gather(parts, self.buffer, group=group, async_op=True)
-        return _awaited(work, gathered)
+        return work, lambda: gathered
 
     def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """A stack for each worker; of one buffer it is a view."""
@@ -118,10 +113,11 @@ class AllToAll(Collective):
 
     writes_buffer = False
 
-    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+    def launch(self, group: "dist.ProcessGroup | None") -> "Launched":
         """Receives into new memory."""
         rows = self.buffer.new_empty(self.buffer.shape)
-        return _awaited(dist.all_to_all_single(rows, self.buffer, group=group, async_op=True), rows)
+        work = dist.all_to_all_single(rows, self.buffer, group=group, async_op=True)
+        return work, lambda: rows
 
     def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Column w of the table of all rows is what worker w receives."""
@@ -138,22 +134,18 @@ class AllToAll(Collective):
 class Broadcast(Collective):
     """The buffer of worker `source`, written into `buffer` on every worker."""
 
-    def launch(self, group: "dist.ProcessGroup | None") -> Callable[[], Tensor]:
+    def launch(self, group: "dist.ProcessGroup | None") -> "Launched":
         """Overwrites the buffer, except on the source."""
         work = dist.broadcast(self.buffer, group_src=self.source, group=group, async_op=True)
-        return _awaited(work, self.buffer)
+        return work, lambda: self.buffer
 
     def combine(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """That of the source, for all."""
         return [buffers[self.source]] * len(buffers)
 
 
-def _awaited(work: Any, answer: Tensor) -> Callable[[], Tensor]:
-    def wait() -> Tensor:
-        work.wait()
-        return answer
-
-    return wait
+#: What `torch.distributed` has started, and a function that gives the answer once that is done.
+Launched: TypeAlias = tuple[Any, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +254,7 @@ def leave_modes() -> Iterator[None]:
 
 
 @leave_modes()
-def run(exchange: Exchange[T], transport: Transport) -> T:
+def run(exchange: Exchange[T], transport: Transport, call: str = "an exchange") -> T:
     """Drives `exchange` over `transport` and returns its result.
 
     An error of the transport is raised inside the exchange, at the line that asked.
@@ -270,6 +262,8 @@ def run(exchange: Exchange[T], transport: Transport) -> T:
     Args:
         exchange: the generator to drive.
         transport: performs the collectives.
+        call: which call of the program this is, for errors; a transport that has a method `begin`
+            is told by it.
 
     Example:
         >>> from efsgd.wire.collectives import AllReduceMean, run
@@ -279,6 +273,9 @@ def run(exchange: Exchange[T], transport: Transport) -> T:
         >>> run(mean_of(torch.tensor([3.0])), Alone())
         tensor([3.])
     """
+    begin = getattr(transport, "begin", None)
+    if begin is not None:
+        begin(call)
     answer: Tensor | InFlight | None = None
     failure: Exception | None = None
     while True:

@@ -1,10 +1,10 @@
 """What workers must tell each other besides gradients, in words that ride with the vectors.
 
 Some things decide whether and where a step is applied, and every worker must decide alike: which
-parameters had a gradient anywhere, whether any worker's gradient was not finite, and whether any
-worker could not take part. They travel in the buffer of the first collective, one float for each
-parameter and one for each worker, so they cost no collective of their own and the schedule never
-depends on them.
+parameters had a gradient anywhere, whether any worker's gradient was not finite, whether any worker
+could not take part, and whether all have the same settings. They travel in the buffer of the first
+collective, one float for each parameter and one for each worker, so they cost no collective of
+their own and the schedule never depends on them.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ class Verdict:
         changed: workers that train something else than before, and sent zeros.
         sparse: indices of parameters for which some worker had a sparse gradient.
         is_scaled: some worker's gradients are scaled, for which steps are skipped as a rule.
+        differing: workers whose settings are not those of the first that told of its own.
     """
 
     absent: frozenset[int]
@@ -45,11 +46,13 @@ class Verdict:
     changed: tuple[int, ...] = ()
     sparse: frozenset[int] = frozenset()
     is_scaled: bool = False
+    differing: tuple[int, ...] = ()
 
     @property
     def is_good(self) -> bool:
         """Whether the step may be applied."""
-        return not (self.nonfinite or self.overflowed or self.unable or self.changed)
+        is_whole = not (self.unable or self.changed or self.differing)
+        return is_whole and not (self.nonfinite or self.overflowed)
 
     def with_mean(self, *, is_finite: bool) -> Self:
         """The same, but for a mean that was found not to be finite."""
@@ -59,8 +62,12 @@ class Verdict:
 #: Why a worker takes part with zeros: it met an error, or trains something else than before.
 Abstention: TypeAlias = Literal["unable", "changed"]
 
-# What a worker writes in its own word, after the positions of parameters.
-_UNABLE, _CHANGED, _OVERFLOWED, _SCALED = 2, 3, 4, 5
+# What a worker writes in its own word, after the positions of parameters. Where it has nothing else
+# to say it adds to the last of them its settings' digest, times two, and whether they are scaled.
+_UNABLE, _CHANGED, _OVERFLOWED, _USUAL = 2, 3, 4, 5
+
+#: Digests are below this: a word is a float32, which is exact below 2**24.
+DIGESTS = 1 << 20
 
 
 class ControlWords:
@@ -72,8 +79,7 @@ class ControlWords:
     def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
         self.world_size, self.has_sent = world_size, False
         self._indices, self._worker = tuple(indices), worker
-        # The mean of the words where all workers have dense, finite gradients: nothing to report.
-        self._usual = [1.0] * len(self._indices) + [0.0] * world_size
+        self._all_present = [1.0] * len(self._indices)  # the mean, where all have dense gradients
         self._last: tuple[list[float], Tensor] = ([], torch.empty(0, device="cpu"))
 
     @staticmethod
@@ -91,6 +97,7 @@ class ControlWords:
         has_overflowed: bool = False,
         is_scaled: bool = False,
         abstains: Abstention | None = None,
+        digest: int = 0,
     ) -> Exchange[tuple[T, Verdict]]:
         """Passes on what `exchange` asks for, with the control words in its first buffer.
 
@@ -108,6 +115,7 @@ class ControlWords:
             has_overflowed: it is known already that a gradient of this worker is not finite.
             is_scaled: its gradients are those of a scaled loss.
             abstains: why this worker takes part with zeros alone, if it does.
+            digest: of this worker's settings; below `DIGESTS`.
         """
         self.has_sent, is_good, mean_is_finite = False, abstains is None, True
         is_checked = False
@@ -122,7 +130,7 @@ class ControlWords:
             if not is_good:
                 buffer.zero_()
             if not self.has_sent:
-                code = self._code(_SCALED) if is_scaled else 0
+                code = self._code(_USUAL) + 2 * digest + is_scaled
                 if abstains is not None:
                     code = self._code(_UNABLE if abstains == "unable" else _CHANGED)
                 elif not is_good:
@@ -143,7 +151,7 @@ class ControlWords:
         return result, self._read(found, overflowed=not mean_is_finite)
 
     def _own_words(self, gradients: Sequence[Tensor | None], code: int) -> Tensor:
-        words = [0.0] * len(self._usual)
+        words = [0.0] * (len(self._indices) + self.world_size)
         for position, gradient in enumerate(gradients):
             if gradient is not None:  # any number of dense ones counts less than one sparse one
                 is_dense = gradient.layout == torch.strided
@@ -166,16 +174,22 @@ class ControlWords:
                 return 1 + position
         return 1 + len(gradients)
 
-    def _read(self, words: Sequence[float], *, overflowed: bool) -> Verdict:
-        if words == self._usual:
-            return Verdict(frozenset(), {}, overflowed)
+    def _read(self, words: list[float], *, overflowed: bool) -> Verdict:
+        told = words[len(self._indices) :]
+        if words[: len(self._indices)] == self._all_present and told == told[:1] * len(told):
+            rest = round(told[0] * self.world_size) - self._code(_USUAL)
+            if rest >= 0 and rest % 2 == 0:  # all tell the same, and nothing else
+                return Verdict(frozenset(), {}, overflowed)
         sums = [round(mean * self.world_size) for mean in words]
         # One worker alone wrote each of the last words, so their sums are what it wrote.
         presence, codes = sums[: len(self._indices)], sums[len(self._indices) :]
-        unable, changed, overflown, scaled = (
+        unable, changed, overflown = (
             tuple(worker for worker, code in enumerate(codes) if code == self._code(kind))
-            for kind in (_UNABLE, _CHANGED, _OVERFLOWED, _SCALED)
+            for kind in (_UNABLE, _CHANGED, _OVERFLOWED)
         )
+        usual = {w: code - self._code(_USUAL) for w, code in enumerate(codes)}
+        usual = {worker: rest for worker, rest in usual.items() if rest >= 0}
+        digests = [rest // 2 for rest in usual.values()]
         nonfinite = {
             worker: self._indices[code - 1] if code <= len(self._indices) else None
             for worker, code in enumerate(codes)
@@ -189,7 +203,8 @@ class ControlWords:
             unable=unable,
             changed=changed,
             sparse=frozenset(index for index, n in counts.items() if n > self.world_size),
-            is_scaled=bool(overflown or scaled),
+            is_scaled=bool(overflown) or any(rest % 2 for rest in usual.values()),
+            differing=tuple(w for w, rest in usual.items() if rest // 2 != digests[0]),
         )
 
 

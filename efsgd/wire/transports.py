@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efsgd.errors import CollectiveError
+from efsgd.wire.calls import Call
 from efsgd.wire.collectives import Collective, Transport
 
 if dist.is_available():
@@ -56,11 +57,16 @@ class ProcessGroup:
         self.group: dist.ProcessGroup | None = dist.group.WORLD if group is None else group
         self.world_size: int = dist.get_world_size(group)
         self.worker: int = dist.get_rank(group)
+        self._call: Call | None = None
         if self.worker < 0:
             raise ValueError(
                 "process_group does not contain this process. Construct the optimizer only on "
                 "the members of its group, or pass the group that this process belongs to."
             )
+
+    def begin(self, call: str) -> None:
+        """What follows belongs to this call, which every worker of the group makes."""
+        self._call = Call(call, self.group, self.worker)
 
     def start(self, collective: Collective) -> Callable[[], Tensor]:
         """Starts `collective` asynchronously on the group.
@@ -69,23 +75,37 @@ class ProcessGroup:
             CollectiveError: (also from the returned function) the collective failed or timed out.
         """
         try:
-            wait_for_answer = collective.launch(self.group)
+            work, answer = collective.launch(self.group)
         except RuntimeError as error:
-            raise self._failure(collective, error) from error
+            raise CollectiveError(
+                f"{type(collective).__name__} of {collective.purpose} could not be started on "
+                f"worker {self.worker} of {self.world_size}: {error}."
+            ) from error
 
         def wait() -> Tensor:
             try:
-                return wait_for_answer()
+                if self._call is None or collective.buffer.device.type != "cpu":
+                    work.wait()
+                else:
+                    self._call.wait_for(work)
+                return answer()
             except RuntimeError as error:
                 raise self._failure(collective, error) from error
 
         return wait
 
     def _failure(self, collective: Collective, error: RuntimeError) -> CollectiveError:
+        call, elsewhere = "an exchange", ""
+        if self._call is not None:
+            call = self._call.name
+            self._call.tell(call)
+            elsewhere = self._call.who_is_elsewhere()
+        found = str(error) if elsewhere in str(error) else f"{elsewhere}. {error}"
         return CollectiveError(
             f"{type(collective).__name__} of {collective.purpose} failed on worker {self.worker} "
-            f"of {self.world_size}: {error}. Another worker has probably died or "
-            f"hung, or its settings were changed alone, so that it called something else."
+            f"of {self.world_size} in {call}: {found}. Every worker of the group must call {call}, "
+            f"at the same place among its calls and not within 'if rank == 0:'. If all of them "
+            f"do, another worker has probably died or hung."
         )
 
 

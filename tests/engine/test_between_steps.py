@@ -123,8 +123,9 @@ def test_a_warning_of_a_step_names_the_line_of_the_step(monkeypatch: pytest.Monk
     parameter = torch.ones(12, 10, requires_grad=True)
     optimizer = PowerSGDOptimizer([parameter])
     optimizer.state[parameter]["error"] += 1
-    optimizer.param_groups[0].update(worker=1, world_size=2)
-    optimizer.load_state_dict(optimizer.state_dict())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(worker=1, world_size=2)
+    optimizer.load_state_dict(saved)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step()

@@ -135,11 +135,24 @@ def after_two_steps(**options: Any) -> tuple[PowerSGDOptimizer, list[torch.Tenso
     return optimizer, parameters
 
 
-def test_settings_of_single_parameters_do_not_move_to_others() -> None:
-    optimizer, _ = after_two_steps(per_parameter={"rank": [1, 2, 3]})
-    optimizer.param_groups[0]["params"].pop(0)
-    with pytest.raises(ValueError, match="'rank' has 3 values for 2 parameters"):
-        optimizer.step()
+def test_settings_of_single_parameters_move_with_them() -> None:
+    optimizer, parameters = after_two_steps(per_parameter={"rank": [1, 2, 3]})
+    group = optimizer.param_groups[0]
+    group["params"].pop(0)
+    optimizer.step()
+    assert group["per_parameter"] == {"rank": (2, 3)}
+    group["params"][:] = [parameters[2], parameters[0]]
+    assert optimizer.state_dict()["param_groups"][0]["per_parameter"] == {"rank": (3, 1)}
+    group["params"].clear()
+    optimizer.step()
+    group["params"].extend(parameters)
+    optimizer.step()
+    assert group["per_parameter"] == {"rank": (1, 2, 3)}
+    # Set anew, together with other parameters, it is what was set.
+    group["params"].pop()
+    group["per_parameter"] = {"rank": (4, 3)}
+    optimizer.step()
+    assert group["per_parameter"] == {"rank": (4, 3)}
 
 
 def test_what_changes_in_place_is_noticed() -> None:

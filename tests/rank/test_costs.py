@@ -10,6 +10,7 @@ import torch
 from efsgd import LQSGD, ErrorFeedbackSGD, PowerSGD, TensorCompressor, TopK, UniformQuantized
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.compressors.powersgd_plus import PowerSGDPlus
+from efsgd.engine.parameters import list_parameters
 from efsgd.rank.costs.volumes import byte_table, total_bytes, with_value
 from efsgd.rank.layers import Layer, layers_of
 from tests.strategies import Shape, gaussian
@@ -27,7 +28,8 @@ def layers_with(
 ) -> list[Layer]:
     own = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     optimizer = ErrorFeedbackSGD(own, lr=0.1, compressor=compressor)
-    return layers_of(optimizer.param_groups, compressor, setting, values, optimizer)
+    groups = optimizer.param_groups
+    return layers_of(list_parameters(groups), groups, compressor, setting, values, optimizer)
 
 
 def sent(compressor: Compressor, shapes: list[Shape]) -> list[int]:

@@ -3,15 +3,18 @@
     python process_worker.py agree RESULTS    trains, then disagrees in two ways, and says what came
     python process_worker.py die RESULTS      worker 1 dies in mid-step; the others say what came
     python process_worker.py early RESULTS    makes and loads an optimizer before there is a group
+    python process_worker.py alone RESULTS    makes calls on worker 0 only; both say what came
 
 Each worker writes RESULTS/worker.json.
 """
 
 import copy
+import functools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efsgd import PowerSGDOptimizer
-from efsgd.checkpoint import consolidated_state_dict
+from efsgd import PowerSGDOptimizer, average_buffers
+from efsgd.checkpoint import average_errors_, consolidated_state_dict
+from efsgd.wire import calls
 from efsgd.wire.collectives import Collective
 from efsgd.wire.compare import checksum
 from efsgd.wire.transports import ProcessGroup
@@ -200,14 +204,39 @@ def die() -> dict[str, Any]:
     return results
 
 
+def alone() -> dict[str, Any]:
+    """Worker 0 makes a call, as in `if rank == 0:`, while worker 1 takes a step."""
+    worker, world_size = join()
+    calls.PATIENCE = timedelta(seconds=0.5)
+    model = torch.nn.BatchNorm1d(4)
+    made: dict[str, Callable[[PowerSGDOptimizer, Any], object]] = {
+        "consolidated_state_dict()": lambda optimizer, _: consolidated_state_dict(optimizer),
+        "average_errors_()": lambda optimizer, _: average_errors_(optimizer),
+        "compare_workers()": lambda optimizer, _: optimizer.compare_workers(),
+        "broadcast_parameters()": lambda optimizer, _: optimizer.broadcast_parameters(),
+        "average_buffers()": lambda _, group: average_buffers(model, group),
+    }
+    results = {}
+    for name, call in made.items():  # what is left in a group spoils it for what follows
+        group = dist.new_group(list(range(world_size)))
+        optimizer = make(start(), process_group=group)
+        set_gradients(optimizer, 0, worker)
+        optimizer.step()
+        before = fingerprint(optimizer)
+        action = functools.partial(call, optimizer, group) if worker == 0 else optimizer.step
+        results[name] = {**error_of(action), "untouched": fingerprint(optimizer) == before}
+        dist.barrier()
+    return results
+
+
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    results = {"agree": agree, "die": die, "early": early}[task]()
-    if task != "die":
+    results = {"agree": agree, "die": die, "early": early, "alone": alone}[task]()
+    if task in ("agree", "early"):
         results["threads"] = leave()
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
-    if task == "die":
+    if task in ("die", "alone"):
         os._exit(0)  # the group is broken: nothing is left to be said goodbye to
 
 

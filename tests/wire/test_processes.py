@@ -122,3 +122,15 @@ def test_a_worker_that_dies_leaves_the_others_intact(world_size: int, tmp_path: 
             assert words in report["error"]["text"]
         assert report["error"]["seconds"] < 35  # the time-out of the group, at most
         assert report["untouched"]["same"]
+
+
+def test_a_call_that_one_worker_makes_is_named_long_before_the_time_out(tmp_path: Path) -> None:
+    first, second = launch(script.__file__, 2, tmp_path, "alone")
+    for name, report in first.items():
+        for own, other in ((report, second[name]), (second[name], report)):
+            assert own["type"] == "CollectiveError", own
+            assert own["seconds"] < 15, own  # of 30 until the group's time-out
+            assert own["untouched"]
+            assert name in own["text"] and "step()" in own["text"], own
+            assert "Every worker of the group must call" in own["text"]
+            assert other["type"] == own["type"]

@@ -15,7 +15,7 @@ INTEGER = "Must be an integer of at least 1"
 RATE = "Must be a number of at least 0"
 STEPS = "Must be a number of steps, at least 0"
 FORM = "Pass momentum_form='sgd'"
-WHOLE = "must be the same in every group; pass it to the constructor"
+WHOLE = "must be the same in every group: set it in all of them"
 KINDS = "Must be None, or a dict from names of settings to a value for each parameter"
 NAMES = "Must be one of ['min_compression_rate', 'rank']"
 LISTS = "Must be a list or a tuple, with a value or None for each parameter of the group"
@@ -118,7 +118,7 @@ OF_THE_WHOLE = [
     *each("max_grad_norm", (0, 0.0, -1.0, math.nan, -math.inf, "1"),
           "Must be a positive number, math.inf"),
 ]  # fmt: skip
-#: No arguments.
+#: No arguments: the optimizer counts, and a state_dict says what was counted.
 OF_GROUPS = each("step", (None, "3", -1, 1.5), STEPS)
 #: No settings of groups.
 ARGUMENTS = [
@@ -131,7 +131,6 @@ ADDED = [
     Setting("error_feedback", False, WHOLE, given="Invalid error_feedback: [True, False]"),
     Setting("nonfinite", "skip", WHOLE, given="Invalid nonfinite: ['raise', 'skip']"),
     Setting("start_compressing_at", 5, WHOLE, given="Invalid start_compressing_at: [0, 5]"),
-    Setting("step", 7, WHOLE, given="Invalid step: [2, 7]"),
 ]
 
 
@@ -171,7 +170,7 @@ _TABLE: list[tuple[list[Setting], list[Callable[[str, Any], Callable[[Run], obje
     (EVERYWHERE, [constructing, constructing_groups, adding, changing, loading]),
     (numbers("dampening"), [constructing, constructing_groups, adding, loading]),
     (OF_THE_WHOLE, [constructing, constructing_groups, changing, loading]),
-    (OF_GROUPS, [changing, loading]),
+    (OF_GROUPS, [loading]),
     (ARGUMENTS, [constructing]),
     (ADDED, [adding]),
     (PER_PARAMETER, [constructing_groups, adding, changing, loading]),

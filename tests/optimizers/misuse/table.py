@@ -79,7 +79,7 @@ def state_case(name: str, value: Any, *expected: Any) -> Case:
 
 TENSORS = [
     *(state_case(*row) for row in STATE),
-    *(without(name) for name in ("rank", "lr", "momentum_form", "step")),
+    *(without(name) for name in ("rank", "lr", "momentum_form")),
     before_a_step("a parameter of another shape", of_other_shape, ValueError,
                   "parameter 0: its shape is [12, 10]", "must be [10, 12]"),
     before_a_step("a gradient that cannot be read", unreadable, NotImplementedError,
