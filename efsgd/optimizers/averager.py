@@ -34,8 +34,8 @@ class GradientAverager(ErrorFeedbackOptimizer):
     The other arguments are those of `PowerSGDOptimizer`.
 
     Args:
-        params: parameters, (name, parameter) pairs, or parameter groups; `rank` and
-            `min_compression_rate` may be set per group.
+        params: parameters, (name, parameter) pairs, or parameter groups; `rank`,
+            `min_compression_rate` and `batch_dims` may be set per group.
         compressor: what is sent; None is `PowerSGD()`.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip": leave the gradients as they are and return False.

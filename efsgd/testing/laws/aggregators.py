@@ -10,7 +10,7 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.operators import Payload
 from efsgd.compressors import TensorCompressor
-from efsgd.layout import Blocks, Entry, Layout
+from efsgd.layout import Blocks, Layout
 from efsgd.randomness import Draws
 from efsgd.testing.gradients import gaussian, made_up
 from efsgd.testing.lockstep import lockstep
@@ -193,7 +193,7 @@ class _Sender:
     def __init__(self, trial: Trial, world_size: int, worker: int, dtype: torch.dtype) -> None:
         compressor, settings = copy.deepcopy(trial.compressor), trial.simulate(1).group
         entries = [
-            Entry(index, tuple(shape), compressor.level(torch.Size(shape), settings))
+            compressor.entry(index, torch.Size(shape), settings)
             for index, shape in enumerate(trial.shapes)
         ]
         self._layout, self._kind = Layout.plan(entries), (dtype, torch.device("cpu"))
