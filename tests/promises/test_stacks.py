@@ -51,7 +51,7 @@ def sgd_options(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     stacks=st.lists(st.tuples(_counts, _shapes), min_size=1, max_size=4),
     make=st.sampled_from(COMPRESSORS),
