@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ _ALIGNED_FLOATS = 16
 Elementwise: TypeAlias = Callable[..., None]
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+def matrix_shape(shape: Sequence[int], batch_dims: int = 0) -> tuple[int, int]:
     """The matrix [n, m] as which a parameter is seen: its first dimension by all the others.
+
+    Of a stack, whose first `batch_dims` dimensions count matrices, it is that of each.
 
     Source: PowerSGD (arXiv 1905.13727), Algorithm 1, line 1.
 
@@ -34,8 +36,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
         >>> from efsgd.layout import matrix_shape
         >>> matrix_shape((64, 3, 3, 3)), matrix_shape((64,)), matrix_shape(())
         ((64, 27), (64, 1), (1, 1))
+        >>> matrix_shape((8, 64, 128), batch_dims=1)
+        (64, 128)
     """
-    return math.prod(shape[:1]), math.prod(shape[1:])
+    own = shape[batch_dims:]
+    return math.prod(own[:1]), math.prod(own[1:])
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -53,6 +58,26 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"
 
 
+class Matrix(NamedTuple):
+    """One matrix of a parameter.
+
+    Attributes:
+        owner: the index of its parameter.
+        number: its own, over the matrices of all parameters; random numbers for it depend on this.
+        place: where it is in the parameter; () where the parameter is one matrix.
+        shape: of this part of the parameter.
+    """
+
+    owner: int
+    number: int
+    place: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its part of a tensor of the parameter's shape, a view."""
+        return tensor[self.place] if self.place else tensor
+
+
 @dataclass(frozen=True)
 class Entry:
     """One parameter in a plan.
@@ -62,16 +87,28 @@ class Entry:
         shape: its shape.
         level: how far it is compressed, in the compressor's own terms (PowerSGD: the rank);
             None sends it uncompressed.
+        batch_dims: how many of its first dimensions count matrices.
+        first: the number of its first matrix, over all parameters; None: its index, which it is
+            where no parameter before it has several.
     """
 
     index: int
     shape: tuple[int, ...]
     level: Hashable | None
+    batch_dims: int = 0
+    first: int | None = None
 
     @property
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    def matrices(self) -> list[Matrix]:
+        """Its matrices, in the order in which they lie in memory."""
+        first = self.index if self.first is None else self.first
+        places = itertools.product(*map(range, self.shape[: self.batch_dims]))
+        own = self.shape[self.batch_dims :]
+        return [Matrix(self.index, first + k, place, own) for k, place in enumerate(places)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +119,7 @@ class Batch:
         rows: n.
         columns: m.
         level: what they have in common (PowerSGD: the rank).
-        entries: the b parameters.
+        entries: the parameters, which have b matrices together.
     """
 
     rows: int
@@ -90,13 +127,34 @@ class Batch:
     level: Hashable
     entries: tuple[Entry, ...]
 
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The b matrices."""
+        return tuple(matrix for entry in self.entries for matrix in entry.matrices())
+
     @property
     def floats(self) -> int:
         """The number of elements of all its matrices."""
-        return len(self.entries) * self.rows * self.columns
+        return len(self.matrices) * self.rows * self.columns
 
-    def chunks(self, wanted: Container[int], floats: int) -> Iterator[tuple[slice, slice]]:
+    def split(self, tensor: Tensor) -> Iterator[tuple[Entry, Tensor]]:
+        """Each parameter and its part of a contiguous tensor [b, ...], a view.
+
+        Its dimensions are those that count the parameter's matrices, if any do, and `...`.
+        """
+        sizes = [math.prod(entry.shape[: entry.batch_dims]) for entry in self.entries]
+        for entry, part in zip(self.entries, tensor.split(sizes), strict=True):
+            yield entry, part.view(*entry.shape[: entry.batch_dims], *tensor.shape[1:])
+
+    def chunks(
+        self, wanted: Container[int], floats: int, done: Container[int] = ()
+    ) -> Iterator[tuple[slice, slice]]:
         """Cuts the batch into chunks to work on at once: whole matrices, or some rows of one.
+
+        Args:
+            wanted: the indices of the parameters whose matrices are wanted.
+            floats: the size of a chunk, unless a row has more.
+            done: positions of matrices that are left out.
 
         Yields:
             (matrices, rows): where the chunk lies in the batch.
@@ -104,7 +162,8 @@ class Batch:
         height = min(self.rows, max(1, floats // self.columns))
         width = max(1, floats // (self.rows * self.columns))
         numbered = itertools.groupby(
-            range(len(self.entries)), key=lambda position: self.entries[position].index in wanted
+            range(len(self.matrices)),
+            key=lambda position: self.matrices[position].owner in wanted and position not in done,
         )
         for is_wanted, run in numbered:
             positions = list(run) if is_wanted else []
@@ -167,7 +226,8 @@ class Layout:
         same: dict[tuple[int, int, Hashable], list[Entry]] = {}
         for entry in self.entries:
             if entry.level is not None:
-                same.setdefault((*matrix_shape(entry.shape), entry.level), []).append(entry)
+                key = (*matrix_shape(entry.shape, entry.batch_dims), entry.level)
+                same.setdefault(key, []).append(entry)
         batches = [Batch(*key, tuple(entries)) for key, entries in same.items()]
         return tuple(sorted(batches, key=lambda batch: batch.floats % _ALIGNED_FLOATS != 0))
 
@@ -219,15 +279,15 @@ class Blocks:
             flat = torch.zeros(layout.matrix_floats, dtype=dtype, device=device)
         self.flat = flat
         self.batches = [
-            part.view(len(batch.entries), batch.rows, batch.columns)
+            part.view(len(batch.matrices), batch.rows, batch.columns)
             for batch, part in zip(
                 layout.batches, self.flat.split([b.floats for b in layout.batches]), strict=True
             )
         ]
         self.views: dict[int, Tensor] = {}
         for batch, matrices in zip(layout.batches, self.batches, strict=True):
-            for entry, matrix in zip(batch.entries, matrices.unbind(0), strict=True):
-                self.views[entry.index] = matrix.view(entry.shape)
+            for entry, part in batch.split(matrices):
+                self.views[entry.index] = part.view(entry.shape)
         if vectors is not None:
             sizes = [entry.numel for entry in layout.vectors]
             parts = vectors[layout.control_words :].split(sizes)

@@ -33,7 +33,7 @@ class Draws:
 
     Attributes:
         seed: of the compressor.
-        index: of the parameter.
+        index: of the parameter; where some are stacks of matrices, which matrix it is of all.
         step: the number of the step.
         worker: this worker; None where all decompress the same.
         drawn: what `shared_once` has made in this step, for all tensors; None remembers nothing.

@@ -35,7 +35,7 @@ _STREAM = 1
 
 
 def initial_left(seed: int, index: int, n: int, r: int, *, step: int = 0) -> Tensor:
-    """P for one parameter before anything is known of it: i.i.d. standard normal.
+    """P for one matrix before anything is known of it: i.i.d. standard normal.
 
     Like `efsgd.algorithms.low_rank.factors.initial_query`, and independent of the first Q.
     """
@@ -120,18 +120,22 @@ class AlternatingPowerIteration(LowRankAggregator):
             adopt_(self.queries, self._Q, self.layout, absent)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
-        """For each compressed parameter, {"q": Q [m, r], "p": P [n, r]}, live views."""
+        """For each compressed parameter, {"q": Q [m, r], "p": P [n, r]}, live views.
+
+        Of a stack of matrices those of all, [..., m, r] and [..., n, r].
+        """
+        factors = zip(self.layout.batches, self.queries, self.lefts, strict=True)
         return {
-            entry.index: {"q": query[position].mT, "p": left[position]}
-            for batch, query, left in zip(
-                self.layout.batches, self.queries, self.lefts, strict=True
+            entry.index: {"q": query.mT, "p": left}
+            for batch, queries, lefts in factors
+            for (entry, query), (_, left) in zip(
+                batch.split(queries), batch.split(lefts), strict=True
             )
-            for position, entry in enumerate(batch.entries)
         }
 
     def _draw_lefts(self, step: int) -> list[Tensor]:
         drawn = [torch.empty_like(left) for left in self.lefts]
         for batch, left in zip(self.layout.batches, drawn, strict=True):
-            for own, entry in zip(left, batch.entries, strict=True):
-                own.copy_(initial_left(self.seed, entry.index, *own.shape, step=step))
+            for own, matrix in zip(left, batch.matrices, strict=True):
+                own.copy_(initial_left(self.seed, matrix.number, *own.shape, step=step))
         return drawn

@@ -50,7 +50,10 @@ class Compressed(ABC):
 
     @abstractmethod
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
-        """The sums of squares of the decompressed matrices with these indices, each [] float64."""
+        """Sums of squares, [] float64, of the decompressed matrices of parameters by index.
+
+        They add up to that of all of these; a stack of matrices may have several.
+        """
 
 
 def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
@@ -203,8 +206,7 @@ class Compressor(ABC):
             world_size: the number of workers, where it makes a difference.
         """
         own = self.settings()
-        entries = (Entry(i, tuple(s), self.level(s, own)) for i, s in enumerate(shapes))
-        layout = Layout.plan(entries)
+        layout = Layout.plan(self.entry(i, shape, own) for i, shape in enumerate(shapes))
         placement = Placement(dtype, torch.device("cpu"), world_size=world_size)
         sent = self.compressed_bytes(layout, placement, step)
         return layout.vector_floats * dtype.itemsize + sent
@@ -238,6 +240,18 @@ class Compressor(ABC):
 
         A value by itself: tensors of one shape and equal levels share a batch.
         """
+
+    def batch_dims_of(self, settings: Settings) -> int:
+        """How many of a tensor's first dimensions count what is compressed one by one.
+
+        By its setting `batch_dims`; of compressors without one, none.
+        """
+        return int(settings["batch_dims"]) if hasattr(self, "batch_dims") else 0
+
+    def entry(self, index: int, shape: Sequence[int], settings: Settings) -> Entry:
+        """The place in a layout of a tensor of this shape, as far as it is compressed."""
+        level = self.level(shape, settings)
+        return Entry(index, tuple(shape), level, self.batch_dims_of(settings))
 
     def initial_state(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
         """What is kept for one compressed parameter before the first step."""

@@ -101,5 +101,5 @@ class QuantizedPowerIteration(PowerIteration):
 
 def factor_sizes(layout: Layout) -> tuple[list[int], list[int]]:
     """The numbers of elements of each P and of each Q, in the order in which they are sent."""
-    ranks = [(batch, rank_of(batch)) for batch in layout.batches for _ in batch.entries]
+    ranks = [(batch, rank_of(batch)) for batch in layout.batches for _ in batch.matrices]
     return [b.rows * rank for b, rank in ranks], [b.columns * rank for b, rank in ranks]

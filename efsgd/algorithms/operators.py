@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,13 +38,14 @@ class Operator(Protocol):
 class Unit:
     """What is compressed as one tensor: one parameter, or all of one level, one after the other.
 
-    `slices` are where it lies in `Blocks.flat`, `index` is that of the (first) parameter.
+    Of a stack it is one matrix. `slices` are where it lies in `Blocks.flat`, `number` is that of
+    the (first) matrix; see `Entry`.
     """
 
     def __init__(
-        self, operator: Operator, index: int, shape: tuple[int, ...], slices: Sequence[slice]
+        self, operator: Operator, number: int, shape: tuple[int, ...], slices: Sequence[slice]
     ) -> None:
-        self.operator, self.index, self.shape = operator, index, torch.Size(shape)
+        self.operator, self.number, self.shape = operator, number, torch.Size(shape)
         self._slices: list[slice] = []
         for own in slices:
             if self._slices and self._slices[-1].stop == own.start:
@@ -75,14 +77,14 @@ def units(layout: Layout) -> list[Unit]:
     together: dict[Any, tuple[int, list[slice]]] = {}
     for batch in layout.batches:
         operator: Any = batch.level
-        for entry in batch.entries:
-            own = slice(first, first + entry.numel)
+        for matrix in batch.matrices:
+            own = slice(first, first + math.prod(matrix.shape))
             first = own.stop
             if operator.takes_all_at_once:
-                together.setdefault(operator, (entry.index, []))[1].append(own)
+                together.setdefault(operator, (matrix.number, []))[1].append(own)
             else:
-                found.append(Unit(operator, entry.index, entry.shape, [own]))
-    for operator, (index, slices) in together.items():
+                found.append(Unit(operator, matrix.number, matrix.shape, [own]))
+    for operator, (number, slices) in together.items():
         total = sum(own.stop - own.start for own in slices)
-        found.append(Unit(operator, index, (total,), slices))
+        found.append(Unit(operator, number, (total,), slices))
     return found

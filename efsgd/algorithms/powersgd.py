@@ -88,11 +88,14 @@ class PowerIteration(LowRankAggregator):
         adopt_(self.queries, self._Q, self.layout, absent)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
-        """For each compressed parameter, {"q": its warm-started Q [m, r]}, a live view."""
+        """For each compressed parameter, {"q": its warm-started Q [m, r]}, a live view.
+
+        Of a stack of matrices the Q of all, [..., m, r].
+        """
         return {
-            entry.index: {"q": query[position].mT}
-            for batch, query in zip(self.layout.batches, self.queries, strict=True)
-            for position, entry in enumerate(batch.entries)
+            entry.index: {"q": query.mT}
+            for batch, queries in zip(self.layout.batches, self.queries, strict=True)
+            for entry, query in batch.split(queries)
         }
 
 

@@ -68,7 +68,7 @@ class RefreshedPowerIteration(PowerIteration):
         with self.phases("PowerSGD+: SVD"):
             P_hats = []
             for batch, matrices in zip(self.layout.batches, mean.batches, strict=True):
-                drawn = [generator_of(self.seed, e.index, step, _STREAM) for e in batch.entries]
+                drawn = [generator_of(self.seed, M.number, step, _STREAM) for M in batch.matrices]
                 generators = drawn if self._svd == "randomized" else None
                 P_hats.append(leading_left_singular_vectors(matrices, rank_of(batch), generators))
         with self.phases("PowerSGD+: Q = M^T P"):

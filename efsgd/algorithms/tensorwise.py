@@ -18,7 +18,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement
 from efsgd.algorithms.operators import Payload, Unit, units
-from efsgd.layout import Blocks, Elementwise, Layout
+from efsgd.layout import Blocks, Elementwise, Layout, Matrix
 from efsgd.randomness import Draws
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, Start
 from efsgd.wire.control_words import all_finite
@@ -112,7 +112,7 @@ class Tensorwise(Aggregator):
         drawn: dict[Hashable, Any] | None,
         worker: int | None = None,
     ) -> Draws:
-        return Draws(unit.operator.seed_of_draws, unit.index, step, worker, drawn)
+        return Draws(unit.operator.seed_of_draws, unit.number, step, worker, drawn)
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,22 @@ class Dense(Compressed):
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
         """Hands over all at once."""
-        wanted = [index for index in self.blocks.views if index in operands[0]]
-        if wanted:
-            values = [self.blocks.views[index] for index in wanted]
-            function(values, *([each[index] for index in wanted] for each in operands), **options)
+        if wanted := self._matrices(operands[0]):
+            values = [own.view(matrix.shape) for matrix, own in wanted]
+            others = ([matrix.of(each[matrix.owner]) for matrix, _ in wanted] for each in operands)
+            function(values, *others, **options)
 
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         return [
-            torch.linalg.vector_norm(view, dtype=torch.float64).square()
-            for index, view in self.blocks.views.items()
-            if index in wanted
+            torch.linalg.vector_norm(own, dtype=torch.float64).square()
+            for _, own in self._matrices(wanted)
+        ]
+
+    def _matrices(self, wanted: Container[int]) -> list[tuple[Matrix, Tensor]]:
+        """Those of the parameters with these indices, [n, m] each."""
+        return [
+            (matrix, own)
+            for batch, matrices in zip(self.blocks.layout.batches, self.blocks.batches, strict=True)
+            for matrix, own in zip(batch.matrices, matrices.unbind(), strict=True)
+            if matrix.owner in wanted
         ]

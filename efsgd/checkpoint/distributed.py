@@ -259,7 +259,9 @@ def _make_room_(start: str, part: MutableMapping[str, Any], metadata: Metadata) 
                 problems += [] if is_optional else [f"it lacks {what}" if key in here else has]
                 continue
             shapes = list(there[key].shape), list(here[key].shape)
-            if shapes[0] != shapes[1] and not (key in factors and shapes[0][:1] == shapes[1][:1]):
+            # Factors may be of another rank, or of as many matrices as the checkpoint counts.
+            is_factor = shapes[0][:-1] == shapes[1][:-1] or len(shapes[0]) != len(shapes[1])
+            if shapes[0] != shapes[1] and not (key in factors and is_factor):
                 found = f"{shapes[0]} there and {shapes[1]} in the optimizer"
                 problems.append(f"the shape of {what} is {found}")
         room.append(there)

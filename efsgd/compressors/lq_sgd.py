@@ -46,6 +46,7 @@ class LQSGD(Compressor):
         warm_start: see `PowerSGD`.
         seed: see `PowerSGD`.
         aggregation: "gather" or "scatter".
+        batch_dims: see `PowerSGD`. May be set per parameter group.
 
     Example:
         >>> from efsgd import PowerSGD
@@ -67,6 +68,7 @@ class LQSGD(Compressor):
     warm_start: bool = True
     seed: int = 0
     aggregation: str = "gather"
+    batch_dims: int = 0
 
     def __post_init__(self) -> None:
         self.validate(self.settings())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class PowerSGD(Compressor):
         alternating: whether a step multiplies from one side only, by turns from the right and from
             the left: one all-reduce per step and half the bytes, and in each step an approximation
             from a subspace that is one step older. See `efsgd.algorithms.alternating`.
+        batch_dims: how many of a tensor's first dimensions count matrices. With 1, experts [E, n,
+            m] are E matrices, compressed as E parameters [n, m] would be, to the bit; with 0 they
+            are one, of n·m columns. May be set per parameter group. What has fewer than two more
+            dimensions is sent as it is: a matrix is a stack of vectors then.
 
     Example:
         >>> from efsgd import PowerSGD
@@ -48,6 +52,8 @@ class PowerSGD(Compressor):
         None
         >>> PowerSGD(rank=2).payload_bytes([(64, 32), (64,)])
         1024
+        >>> PowerSGD(rank=2, batch_dims=1).payload_bytes([(8, 64, 32)])  # 8 times 768
+        6144
     """
 
     rank: int = 4
@@ -56,6 +62,7 @@ class PowerSGD(Compressor):
     seed: int = 0
     compile: bool = False
     alternating: bool = False
+    batch_dims: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         self.validate(self.settings())
@@ -75,6 +82,8 @@ class PowerSGD(Compressor):
         for name in ("warm_start", "compile", "alternating"):
             require_bool(name, settings[name])
         require_integer("seed", settings["seed"], 0)
+        one_each = "0 makes every tensor one matrix, 1 makes experts [E, n, m] E of them."
+        require_integer("batch_dims", settings["batch_dims"], 0, remedy=one_each)
 
     def claims(self) -> Claims:
         """It is averaged; what is not sent of a matrix is orthogonal to what is, always.
@@ -89,7 +98,7 @@ class PowerSGD(Compressor):
 
     def compressed_bytes(self, layout: Layout, placement: Placement, step: int) -> int:
         """r·(n + m) numbers for each matrix; with `alternating`, r·n and r·m by turns."""
-        floats = sum(len(b.entries) * self._floats_of(b, step) for b in layout.batches)
+        floats = sum(len(b.matrices) * self._floats_of(b, step) for b in layout.batches)
         return floats * placement.dtype.itemsize
 
     def _floats_of(self, batch: Batch, step: int) -> int:
@@ -106,22 +115,27 @@ class PowerSGD(Compressor):
         return "left" if since % 2 else "right"
 
     def level(self, shape: Sequence[int], settings: Settings) -> int | None:
-        if len(shape) < 2 or math.prod(shape) == 0:
+        batch_dims = self.batch_dims_of(settings)
+        if len(shape) < batch_dims + 2 or math.prod(shape) == 0:
             return None
-        n, m = matrix_shape(shape)
+        n, m = matrix_shape(shape, batch_dims)
         r = int(min(n, m, settings["rank"]))
         return r if n * m > settings["min_compression_rate"] * r * (n + m) else None
 
     def initial_state(self, entry: Entry, settings: Settings) -> dict[str, Tensor]:
-        """{"q": the first Q, [m, r] float64}; with `alternating` also "p", the first P, [n, r]."""
+        """{"q": the first Q, [m, r] float64}; with `alternating` also "p", the first P, [n, r].
+
+        Of a stack of matrices those of all, [..., m, r] and [..., n, r].
+        """
         rank = entry.level
         assert isinstance(rank, int)
-        n, m = matrix_shape(entry.shape)
-        seed = int(settings["seed"])
-        state = {"q": initial_query(seed, entry.index, m, rank)}
+        n, m = matrix_shape(entry.shape, entry.batch_dims)
+        seed, numbers = int(settings["seed"]), [matrix.number for matrix in entry.matrices()]
+        state = {"q": torch.stack([initial_query(seed, k, m, rank) for k in numbers])}
         if settings["alternating"]:
-            state["p"] = initial_left(seed, entry.index, n, rank)
-        return state
+            state["p"] = torch.stack([initial_left(seed, k, n, rank) for k in numbers])
+        stacked = entry.shape[: entry.batch_dims]
+        return {name: all_.view(*stacked, *all_.shape[1:]) for name, all_ in state.items()}
 
     def aggregator(self, layout: Layout, settings: Settings, placement: Placement) -> Aggregator:
         options = options_of(settings, placement.device)

@@ -126,6 +126,8 @@ class SpectralAtomo(TensorCompressor):
         rank: s, at least 1. May be set per parameter group.
         sampling: "atomo" or "rejection". May be set per parameter group.
         seed: of each worker's own random numbers.
+        batch_dims: how many of a tensor's first dimensions count tensors, each of which is
+            compressed as a parameter by itself would be. May be set per parameter group.
 
     Raises:
         ValueError: an argument is out of range.
@@ -147,6 +149,7 @@ class SpectralAtomo(TensorCompressor):
     rank: int = 2
     sampling: str = "atomo"
     seed: int = 0
+    batch_dims: int = 0
 
     def __post_init__(self) -> None:
         triples = "It is the number of singular triples that are sent."
@@ -154,6 +157,8 @@ class SpectralAtomo(TensorCompressor):
         unbiased = "'atomo' is unbiased."
         require_choice("sampling", self.sampling, ("atomo", "rejection"), remedy=unbiased)
         require_integer("seed", self.seed, 0)
+        one_each = "0 makes every tensor one matrix, 1 makes experts [E, n, m] E of them."
+        require_integer("batch_dims", self.batch_dims, 0, remedy=one_each)
 
     def fields(self, shape: torch.Size) -> Sequence[Field]:
         """The u of all atoms, one after the other; their σ / p; their v."""

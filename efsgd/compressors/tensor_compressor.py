@@ -29,6 +29,8 @@ class TensorCompressor(Compressor):
 
     Subclasses are frozen dataclasses. Their fields are the settings; every one may be set per
     parameter group, `seed` apart. They write three methods: `fields`, `compress`, `decompress`.
+    A field `batch_dims: int = 0`, if there is one, says how many of a parameter's first dimensions
+    count tensors: each is then compressed by itself.
     What is not sent is kept as error, and all that has to do with workers, errors and refused
     steps is seen to elsewhere: `compress` is only ever given finite tensors.
 
@@ -128,8 +130,8 @@ class TensorCompressor(Compressor):
 
     def level(self, shape: Sequence[int], settings: Settings) -> Hashable | None:
         """The compressor with the settings of a group; None where it does not compress."""
-        own = self._with(settings)
-        return own if math.prod(shape) > 0 and own.compresses(torch.Size(shape)) else None
+        own, one = self._with(settings), torch.Size(shape)[self.batch_dims_of(settings) :]
+        return own if math.prod(shape) > 0 and own.compresses(one) else None
 
     def compressed_bytes(self, layout: Layout, placement: Placement, step: int) -> int:
         return Format([unit.fields() for unit in units(layout)], placement.dtype).nbytes

@@ -1,5 +1,6 @@
 """The parameters of an optimizer, one by one."""
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -139,6 +140,8 @@ class ParameterInfo:
         position: its place in the group.
         name: for messages: its name if the optimizer knows names, and its index.
         has_sparse_gradients: its gradients are sent uncompressed, made dense.
+        first: the number of its first matrix over all groups, in which a stack of matrices counts
+            as many; None: its index.
     """
 
     index: int
@@ -147,6 +150,7 @@ class ParameterInfo:
     position: int
     name: str
     has_sparse_gradients: bool = False
+    first: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -180,23 +184,26 @@ class ParameterInfo:
         shape = self.parameter.shape
         return torch.Size((*shape, 2)) if self.parameter.is_complex() else shape
 
-    @property
-    def compressed_shape(self) -> torch.Size:
+    def compressed_shape(self, compressor: Compressor) -> torch.Size:
         """As which it is compressed: what is no matrix by itself is none as a real view either."""
-        return self.shape if self.parameter.dim() >= 2 else torch.Size((self.shape.numel(),))
+        count = compressor.batch_dims_of(self.settings)
+        if self.parameter.dim() >= count + 2:
+            return self.shape
+        return torch.Size((*self.shape[:count], math.prod(self.shape[count:])))
 
     def entry(self, compressor: Compressor) -> Entry:
         """Its place in a layout, once compression has started."""
         level = None
         if not self.has_sparse_gradients:
-            level = compressor.level(self.compressed_shape, self.settings)
-        return Entry(self.index, tuple(self.shape), level)
+            level = compressor.level(self.compressed_shape(compressor), self.settings)
+        batch_dims = compressor.batch_dims_of(self.settings)
+        return Entry(self.index, tuple(self.shape), level, batch_dims, self.first)
 
     def entry_now(self, compressor: Compressor) -> Entry:
         """Its place in the layout of the next step."""
         if self.group["step"] >= self.group["start_compressing_at"]:
             return self.entry(compressor)
-        return Entry(self.index, tuple(self.shape), None)
+        return Entry(self.index, tuple(self.shape), None, first=self.first)
 
 
 def device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
@@ -212,7 +219,7 @@ def list_parameters(
 
     Those in `sparse` are known to have sparse gradients.
     """
-    index, seen = 0, set()
+    index, first, seen = 0, 0, set()
     for group in groups:
         names = group.get("param_names")
         for position, parameter in enumerate(group["params"]):
@@ -220,6 +227,13 @@ def list_parameters(
             if names is not None and len(names) == len(group["params"]):
                 name += f" ({names[position]})"
             if parameter not in seen:
-                yield ParameterInfo(index, parameter, group, position, name, parameter in sparse)
+                has_sparse = parameter in sparse
+                yield ParameterInfo(index, parameter, group, position, name, has_sparse, first)
             seen.add(parameter)
             index += 1
+            first += _count_matrices(parameter, settings_of(group, position).get("batch_dims", 0))
+
+
+def _count_matrices(parameter: Tensor, batch_dims: int) -> int:
+    """How many matrices a parameter is; one that has no shape yet is one."""
+    return math.prod(parameter.shape[:batch_dims]) if batch_dims and not is_lazy(parameter) else 1

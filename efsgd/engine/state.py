@@ -7,6 +7,7 @@
     error             e_w, shape of p, float32 or float64; for compressed tensors
     q                 PowerSGD's warm-started Q, [m, r], float32 or float64; for compressed tensors
     p                 with `alternating=True` the warm-started P, [n, r], of the same dtype
+                      (both of a stack: first the dimensions that count matrices)
     local_momentum    Signum's m_w, shape of p, float32 or float64; has a momentum_started as well
 
 Errors, and what the compressor declares as `local_state`, are each worker's own; all else is equal
@@ -75,11 +76,17 @@ def complete_(state: State, info: ParameterInfo, method: Method) -> None:
 
 
 def _fitted(kept: Tensor, initial: Tensor, name: str, owner: str, is_factor: bool) -> Tensor:
-    """A factor of another rank; anything else has the wrong shape."""
-    is_matrix = is_factor and kept.dim() == 2 and initial.dim() == 2
-    if not is_matrix or len(kept) != len(initial) or not kept.is_floating_point():
+    """A factor of another rank, or where other dimensions count matrices a new one.
+
+    Anything else has the wrong shape.
+    """
+    is_factor = is_factor and min(kept.dim(), initial.dim()) >= 2 and kept.is_floating_point()
+    if is_factor and kept.dim() != initial.dim():
+        return initial
+    if not is_factor or kept.shape[:-1] != initial.shape[:-1]:
         require_shape(kept, initial.shape, name, owner)
-    return resized(kept, initial)
+    pairs = zip(*(each.reshape(-1, *each.shape[-2:]) for each in (kept, initial)), strict=True)
+    return torch.stack([resized(*pair) for pair in pairs]).view(initial.shape)
 
 
 def validate_states(

@@ -36,8 +36,8 @@ class GradientAverager(ErrorFeedbackOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups, for example the
-            `param_groups` of the other optimizer; `rank` and `min_compression_rate` may be set per
-            group.
+            `param_groups` of the other optimizer; `rank`, `min_compression_rate` and `batch_dims`
+            may be set per group.
         compressor: what is sent; None is `PowerSGD()`.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"
             a `NonFiniteGradientError`, or "skip": leave the gradients as they are and return False.

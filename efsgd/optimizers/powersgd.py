@@ -23,7 +23,8 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
 
     Args:
         params: parameters, (name, parameter) pairs, or parameter groups. Names appear in errors.
-            `rank` and `min_compression_rate` may be set per group, as well as SGD's arguments.
+            `rank`, `min_compression_rate` and `batch_dims` may be set per group, as well as SGD's
+            arguments.
         lr: learning rate γ.
         momentum: λ.
         dampening: as in torch.optim.SGD; needs `momentum_form="sgd"`.
@@ -58,6 +59,10 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             longer; where there is no compiler, a warning says so and steps run as without.
         alternating: whether a step multiplies from one side only, by turns: one all-reduce per
             step in place of two, and half the bytes. See `efsgd.PowerSGD`.
+        batch_dims: how many of a tensor's first dimensions count matrices. With 1, experts
+            [E, n, m] are E matrices, trained and compressed as E parameters [n, m] would be, to the
+            bit; with 0 one matrix, of n·m columns. Set it for a group of stacks, or for single
+            parameters: a matrix [n, m] would be n vectors, which are sent as they are.
         process_group: the workers; None is the default group, looked up at each step. Without
             torch.distributed there is one worker, and nothing is communicated. Not pickled.
 
@@ -103,6 +108,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         seed: int = 0,
         compile: bool = False,
         alternating: bool = False,
+        batch_dims: int = 0,
         process_group: Workers = None,
     ) -> None:
         super().__init__(
@@ -116,7 +122,15 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
-            compressor=PowerSGD(rank, min_compression_rate, warm_start, seed, compile, alternating),
+            compressor=PowerSGD(
+                rank,
+                min_compression_rate,
+                warm_start,
+                seed,
+                compile,
+                alternating,
+                batch_dims=batch_dims,
+            ),
             momentum_form=momentum_form,
             error_feedback=error_feedback,
             start_compressing_at=start_compressing_at,

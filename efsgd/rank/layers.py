@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from efsgd.compressors import Compressor
 from efsgd.engine.parameters import ParameterInfo, compute_dtype
+from efsgd.layout import Entry, Matrix, matrix_shape
 from efsgd.wire.control_words import ControlWords
 
 #: What is decided on for one parameter: a rank, a density, a number of bits.
@@ -31,6 +32,8 @@ class Layer:
         settings: all that its group and it have, as they are now.
         dtype: of its errors and factors.
         device: the parameter's.
+        batch_dims: how many of its first dimensions count matrices; see `efsgd.PowerSGD`.
+        first: the number of its first matrix over all parameters; None: its index.
     """
 
     index: int
@@ -42,6 +45,17 @@ class Layer:
     settings: Mapping[str, Any]
     dtype: torch.dtype
     device: torch.device
+    batch_dims: int = 0
+    first: int | None = None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The matrix [n, m] as which it is seen; of a stack, each of them."""
+        return matrix_shape(self.shape, self.batch_dims)
+
+    def matrices(self) -> list[Matrix]:
+        """Its matrices, one unless it is a stack of them."""
+        return Entry(self.index, self.shape, None, self.batch_dims, self.first).matrices()
 
     def level(self, compressor: Compressor, setting: str, value: Value) -> Any:
         """How far the compressor compresses it at a value; None: it is sent uncompressed."""
@@ -78,13 +92,15 @@ def layers_of(
         layer = Layer(
             index=info.index,
             name=info.name,
-            shape=tuple(info.compressed_shape),
+            shape=tuple(info.compressed_shape(compressor)),
             value=settings[setting],
             group=positions[id(info.group)],
             lr=None if lr is None else float(lr),
             settings=settings,
             dtype=compute_dtype(info.parameter),
             device=info.parameter.device,
+            batch_dims=compressor.batch_dims_of(settings),
+            first=info.first,
         )
         for value in choices:
             try:

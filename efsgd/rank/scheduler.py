@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from efsgd.engine.observation import Observation
 from efsgd.engine.parameters import ParameterInfo, device_of, list_parameters, set_overrides_
 from efsgd.errors import CollectiveError, WorkerMismatchError
-from efsgd.layout import matrix_shape
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import (
@@ -235,7 +234,7 @@ class RankScheduler:
         for layer in self._layers():
             value = layer.value
             if self.policy.setting == "rank" and isinstance(value, int):
-                value = min(value, *matrix_shape(layer.shape))
+                value = min(value, *layer.matrix)
             found[layer.name] = value
         return found
 

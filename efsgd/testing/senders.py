@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Placement
-from efsgd.layout import Blocks, Entry, Layout
+from efsgd.layout import Blocks, Layout
 from efsgd.testing.gradients import made_up
 from efsgd.testing.lockstep import lockstep
 from efsgd.testing.trial import Trial
@@ -33,7 +33,7 @@ class Sender:
     def __init__(self, trial: Trial, world_size: int, worker: int, dtype: torch.dtype) -> None:
         compressor, settings = copy.deepcopy(trial.compressor), trial.simulate(1).group
         entries = [
-            Entry(index, tuple(shape), compressor.level(torch.Size(shape), settings))
+            compressor.entry(index, torch.Size(shape), settings)
             for index, shape in enumerate(trial.shapes)
         ]
         self._layout, self._kind = Layout.plan(entries), (dtype, torch.device("cpu"))

@@ -168,7 +168,7 @@ SCHEDULERS: list[tuple[Any, Any, Any, type[Exception], str]] = [
         Accordion(1, 4, setting="density"),
         None,
         ValueError,
-        r"Invalid setting: 'density'. .* one of \['min_compression_rate', 'rank'",
+        r"Invalid setting: 'density'. .* one of \['batch_dims', 'min_compression_rate', 'rank'",
     ),
     (
         powersgd,

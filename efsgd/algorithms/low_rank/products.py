@@ -58,8 +58,8 @@ class LowRankAggregator(Aggregator):
         super().__init__(layout, placement)
         self.seed, self.warm_start, self._fusion = seed, warm_start, fusion
         self._dtype, self._device = dtype, device = placement.dtype, placement.device
-        self._P_shapes = [(len(b.entries), b.rows, rank_of(b)) for b in layout.batches]
-        self._Q_shapes = [(len(b.entries), rank_of(b), b.columns) for b in layout.batches]
+        self._P_shapes = [(len(b.matrices), b.rows, rank_of(b)) for b in layout.batches]
+        self._Q_shapes = [(len(b.matrices), rank_of(b), b.columns) for b in layout.batches]
         at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
         sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
         self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
@@ -81,7 +81,8 @@ class LowRankAggregator(Aggregator):
             P, Q = (torch.zeros(s, dtype=self._dtype, device=self._device) for s in shapes)
             M = torch.empty(batch.rows, batch.columns, dtype=P.dtype, device="meta")
             for entry in batch.entries:
-                own = [operand[entry.index] for operand in operands if entry.index in operand]
+                first, *_ = entry.matrices()  # all others are like it
+                own = [first.of(each[entry.index]) for each in operands if entry.index in each]
                 if self._fusion is None or not own:
                     continue
                 prepare = functools.partial(self._fusion.prepare, factors=(P, Q))
@@ -94,9 +95,9 @@ class LowRankAggregator(Aggregator):
         """A Q for each batch that nothing is known of yet: Algorithm 1, line 1."""
         drawn = views(self._zeros(self._Q_shapes), self._Q_shapes)
         for batch, queries in zip(self.layout.batches, drawn, strict=True):
-            for own, entry in zip(queries, batch.entries, strict=True):
+            for own, matrix in zip(queries, batch.matrices, strict=True):
                 shape = (batch.columns, rank_of(batch))
-                own.copy_(initial_query(seed, entry.index, *shape, step=step).mT)
+                own.copy_(initial_query(seed, matrix.number, *shape, step=step).mT)
         return drawn
 
     def _zeros(self, shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
@@ -147,23 +148,26 @@ class LowRank(Compressed):
         for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
             done: set[int] = set()
             if self.fusion is not None:
-                for position, index in enumerate(entry.index for entry in batch.entries):
-                    own = [operand[index] for operand in operands if index in operand]
-                    factors = P_hat[position], Q[position]
+                for position, matrix in enumerate(batch.matrices):
+                    index, factors = matrix.owner, (P_hat[position], Q[position])
+                    own = [matrix.of(each[index]) for each in operands if index in each]
                     if own and self.fusion.apply_(function, *factors, own, options):
-                        done.add(index)
-            for matrices, rows in batch.chunks(operands[0].keys() - done, self.scratch.numel()):
-                entries = batch.entries[matrices]
-                shape = (len(entries), rows.stop - rows.start, batch.columns)
+                        done.add(position)
+            for matrices, rows in batch.chunks(operands[0].keys(), self.scratch.numel(), done):
+                chosen = batch.matrices[matrices]
+                shape = (len(chosen), rows.stop - rows.start, batch.columns)
                 values = self.scratch[: math.prod(shape)].view(shape)
                 torch.bmm(P_hat[matrices, rows], Q[matrices], out=values)  # Alg. 1, line 11
                 products: list[Tensor] = []
                 others: list[list[Tensor]] = [[] for _ in operands]
                 is_whole = shape[1] == batch.rows  # then nothing is to be cut out
-                for value, entry in zip(values.unbind(), entries, strict=True):
-                    products.append(value.view(entry.shape if is_whole else (-1, *entry.shape[1:])))
+                for value, matrix in zip(values.unbind(), chosen, strict=True):
+                    own_shape = matrix.shape if is_whole else (-1, *matrix.shape[1:])
+                    products.append(value.view(own_shape))
                     for found, operand in zip(others, operands, strict=True):
-                        part = operand[entry.index]
+                        part = operand[matrix.owner]
+                        if matrix.place:
+                            part = part[matrix.place]
                         found.append(part if is_whole else part[rows])
                 function(products, *others, **options)
 
@@ -191,8 +195,8 @@ class LowRank(Compressed):
         for batch, P, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
             left, right = P.mT.double() @ P.double(), Q.double() @ Q.mT.double()  # [b, r, r]
             norms = (left * right).sum(dim=(1, 2))
-            pairs = zip(batch.entries, norms.unbind(), strict=True)
-            found += [norm for entry, norm in pairs if entry.index in wanted]
+            pairs = zip(batch.matrices, norms.unbind(), strict=True)
+            found += [norm for matrix, norm in pairs if matrix.owner in wanted]
         return found
 
 
@@ -211,8 +215,8 @@ def adopt_(
     """
     for batch, own, mean in zip(layout.batches, kept, means, strict=True):
         keep = (mean == 0).all(dim=dim, keepdim=True)
-        for position, entry in enumerate(batch.entries):
-            if entry.index in absent:
+        for position, matrix in enumerate(batch.matrices):
+            if matrix.owner in absent:
                 keep[position] = True
         torch.where(keep, own, mean, out=own)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from efsgd.compressors import LQSGD, Compressor, PowerSGD, TensorCompressor
-from efsgd.layout import matrix_shape
 from efsgd.randomness import Draws
 from efsgd.rank.accumulation import Accumulator, shared_table
 from efsgd.rank.approximation.spectra import exact_tails, power_tails
@@ -66,6 +65,7 @@ class ErrorTables:
     ) -> Exchange[list[list[float]]]:
         """A row for each layer, all of which have a sum, and a column for each value.
 
+        Of a stack it is the sum of what is missed of each matrix, as that of separate layers.
         It is the same on every worker, and not finite where sums have overflowed.
         """
         if self.gradients == "worker 0":
@@ -79,27 +79,33 @@ class ErrorTables:
             return (yield from self._shared(of_worker_0, layers, Broadcast))
         if isinstance(compressor, TensorCompressor):
             return (yield from self.tried(compressor, layers, accumulator.sums, worker))
-        shapes = {layer.index: matrix_shape(layer.shape) for layer in layers}
-        columns = {layer.index: self._ranks(compressor, layer) for layer in layers}
-        ranks = {index: max(own) for index, own in columns.items()}
+        columns = [self._ranks(compressor, layer) for layer in layers]
+        sums: Mapping[int, Tensor] = accumulator.sums
         if self.spectrum == "svd":
-            means = yield from accumulator.means()
-            matrices = {index: means[index].view(shape) for index, shape in shapes.items()}
+            sums = yield from accumulator.means()
+        matrices, ranks = {}, {}
+        for layer, own in zip(layers, columns, strict=True):
+            for each in layer.matrices():
+                matrices[each.number] = sums[each.owner][each.place].view(layer.matrix)
+                ranks[each.number] = max(own)
+        if self.spectrum == "svd":
             tails = yield from exact_tails(matrices, ranks, world_size, worker)
         else:
-            matrices = {i: accumulator.sums[i].view(shape) for i, shape in shapes.items()}
             tails = yield from power_tails(
                 matrices, ranks, iterations=self.iterations, sketch=self.sketch
             )
         # At rank 0 nothing is approximated.
         return [
-            [float(tails[index][rank]) if rank else 0.0 for rank in own]
-            for index, own in columns.items()
+            [
+                sum(float(tails[each.number][rank]) for each in layer.matrices()) if rank else 0.0
+                for rank in own
+            ]
+            for layer, own in zip(layers, columns, strict=True)
         ]
 
     def _ranks(self, compressor: Compressor, layer: Layer) -> list[int]:
         """Of the approximation at each value; 0 where the layer is sent uncompressed."""
-        most = min(matrix_shape(layer.shape))
+        most = min(layer.matrix)
         levels = [layer.level(compressor, self.setting, value) for value in self.values]
         pairs = zip(levels, self.values, strict=True)
         return [0 if level is None else min(int(value), most) for level, value in pairs]
@@ -122,10 +128,14 @@ class ErrorTables:
                 return 0.0
             if not tensor.isfinite().all():
                 return math.nan  # compressors are only ever given finite tensors
-            draws = Draws(operator.seed_of_draws, layer.index, 0, worker)
-            rest = tensor.clone()
-            operator.add_decompressed_(rest, operator.compress(tensor, draws), draws, -1.0)
-            return float(torch.linalg.vector_norm(rest, dtype=torch.float64))
+            total = 0.0
+            for each in layer.matrices():
+                draws = Draws(operator.seed_of_draws, each.number, 0, worker)
+                rest = tensor[each.place].clone()
+                payload = operator.compress(tensor[each.place], draws)
+                operator.add_decompressed_(rest, payload, draws, -1.0)
+                total += float(torch.linalg.vector_norm(rest, dtype=torch.float64))
+            return total
 
         def rows() -> list[list[float]]:
             return [[missed(layer, value) for value in self.values] for layer in layers]

@@ -12,7 +12,7 @@ import torch
 from efsgd.algorithms.interfaces import Placement
 from efsgd.compressors import Compressed, Compressor
 from efsgd.errors import CollectiveError
-from efsgd.layout import Blocks, Entry, Layout
+from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
 from efsgd.rank.accumulation import shared_table
 from efsgd.rank.checks import require_counts
@@ -115,7 +115,7 @@ def compression_seconds(
 
     def seconds(layer: Layer, value: Value) -> float:
         own = with_value(compressor, layer.settings, setting, value)
-        key = layer.shape, layer.dtype, layer.device, own.level(layer.shape, own.settings())
+        key = layer.dtype, layer.device, own.entry(0, layer.shape, own.settings())
         if key not in known:
             known[key] = _seconds_alone(own, layer, repeats, clock)
         return known[key]
@@ -134,7 +134,7 @@ def compression_seconds(
 
 def _seconds_alone(own: Compressor, layer: Layer, repeats: int, clock: Clock) -> float:
     settings, device, dtype = own.settings(), layer.device, layer.dtype
-    entry = Entry(0, layer.shape, own.level(layer.shape, settings))
+    entry = own.entry(0, layer.shape, settings)
     if entry.level is None:
         return 0.0
     layout = Layout.plan([entry])

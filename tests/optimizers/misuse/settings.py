@@ -17,7 +17,7 @@ STEPS = "Must be a number of steps, at least 0"
 FORM = "Pass momentum_form='sgd'"
 WHOLE = "must be the same in every group: set it in all of them"
 KINDS = "Must be None, or a dict from names of settings to a value for each parameter"
-NAMES = "Must be one of ['min_compression_rate', 'rank']"
+NAMES = "Must be one of ['batch_dims', 'min_compression_rate', 'rank']"
 LISTS = "Must be a list or a tuple, with a value or None for each parameter of the group"
 COUNT = "Must have one, or None, for each"
 
@@ -101,6 +101,7 @@ def numbers(*names: str) -> list[Setting]:
 EVERYWHERE = [
     *each("rank", (0, -1, 2.5, 2.0, "4", None, True, math.inf), INTEGER),
     *each("min_compression_rate", (-0.5, math.nan, "1", None), RATE),
+    *each("batch_dims", (-1, 0.5, "1", None, True), "Must be an integer of at least 0"),
     *each("momentum_form", ("SGD", "torch", None, 1), "Must be 'paper' or 'sgd'"),
     Setting("nesterov", True, FORM, given="nesterov=True"),
     Setting("dampening", 0.5, FORM, given="dampening=0.5"),
@@ -164,6 +165,8 @@ PER_PARAMETER = [
     per_parameter({"rank": (1, 1, [2])}, "Invalid rank: [2].", INTEGER),
     per_parameter({"min_compression_rate": (None, None, -1.0)},
                   "Invalid min_compression_rate: -1.0.", "for parameter 2 of the group"),
+    per_parameter({"batch_dims": (0, -1, 0)}, "Invalid batch_dims: -1.",
+                  "That is what per_parameter has for parameter 1 of the group"),
 ]  # fmt: skip
 
 _TABLE: list[tuple[list[Setting], list[Callable[[str, Any], Callable[[Run], object]]]]] = [

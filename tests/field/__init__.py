@@ -1,0 +1,1 @@
+"""What real programs do to an optimizer, in any order."""
