@@ -72,8 +72,9 @@ def _plain(value: Any) -> Any:
 
 
 def digest_of(groups: Iterable[Mapping[str, Any]], method: Method) -> int:
-    """A digest of what groups say, but for the number of the step, which travels in each step."""
-    said = [{**settings_said(group, method), "step": None} for group in groups]
+    """A digest of what groups with parameters say, but for counters."""
+    filled = (group for group in groups if group["params"])
+    said = [{**settings_said(group, method), "step": None} for group in filled]
     return zlib.crc32(repr(said).encode()) % DIGESTS
 
 

@@ -41,12 +41,13 @@ class GroupNotes:
         """The settings of the optimizer as a whole, which are those of any group."""
         return groups[0] if groups else self._defaults
 
-    def load(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def load(self, groups: Sequence[dict[str, Any]]) -> None:
         """Takes over the counters of groups that were loaded; their overrides are theirs."""
         self._own, self._seen = {}, {}
         for group in groups[:1]:
             self.step, self.worker = group["step"], group["worker"]
             self.world_size = group["world_size"]
+        self.settle(groups)
 
     def count_step(self, groups: Sequence[dict[str, Any]], context: tuple[int, int]) -> None:
         """A step was applied, with so many workers of which this one is one."""

@@ -68,6 +68,8 @@ class Plan:
         self._prepared: list[Hashable] = []
         # Of states that the last `update` changed: what they had under these names.
         self._replaced: list[tuple[State, dict[str, Tensor | None]]] = []
+        # Those that had no state before it, and where it is now.
+        self._added: list[tuple[MutableMapping[Tensor, State], Tensor]] = []
 
     @property
     def numerics(self) -> tuple[str, ...]:
@@ -156,7 +158,7 @@ class Plan:
         for info in self.infos:
             if info.is_trained:
                 _require_values(info)
-                self._complete_(state[info.parameter], info)
+                self._complete_(state, info)
                 self.states[info.index] = state[info.parameter]
         trained = {info.parameter for info in self.infos if info.is_trained}
         for info in (*before, *self.infos):
@@ -189,13 +191,15 @@ class Plan:
 
     def keep_changes(self) -> None:
         """The step is applied: what `update` has made of the state stays."""
-        self._replaced = []
+        self._replaced, self._added = [], []
 
     def undo_changes_(self) -> None:
         """Puts back what `update` has replaced in the state since then (modified in place).
 
         Those are factors of another rank, and what a tensor needs that was not compressed before.
         """
+        for state, parameter in self._added:
+            del state[parameter]
         for own, before in self._replaced:
             for name, value in before.items():
                 if value is None:
@@ -204,9 +208,10 @@ class Plan:
                     own[name] = value
         if self._replaced:
             self.invalidate()  # its views are those that were left out
-            self._replaced = []
+            self._replaced, self._added = [], []
 
-    def _complete_(self, own: State, info: ParameterInfo) -> None:
+    def _complete_(self, state: MutableMapping[Tensor, State], info: ParameterInfo) -> None:
+        is_new, own = info.parameter not in state, state[info.parameter]
         before = dict(own)
         try:
             complete_(own, info, self._method)
@@ -219,6 +224,8 @@ class Plan:
             }
             if replaced:
                 self._replaced.append((own, replaced))
+            if is_new:
+                self._added.append((state, info.parameter))
 
 
 def _require_values(info: ParameterInfo) -> None:

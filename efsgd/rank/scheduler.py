@@ -223,6 +223,7 @@ class RankScheduler:
     def _set(self, values: Mapping[int, Value]) -> None:
         chosen = {i.parameter: values[i.index] for i in self._infos() if i.index in values}
         set_overrides_(self.optimizer.param_groups, self.policy.setting, chosen)
+        self.optimizer.engine.notes.settle(self.optimizer.param_groups)
 
     def get_last_ranks(self) -> dict[str, Value]:
         """What each parameter is compressed to now, by its name; see `RankPolicy.setting`.

@@ -98,20 +98,38 @@ class Workers:
     def in_all(self, act: Callable[[PowerSGDOptimizer, int], Any]) -> list[Any]:
         return [act(optimizer, worker) for worker, optimizer in enumerate(self.optimizers)]
 
+    def put(self, slot: Slot, by: str, place: int) -> None:
+        """Puts a parameter into a group of its own, or into one that is there."""
+        for optimizer, parameter in zip(self.optimizers, slot.parameters, strict=True):
+            groups = optimizer.param_groups
+            if by == "group" or not groups:
+                optimizer.add_param_group({"params": [parameter]})
+            elif by == "append":
+                groups[place % len(groups)]["params"].append(parameter)
+            else:
+                groups[place % len(groups)]["params"].insert(place, parameter)
+        if by == "group":
+            self.fit_reference()  # all factors have been fitted to ranks
+
     # ---- steps ----------------------------------------------------------------------------------
 
     def give_gradients(self) -> list[list[Tensor | None]]:
-        """New gradients for every parameter: some are missing, some are zero."""
+        """New gradients for every parameter: some are missing, some are zero.
+
+        Of a parameter they are never zero on all workers: what is left of errors then has a low
+        rank, and columns that are rounding have other directions in the reference.
+        """
         self.seed += 1
-        draw, made = random.Random(self.seed), []
-        for worker in range(self.world_size):
-            own: list[Tensor | None] = []
-            for slot in self.slots:
-                shape, kind = self.reference.shapes[slot.number], draw.randrange(6)
+        draw = random.Random(self.seed)
+        made: list[list[Tensor | None]] = [[] for _ in range(self.world_size)]
+        for slot in self.slots:
+            shape, is_missing = self.reference.shapes[slot.number], draw.randrange(6) == 0
+            whole = draw.randrange(self.world_size)
+            for worker, own in enumerate(made):
+                kind = 2 if worker == whole else draw.randrange(4)
                 gradient = gaussian(shape, 97 * self.seed + 13 * worker + slot.number)
-                own.append(None if kind == 0 else gradient * (kind != 1))
+                own.append(None if is_missing or kind == 0 else gradient * (kind != 1))
                 slot.parameters[worker].grad = own[-1]
-            made.append(own)
         return made
 
     def step(self, mode: Callable[[], Any] = contextlib.nullcontext) -> None:
@@ -146,9 +164,9 @@ class Workers:
             fresh = initial_query(SEED, info.index, m, min(n, m, hyper.rank))
             kept = self.reference.queries[number]
             if kept is None:
-                own = self.optimizers[0].state[info.parameter].get("q", fresh)
-                self.reference.queries[number] = own.clone()
-            elif kept.shape != fresh.shape:
+                kept = self.optimizers[0].state[info.parameter].get("q", fresh).clone()
+                self.reference.queries[number] = kept
+            if kept.shape != fresh.shape:
                 self.reference.queries[number] = naive_resized(kept, fresh)
 
     def refuse(self, error: type[Exception], words: str, act: Callable[[], object]) -> None:
@@ -168,14 +186,15 @@ class Workers:
         assert all(replicated(optimizer) == first for optimizer in self.optimizers)
         for slot in self.present():
             expected = self.reference.parameters[slot.number]
-            assert difference(slot.parameters[0], expected) < ROUNDING, slot.number
+            apart = difference(slot.parameters[0], expected)
+            assert apart < ROUNDING, (slot.number, apart)
             for worker, optimizer in enumerate(self.optimizers):
                 state = optimizer.state[slot.parameters[worker]]
                 error = self.reference.errors[worker][slot.number]
                 if "error" in state and slot.is_known:
                     scale = max(1.0, float(error.abs().max()))
                     apart = float((state["error"] - error).abs().max())
-                    assert apart < ROUNDING * scale, slot.number
+                    assert apart < ROUNDING * scale, (slot.number, apart)
         counts = {o.param_groups[0]["step"] for o in self.optimizers if o.param_groups}
         assert len(counts) <= 1
 
@@ -209,9 +228,11 @@ class Workers:
 
     def decide(self) -> None:
         """The policy decides, and a window begins; nothing does where no step was taken."""
+        if not self.schedulers:
+            return
         count = len(self.schedulers)
         lockstep([s.exchange(count, worker) for worker, s in enumerate(self.schedulers)])
-        if self.schedulers and self.schedulers[0]._last_step == self.reference.step_number:
+        if self.schedulers[0]._last_step == self.reference.step_number:
             self.begin_window()
 
     # ---- checkpoints ----------------------------------------------------------------------------
@@ -247,6 +268,7 @@ class Workers:
         ]  # fmt: skip
         for optimizer, state_dict in zip(self.optimizers, saved, strict=True):
             optimizer.load_state_dict(copy.deepcopy(state_dict))
+        self.fit_reference()  # loading has fitted factors to ranks
         self.begin_scheduling()
 
     def consolidated(self) -> Any:

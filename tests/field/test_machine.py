@@ -101,7 +101,7 @@ class FieldMachine(RuleBasedStateMachine):
         optimizer = workers.optimizers[place % workers.world_size]
         if not any(s.parameters[0].requires_grad for s in workers.present()):
             return
-        group = optimizer.param_groups[0]
+        group = next(group for group in optimizer.param_groups if group["params"])
         before = group[name]
         group[name] = True if name == "nesterov" else before + 1
         workers.give_gradients()
@@ -117,6 +117,7 @@ class FieldMachine(RuleBasedStateMachine):
                 own = list((group["per_parameter"] or {}).get("rank", [None] * 9))
                 own[place % len(group["params"])] = rank
                 group["per_parameter"] = {"rank": tuple(own[: len(group["params"])])}
+                optimizer.state_dict()  # what was set is known before parameters change
 
         self.workers.in_all(change)
 
@@ -145,8 +146,7 @@ class FieldMachine(RuleBasedStateMachine):
     def a_parameter_is_new(self, by: str, place: int) -> None:
         workers = self.workers
         if len(workers.slots) < 9:
-            slot = workers.new_slot()
-            workers.in_all(lambda o, w: put(o, slot.parameters[w], by, place))
+            workers.put(workers.new_slot(), by, place)
 
     @rule(place=small)
     def a_parameter_is_taken_out(self, place: int) -> None:
@@ -163,8 +163,7 @@ class FieldMachine(RuleBasedStateMachine):
         workers = self.workers
         absent = workers.absent()
         if absent:
-            slot = absent[place % len(absent)]
-            workers.in_all(lambda o, w: put(o, slot.parameters[w], by, place))
+            workers.put(absent[place % len(absent)], by, place)
 
     @rule(place=small)
     def a_group_is_taken_out(self, place: int) -> None:
@@ -207,16 +206,6 @@ class FieldMachine(RuleBasedStateMachine):
         workers = self.workers
         if workers.present():
             workers.resume(world_size, [workers.consolidated()] * world_size)
-
-
-def put(optimizer: Any, parameter: Any, by: str, place: int) -> None:
-    groups = optimizer.param_groups
-    if by == "group" or not groups:
-        optimizer.add_param_group({"params": [parameter]})
-    elif by == "append":
-        groups[place % len(groups)]["params"].append(parameter)
-    else:
-        groups[place % len(groups)]["params"].insert(place, parameter)
 
 
 TestField = FieldMachine.TestCase
