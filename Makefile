@@ -62,6 +62,10 @@ QUICK := tests/promises tests/test_floors.py \
 test-quick: $(VENV)/.with-test ## run the tests of the promises, on few examples (about a minute)
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) $(QUICK)
 
+.PHONY: test-long
+test-long: $(VENV)/.with-test ## do everything to optimizers, in 10,000 orders (an hour or more)
+	FIELD_RUNS=10000 FIELD_RULES=50 $(BIN)/python -m pytest --timeout 0 $(PYTEST_FLAGS) tests/field/test_machine.py
+
 .PHONY: test-kill
 test-kill: $(VENV)/.with-test ## kill workers at random points; what resumes must end the same (minutes)
 	$(BIN)/python -m tests.checkpoint.kill_and_resume $(KILL_FLAGS)

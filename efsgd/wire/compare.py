@@ -63,15 +63,19 @@ def compare(
 
 @dataclass(frozen=True)
 class GradientSummary:
-    """What workers need to know of each other's gradients, before the first step.
+    """What workers need to know of each other before the first step, besides what must be equal.
 
     Attributes:
-        digest: of all values; 0 where all are zero.
+        digest: of all gradients' values; 0 where all are zero.
         is_sparse: of each gradient.
+        threads: how many this worker computes with on a CPU.
+        vector_units: of its CPU, a digest of the name that torch has for them.
     """
 
     digest: int
     is_sparse: tuple[bool, ...]
+    threads: int = 1
+    vector_units: int = 0
 
     @classmethod
     def of(cls, gradients: Sequence[Tensor | None]) -> Self:
@@ -80,16 +84,20 @@ class GradientSummary:
         is_sparse = tuple(g is not None and g.layout != torch.strided for g in gradients)
         has_any = any(bool(real_view(gradient).any()) for gradient in present)
         checksums = repr([checksum(gradient) for gradient in present])
-        return cls(_digest(checksums.encode()) if has_any else 0, is_sparse)
+        units = _digest(torch.backends.cpu.get_cpu_capability().encode())
+        digest = _digest(checksums.encode()) if has_any else 0
+        return cls(digest, is_sparse, torch.get_num_threads(), units)
 
 
 def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchange[frozenset[int]]:
-    """Warns if all workers' gradients are bitwise equal: then there is nothing left to average.
+    """Warns of gradients that are averaged already, and of workers that round differently.
 
     Returns the positions of the gradients that are sparse on any worker.
     """
     own, is_sparse = [summary.digest, int(any(summary.is_sparse))], summary.is_sparse
+    own += [summary.threads, summary.vector_units]
     summaries = (yield _gather(own, device, "digests of gradients")).cpu()
+    _warn_of_rounding(summaries[:, 2:], device)
     if len(summaries) > 1 and own[0] != 0 and bool((summaries[:, 0] == own[0]).all()):
         warn_user(
             "All workers have bitwise equal gradients, as if they had already been averaged. "
@@ -102,6 +110,22 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
         return frozenset()
     flags = yield _gather(list(map(int, is_sparse)), device, "which gradients are sparse")
     return frozenset(flags.cpu().any(dim=0).nonzero().flatten().tolist())
+
+
+def _warn_of_rounding(arithmetic: Tensor, device: torch.device) -> None:
+    """Warns where some workers' CPUs compute otherwise: QR and SVD of tall matrices show it."""
+    if device.type != "cpu" or bool((arithmetic == arithmetic[0]).all()):
+        return
+    threads = arithmetic[:, 0].tolist()
+    what = f"with {', '.join(map(str, threads))} threads (worker by worker)"
+    if len(set(threads)) == 1:
+        what = "on CPUs with different vector units"
+    warn_user(
+        f"The workers compute {what}, and round differently in QR and SVD of tall matrices: their "
+        f"parameters may drift apart by rounding. Let all have the same number of threads "
+        f"(OMP_NUM_THREADS=1, or torch.set_num_threads), on machines of one kind; or call "
+        f"optimizer.broadcast_parameters() on all of them from time to time."
+    )
 
 
 def broadcast_values(tensors: Sequence[Tensor], source: int) -> Exchange[None]:
