@@ -15,8 +15,7 @@ from torch import Tensor
 
 from efsgd.algorithms.error_feedback import exchange_gradients
 from efsgd.engine.consistency import describe, replicated
-from efsgd.engine.notes import GroupNotes
-from efsgd.engine.parameters import Groups, device_of, list_parameters
+from efsgd.engine.parameters import GroupNotes, Groups, device_of, list_parameters
 from efsgd.engine.plan import Plan, Signature
 from efsgd.engine.state import State
 from efsgd.engine.update import Method

@@ -1,7 +1,14 @@
-"""The parameters of an optimizer, one by one."""
+"""The parameters of an optimizer, one by one, and what its groups say of them.
+
+`param_groups` is a list that anybody may change between steps: parameters and whole groups come,
+go, come back and change places. A group that was elsewhere for a while has old counters, and
+`per_parameter` is by position. So counters and overrides are kept in `GroupNotes`, by parameter;
+what the groups have is a copy of them, which a state_dict saves.
+"""
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -42,21 +49,6 @@ def overrides_of(group: Mapping[str, Any], position: int) -> dict[str, Any]:
     return {name: value for name, value in chosen if value is not None}
 
 
-def set_overrides_(
-    groups: Iterable[dict[str, Any]], name: str, values: Mapping[Tensor, Any]
-) -> None:
-    """Gives single parameters values of a setting.
-
-    Those left out keep what they have. `per_parameter` is replaced where it changes.
-    """
-    for group in groups:
-        own, parameters = group.get(PER_PARAMETER) or {}, group["params"]
-        before = tuple(own.get(name, [None] * len(parameters)))
-        after = tuple(values.get(p, old) for p, old in zip(parameters, before, strict=True))
-        if after != before:
-            group[PER_PARAMETER] = {**own, name: after}
-
-
 def frozen(group: Mapping[str, Any]) -> Overrides:
     """What `per_parameter` says, to be compared with what it says later."""
     own = group.get(PER_PARAMETER)
@@ -70,57 +62,6 @@ def require_dense(gradient: Tensor | None) -> None:
             "Signum does not take sparse gradients: it sends a sign for every element all the "
             "same. Use dense ones, for example nn.Embedding(..., sparse=False)."
         )
-
-
-def validate_per_parameter(group: Mapping[str, Any], compressor: Compressor) -> None:
-    """Checks the compressor's settings in a group, and what it says about single parameters."""
-    compressor.validate(group)
-    own = group.get(PER_PARAMETER)
-    if own is None:
-        return
-    if not isinstance(own, dict):
-        raise TypeError(
-            f"Invalid per_parameter: {own!r}. Must be None, or a dict from names of settings to "
-            f"a value for each parameter of the group, for example {{'rank': [4, 2]}}."
-        )
-    allowed = sorted(set(compressor.settings()) - set(compressor.shared_settings()))
-    count = len(group.get("params", ()))
-    for name, values in own.items():
-        if name not in allowed:
-            choices = f"one of {allowed}" if allowed else "None: this compressor has none"
-            raise ValueError(
-                f"Invalid per_parameter: {name!r} is no setting that single parameters may have. "
-                f"Must be {choices}."
-            )
-        if not isinstance(values, list | tuple):
-            raise TypeError(
-                f"Invalid per_parameter: {name!r} has {values!r}. Must be a list or a tuple, with "
-                f"a value or None for each parameter of the group."
-            )
-        if len(values) != count:
-            raise ValueError(
-                f"Invalid per_parameter: {name!r} has {len(values)} values for {count} parameters. "
-                f"Must have one, or None, for each."
-            )
-    _validate_values(group, compressor, count if own else 0)
-
-
-def _validate_values(group: Mapping[str, Any], compressor: Compressor, count: int) -> None:
-    """Checks the settings of each parameter; those that occur several times, once."""
-    seen: set[str] = set()
-    for position in range(count):
-        chosen = overrides_of(group, position)
-        text = repr(chosen)  # 1, 1.0 and True are equal, and not all of them are ranks
-        if text in seen:
-            continue
-        seen.add(text)
-        try:
-            compressor.validate({**group, **chosen})
-        except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(
-                f"{error} That is what per_parameter has for parameter {position} of the group."
-            ) from error
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -237,3 +178,78 @@ def list_parameters(
 def _count_matrices(parameter: Tensor, batch_dims: int) -> int:
     """How many matrices a parameter is; one that has no shape yet is one."""
     return math.prod(parameter.shape[:batch_dims]) if batch_dims and not is_lazy(parameter) else 1
+
+
+class GroupNotes:
+    """Counters of an optimizer, and settings of its single parameters.
+
+    Attributes:
+        step: the number of steps that were taken.
+        worker: whose errors are in the state.
+        world_size: the number of workers at the last step; 0 if the errors are nobody's in
+            particular.
+
+    Args:
+        defaults: settings of a group that has none of its own.
+    """
+
+    def __init__(self, defaults: Mapping[str, Any]) -> None:
+        self._defaults = defaults
+        self.step, self.worker, self.world_size = 0, 0, 0
+        # What each parameter that ever had overrides has, and what the groups were when last seen.
+        self._own: dict[Tensor, dict[str, Any]] = {}
+        self._seen: dict[int, tuple[dict[str, Any], list[Tensor], Overrides]] = {}
+
+    def shared(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The settings of the optimizer as a whole, which are those of any group."""
+        return groups[0] if groups else self._defaults
+
+    def load(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Takes over the counters of groups that were loaded; their overrides are theirs."""
+        self._own, self._seen = {}, {}
+        for group in groups[:1]:
+            self.step, self.worker = group["step"], group["worker"]
+            self.world_size = group["world_size"]
+        self.settle(groups)
+
+    def count_step(self, groups: Sequence[dict[str, Any]], context: tuple[int, int]) -> None:
+        """A step was applied, with so many workers of which this one is one."""
+        self.step, (self.world_size, self.worker) = self.step + 1, context
+        self.write_counters(groups)
+
+    def write_counters(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Brings the counters in the groups up to date."""
+        for group in groups:
+            group["step"], group["worker"] = self.step, self.worker
+            group["world_size"] = self.world_size
+
+    def settle(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Brings groups up to date that may have been elsewhere, or have other parameters now."""
+        self.write_counters(groups)
+        for group in groups:
+            if self._own or group.get(PER_PARAMETER):
+                self._align(group)
+
+    def _align(self, group: dict[str, Any]) -> None:
+        """Overrides move with their parameters, unless they were set anew with these."""
+        parameters, given = group["params"], group.get(PER_PARAMETER) or {}
+        if not isinstance(given, dict) or not all(
+            isinstance(v, list | tuple) for v in given.values()
+        ):
+            return  # whoever checks it says so
+        said = frozen(group)
+        _, before, said_before = self._seen.get(id(group), (group, parameters, said))
+        has_moved = len(before) != len(parameters) or any(map(operator.is_not, before, parameters))
+        if has_moved and said == said_before:
+            own = [self._own.get(parameter, {}) for parameter in parameters]
+            names = sorted({name for each in own for name in each})
+            group[PER_PARAMETER] = {n: tuple(each.get(n) for each in own) for n in names} or None
+            said = frozen(group)
+        elif any(len(values) != len(parameters) for _, values in said):
+            return
+        for place, parameter in enumerate(parameters):
+            if chosen := overrides_of(group, place):
+                self._own[parameter] = chosen
+            else:
+                self._own.pop(parameter, None)
+        self._seen[id(group)] = group, list(parameters), said

@@ -9,8 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.engine.buckets import by_kind, make_bucket, memory_of
-from efsgd.engine.notes import GroupNotes
-from efsgd.engine.parameters import Groups, ParameterInfo, frozen, list_parameters
+from efsgd.engine.parameters import GroupNotes, Groups, ParameterInfo, frozen, list_parameters
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
 from efsgd.engine.update import Method, Rules, prepare_updates
 from efsgd.profiling import Phases

@@ -13,10 +13,10 @@ from torch import Tensor
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
 from efsgd.engine.consistency import digest_of, drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
-from efsgd.engine.notes import GroupNotes
 from efsgd.engine.observation import Watcher, observe
 from efsgd.engine.parameters import (
     PER_PARAMETER,
+    GroupNotes,
     Groups,
     device_of,
     list_parameters,

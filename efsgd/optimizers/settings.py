@@ -10,7 +10,8 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.majority_vote import LOCAL_FORM
 from efsgd.checks import is_integer, is_number, plain, require_bool, require_choice
-from efsgd.engine.parameters import PER_PARAMETER, validate_per_parameter
+from efsgd.engine.overrides import validate_per_parameter
+from efsgd.engine.parameters import PER_PARAMETER
 
 #: Names of torch.optim.SGD's settings.
 SGD_SETTINGS = (

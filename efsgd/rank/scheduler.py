@@ -11,7 +11,8 @@ import torch
 from torch.optim import Optimizer
 
 from efsgd.engine.observation import Observation
-from efsgd.engine.parameters import ParameterInfo, device_of, list_parameters, set_overrides_
+from efsgd.engine.overrides import set_overrides_
+from efsgd.engine.parameters import ParameterInfo, device_of, list_parameters
 from efsgd.errors import CollectiveError, WorkerMismatchError
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.rank.base import RankPolicy
@@ -121,9 +122,8 @@ class RankScheduler:
         return layers_of(infos, groups, optimizer.compressor, policy.setting, values, self._lr_of)
 
     def _background(self, layers: Sequence[Layer], world_size: int) -> Background:
-        indices = {layer.index for layer in layers}
-        collectives = self.optimizer.communication_stats()["collectives"]
-        return Background.of(self._infos(), indices, world_size, collectives)
+        indices, sent = {layer.index for layer in layers}, self.optimizer.communication_stats()
+        return Background.of(self._infos(), indices, world_size, sent["collectives"])
 
     def _observe(self, observation: Observation) -> None:
         if self._step_number != self._seen:  # a step has a part for each device and dtype
