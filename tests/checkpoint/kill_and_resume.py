@@ -22,10 +22,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.checkpoint import killed_worker as script
 from tests.checkpoint.killed_worker import EVERY, STEPS, Kill
-from tests.launcher import environment
+from tests.launcher import Finished, environment, run_programs
 
 LIMIT = 170  # seconds for a launch with all its lives, of which loading torch takes most
 
@@ -51,10 +52,16 @@ class Ending:
 def launch(task: str, world_size: int, kills: Sequence[Kill], folder: Path) -> Ending:
     """Trains to the end, through all kills."""
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world_size}", f"--max-restarts={len(kills)}"]
-    command += [script.__file__, task, str(folder), json.dumps([asdict(kill) for kill in kills])]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    program = [script.__file__, task, str(folder), json.dumps([asdict(kill) for kill in kills])]
+    done: Finished | subprocess.CompletedProcess[str]
+    if kills:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={world_size}", f"--max-restarts={len(kills)}", *program]
+        given: Any = {"capture_output": True, "text": True, "timeout": LIMIT}
+        done = subprocess.run(command, env=environment(), **given)
+    else:  # none will be started anew
+        first = {"TORCHELASTIC_RESTART_COUNT": "0"}
+        done = run_programs(program, world_size, variables=first)
     if done.returncode != 0:
         raise RuntimeError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     found = [json.loads((folder / f"{w}.json").read_text()) for w in range(world_size)]
