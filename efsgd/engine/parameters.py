@@ -196,6 +196,8 @@ class GroupNotes:
     def __init__(self, defaults: Mapping[str, Any]) -> None:
         self._defaults = defaults
         self.step, self.worker, self.world_size = 0, 0, 0
+        # What was last written to each group: whoever writes other counters there means them.
+        self._written: dict[int, tuple[dict[str, Any], tuple[int, int, int]]] = {}
         # What each parameter that ever had overrides has, and what the groups were when last seen.
         self._own: dict[Tensor, dict[str, Any]] = {}
         self._seen: dict[int, tuple[dict[str, Any], list[Tensor], Overrides]] = {}
@@ -206,7 +208,7 @@ class GroupNotes:
 
     def load(self, groups: Sequence[dict[str, Any]]) -> None:
         """Takes over the counters of groups that were loaded; their overrides are theirs."""
-        self._own, self._seen = {}, {}
+        self._own, self._seen, self._written = {}, {}, {}
         for group in groups[:1]:
             self.step, self.worker = group["step"], group["worker"]
             self.world_size = group["world_size"]
@@ -219,12 +221,18 @@ class GroupNotes:
 
     def write_counters(self, groups: Sequence[dict[str, Any]]) -> None:
         """Brings the counters in the groups up to date."""
+        counters = self.step, self.worker, self.world_size
         for group in groups:
-            group["step"], group["worker"] = self.step, self.worker
-            group["world_size"] = self.world_size
+            group["step"], group["worker"], group["world_size"] = counters
+            self._written[id(group)] = group, counters
 
     def settle(self, groups: Sequence[dict[str, Any]]) -> None:
         """Brings groups up to date that may have been elsewhere, or have other parameters now."""
+        for group in groups:
+            _, written = self._written.get(id(group), (group, None))
+            found: Any = group.get("step"), group.get("worker"), group.get("world_size")
+            if written is not None and found != written and None not in found:
+                self.step, self.worker, self.world_size = found  # as torch swaps states in and out
         self.write_counters(groups)
         for group in groups:
             if self._own or group.get(PER_PARAMETER):
@@ -240,7 +248,7 @@ class GroupNotes:
         said = frozen(group)
         _, before, said_before = self._seen.get(id(group), (group, parameters, said))
         has_moved = len(before) != len(parameters) or any(map(operator.is_not, before, parameters))
-        if has_moved and said == said_before:
+        if has_moved and said == said_before and not self._are_others(parameters, len(before)):
             own = [self._own.get(parameter, {}) for parameter in parameters]
             names = sorted({name for each in own for name in each})
             group[PER_PARAMETER] = {n: tuple(each.get(n) for each in own) for n in names} or None
@@ -253,3 +261,8 @@ class GroupNotes:
             else:
                 self._own.pop(parameter, None)
         self._seen[id(group)] = group, list(parameters), said
+
+    def _are_others(self, parameters: Sequence[Tensor], count: int) -> bool:
+        """Whether as many stand there that were never seen: torch swaps them in like that."""
+        known = {id(parameter) for _, seen, _ in self._seen.values() for parameter in seen}
+        return len(parameters) == count and known.isdisjoint(map(id, parameters))

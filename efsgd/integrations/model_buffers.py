@@ -178,6 +178,6 @@ def _write_(buffer: Tensor, flat: Tensor) -> None:
     if flat.dtype == torch.uint8:
         flat = flat.clone().view(buffer.dtype)  # bytes may lie anywhere, numbers may not
     elif buffer.is_complex():
-        flat = torch.view_as_complex(flat.view(-1, 2))
+        flat = torch.view_as_complex(flat.clone().view(-1, 2))  # pairs may not lie anywhere
     with torch.inference_mode(buffer.is_inference()), torch.no_grad():
         buffer.copy_(flat.view(buffer.shape))

@@ -3,9 +3,10 @@
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -124,8 +125,10 @@ class StatefulOptimizer(Optimizer):
         """
         groups, whole = self.settled_groups, self.state
         present = {parameter for group in groups for parameter in group["params"]}
-        if not present.issuperset(whole):
-            self.state = defaultdict(dict, {p: own for p, own in whole.items() if p in present})
+        keys: Iterable[object] = whole  # anybody may keep things there by other keys
+        gone = {key for key in keys if isinstance(key, Tensor) and key not in present}
+        if gone:
+            self.state = defaultdict(dict, {k: own for k, own in whole.items() if k not in gone})
         try:
             return super().state_dict()
         finally:

@@ -158,9 +158,9 @@ def test_settings_of_single_parameters_move_with_them() -> None:
 def test_what_changes_in_place_is_noticed() -> None:
     optimizer, parameters = after_two_steps()
     group = optimizer.param_groups[0]
-    group["lr"], group["notes"] = np.array(0.5), np.arange(3)
+    group["lr"], group["notes"] = torch.tensor(0.5), np.arange(3)
     optimizer.step()
-    group["lr"][...] = 0
+    group["lr"].zero_()
     group["notes"] = np.arange(4)  # of the user, and compared with nothing
     before = bits(parameters)
     optimizer.step()

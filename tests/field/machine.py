@@ -203,7 +203,8 @@ class Workers:
     def begin_scheduling(self) -> None:
         self.schedulers: list[RankScheduler] = []
         self.sums: dict[int, list[Tensor]] = {}
-        if self.adaptive:
+        matrices = [s for s in self.present() if len(self.reference.shapes[s.number]) > 1]
+        if self.adaptive and matrices:
             self.schedulers = [
                 RankScheduler(o, Accordion(low=1, high=2, interval=1)) for o in self.optimizers
             ]

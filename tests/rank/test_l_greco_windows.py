@@ -184,7 +184,8 @@ def test_a_layer_that_had_no_gradients_keeps_the_reference_s_rank_while_others_c
     workers = greco()
     for _ in range(3):
         gradients = [workers.gradients(worker) for worker in range(2)]
-        workers.step([[own[0], own[1], 0 * own[2], own[3]] for own in gradients])
+        # One of the others is far larger, so that ranks move to it.
+        workers.step([[own[0], own[1], 0 * own[2], 100 * own[3]] for own in gradients])
     workers.decide()
     assert workers.values[1] == 2 and workers.values != [2, 2, 2]
 

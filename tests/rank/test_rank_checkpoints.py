@@ -221,7 +221,7 @@ REFUSED = {
     ),
     "another model's": (
         lambda: alike(shapes=[SQUARE, SQUARE]),
-        "has the rank of parameters [0, 1], and here Accordion has the rank of [0, 1, 3]. Make",
+        "it is of 2 parameters, and the optimizer has 4. Make model and optimizer as they were",
     ),
     "of other shapes": (
         lambda: alike(shapes=[*SHAPES[:3], (9, 3, 3, 3)]),
