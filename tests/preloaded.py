@@ -1,6 +1,7 @@
 """What workers of tests need, loaded once: they are forked from a process that has it."""
 
 import contextlib
+import gc
 import importlib
 import warnings
 
@@ -24,3 +25,5 @@ with warnings.catch_warnings():
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+
+gc.freeze()  # else the first collection in each process would copy all that it shares

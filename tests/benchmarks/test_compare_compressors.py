@@ -37,7 +37,7 @@ def sent_per_step(runs: dict[str, Any], control_words: int) -> dict[str, float]:
 
 def test_methods_of_a_budget_send_as_much_as_its_rank(tmp_path: Path) -> None:
     short = ["--workers", "2", "--epochs", "1", "--seeds", "1", "--batch-size", "64"]
-    done = run(SCRIPT, *short, "--medium-rank", "3", "--all", "--output", str(tmp_path))
+    done = run(SCRIPT, *short, "--medium-rank", "3", "--all", "--output", str(tmp_path), workers=2)
     assert done.returncode == 0, done.stderr
     for words in ("Budget", "All-reduce", "Medium", "High", "Further", "Sign+Norm", "Signum"):
         assert words in done.stdout

@@ -56,7 +56,10 @@ WITHOUT_ERROR_FEEDBACK: list[Any] = [
 
 @pytest.mark.parametrize("compressor", EVERY_COMPRESSOR, ids=repr)
 def test_the_laws_hold(compressor: Any) -> None:
-    check_compressor(compressor, processes=0)
+    first = next(each for each in EVERY_COMPRESSOR if type(each) is type(compressor))
+    # What depends on the number of workers does so for all settings of a class.
+    options: dict[str, Any] = {} if compressor is first else {"world_sizes": (1, 3)}
+    check_compressor(compressor, processes=0, **options)
 
 
 @pytest.mark.parametrize("compressor", WITHOUT_ERROR_FEEDBACK, ids=repr)

@@ -61,7 +61,7 @@ def test_what_is_sent_are_steps_of_the_ranks_that_are_shown_and_decisions() -> N
 
 def test_the_script(tmp_path: Path) -> None:
     short = ["--workers", "2", "--epochs", "1", "--seeds", "1", "--batch-size", "256"]
-    done = run("examples/adaptive_rank.py", *short, "--output", str(tmp_path))
+    done = run("examples/adaptive_rank.py", *short, "--output", str(tmp_path), workers=2)
     assert done.returncode == 0, done.stderr
     for words in (*METHODS, "Test perplexity", "million floats", "Of it decisions", "seconds"):
         assert words in done.stdout

@@ -142,7 +142,8 @@ def test_the_comparisons(
 ) -> None:
     short = ["--workers", "2", "--epochs", "1", "--seeds", str(seeds), "--output", str(tmp_path)]
     short += ["--batch-size", "256"]  # of few steps
-    done = run(f"examples/{name}.py", *short)
+    # One of them starts its workers itself.
+    done = run(f"examples/{name}.py", *short, workers=1 if name == "any_optimizer" else 2)
     assert done.returncode == 0, done.stderr
     for words in ("Algorithm", *methods, "Data sent per epoch", "Time per batch"):
         assert words in done.stdout
