@@ -50,7 +50,7 @@ demo-adaptive: $(VENV)/.with-examples ## fixed ranks beside ranks that change as
 	$(BIN)/python examples/adaptive_rank.py $(DEMO_FLAGS)
 
 .PHONY: test
-test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about ten minutes on two cores)
+test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about twelve minutes on two cores)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
 
 # The promises on few examples, the floors, the laws for four compressors, and two real processes.
@@ -59,7 +59,7 @@ QUICK := tests/promises tests/test_floors.py \
 	"tests/wire/test_processes.py::test_processes_compute_what_lockstep_computes[2 workers]"
 
 .PHONY: test-quick
-test-quick: $(VENV)/.with-test ## run the tests of the promises, on few examples (about a minute)
+test-quick: $(VENV)/.with-test ## run the tests of the promises, on few examples (a minute and a half)
 	HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS) $(QUICK)
 
 .PHONY: test-long
