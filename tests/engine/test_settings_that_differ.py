@@ -84,10 +84,6 @@ def test_equal_numbers_of_other_types_do_not_differ() -> None:
     step_together(workers)
 
 
-def test_no_byte_more_is_sent() -> None:
-    assert ControlWords.count(5, 3) == 8
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_digest_of_any_of_many_workers_is_read_as_it_was_written(dtype: torch.dtype) -> None:
     world_size, count = 64, 1000
