@@ -1,14 +1,15 @@
-"""What one worker brings to a step, shown to those who decide how far later steps compress."""
+"""What one worker brings to a step: who makes it within the step, and who is shown it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.layout import real_view
+from efsgd.wire.collectives import Exchange
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Observation:
 
 #: Is shown each step of an optimizer.
 Watcher: TypeAlias = Callable[[Observation], None]
+
+
+class Preparation(Protocol):
+    """Makes the gradients of a step, as part of it: no step of the optimizer is without it.
+
+    What it raises is told to the other workers, like all that keeps a worker from taking part.
+    """
+
+    def prepare(self, world_size: int, worker: int) -> None:
+        """Sets `p.grad` of this worker, before anything reads it."""
+
+    def agree(self, world_size: int, worker: int) -> Exchange[None]:
+        """What workers tell each other where they compare what they train."""
 
 
 def observe(
