@@ -66,7 +66,7 @@ class PrivateOptimizer(Wrapper):
         >>> model(torch.ones(8, 64)).square().mean().backward()
         >>> optimizer.step()
         >>> round(optimizer.guarantees(delta=1e-5)["messages"]["rdp"], 3)
-        1.306
+        0.956
 
     Source: Abadi et al., CCS 2016, arXiv 1607.00133, Algorithm 1; with compression: Lin, arXiv
     2211.00734.
