@@ -28,6 +28,7 @@ from efsgd import (
     SignNorm,
     Signum,
     SpectralAtomo,
+    SymmetricQuantized,
     TopK,
     UniformQuantized,
 )
@@ -46,6 +47,7 @@ CANDIDATES: dict[str, Any] = {
     "Top K of all, 1/100": TopK(density=0.01, scope="model"),
     "Sign+Norm": SignNorm(),
     "8 bits": UniformQuantized(bits=8),
+    "8 bits, symmetric": SymmetricQuantized(bits=8),
     "4 bits, stochastic": UniformQuantized(bits=4, stochastic=True),
     "Signum": None,
 }

@@ -9,6 +9,7 @@ from efsgd.compressors.random_block import RandomBlock
 from efsgd.compressors.random_k import RandomK
 from efsgd.compressors.sign_norm import SignNorm
 from efsgd.compressors.spectral_atomo import SpectralAtomo
+from efsgd.compressors.symmetric_quantized import SymmetricQuantized
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.compressors.top_k import TopK
 from efsgd.compressors.uniform_quantized import UniformQuantized
@@ -27,6 +28,7 @@ __all__ = [
     "RandomK",
     "SignNorm",
     "SpectralAtomo",
+    "SymmetricQuantized",
     "TensorCompressor",
     "TopK",
     "UniformQuantized",

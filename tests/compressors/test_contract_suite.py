@@ -13,6 +13,7 @@ from efsgd import (
     RandomK,
     SignNorm,
     SpectralAtomo,
+    SymmetricQuantized,
     TopK,
     UniformQuantized,
 )
@@ -42,6 +43,7 @@ EVERY_COMPRESSOR: list[Any] = [
     SignNorm(),
     UniformQuantized(bits=8),
     UniformQuantized(bits=3, stochastic=True),
+    SymmetricQuantized(bits=4),
     SpectralAtomo(rank=2),
     SpectralAtomo(rank=1, sampling="rejection"),
 ]

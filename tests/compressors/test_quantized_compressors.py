@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efsgd.compressors.sign_norm import SignNorm
 from efsgd.compressors.spectral_atomo import SpectralAtomo
+from efsgd.compressors.symmetric_quantized import SymmetricQuantized
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.compressors.uniform_quantized import UniformQuantized
 from efsgd.randomness import Draws
@@ -35,7 +36,10 @@ some_shapes = shapes().filter(lambda shape: math.prod(shape) > 0)
 a_kind = st.sampled_from(("gaussian", "zero", "one_hot", "constant"))
 a_dtype = st.sampled_from(DTYPES)
 ATOMS = [SpectralAtomo(2), SpectralAtomo(2, sampling="rejection")]
-COMPRESSORS = [SignNorm(), UniformQuantized(3), UniformQuantized(16), UniformQuantized(2, True)]
+COMPRESSORS = [
+    SignNorm(), UniformQuantized(3), UniformQuantized(16), UniformQuantized(2, True),
+    SymmetricQuantized(3), SymmetricQuantized(16),
+]  # fmt: skip
 
 
 # ---- both ---------------------------------------------------------------------------------------
@@ -88,6 +92,38 @@ def test_codes_of_all_tensors_follow_each_other() -> None:
     # 38 codes over all tensors, in whole words of four bytes, and two numbers for each.
     expected = 4 * math.ceil(38 * 5 / 32) + 3 * 2 * 8
     assert UniformQuantized(5).payload_bytes([(6, 5), (7,), ()], torch.float64) == expected
+
+
+# ---- symmetric codes ----------------------------------------------------------------------------
+
+
+@given(delta=tensors(some_shapes), dtype=a_dtype, bits=st.integers(2, 16))
+def test_elements_are_on_a_grid_with_zero_in_it(
+    delta: Tensor, dtype: torch.dtype, bits: int
+) -> None:
+    delta = delta.to(dtype)
+    compressor, last = SymmetricQuantized(bits), 2 ** (bits - 1) - 1
+    codes, scale = compressor.compress(delta, Draws(0, 0, 0, 0))
+    values = delta.double().flatten().tolist()
+    top = max(map(abs, values))
+    assert float(scale) == top
+    sent = decompressed(compressor, delta).double().flatten().tolist()
+    unit = torch.finfo(dtype).eps
+    for x, code, y in zip(values, codes.tolist(), sent, strict=True):
+        level = x / top * last if top else 0.0
+        # The quotient and the product are rounded: a level may lie that far from where it is.
+        assert abs((code - last) - level) <= 0.5 + 4 * unit * last
+        assert abs(y - (code - last) / last * top) <= 4 * unit * top
+        assert (y == 0.0) if x == 0.0 else y * x >= 0.0
+        assert abs(x) != top or y == x  # the largest is exact
+        assert abs(y - x) <= abs(x) * (1 + 4 * unit)  # no worse than zero
+
+
+def test_small_elements_and_zeros_stay_zero() -> None:
+    delta = torch.tensor([0.0, 1.0, -0.16, 0.17, -1.0])
+    assert decompressed(SymmetricQuantized(3), delta).tolist()[2:3] == [0.0]
+    assert decompressed(SymmetricQuantized(3), delta).tolist()[::4] == [0.0, -1.0]
+    assert float(decompressed(SymmetricQuantized(3), delta)[3]) == pytest.approx(1 / 3)
 
 
 # ---- signs --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from efsgd import (
     RandomBlock,
     RandomK,
     SpectralAtomo,
+    SymmetricQuantized,
     TensorCompressor,
     TopK,
     UniformQuantized,
@@ -141,6 +142,7 @@ OUT_OF_RANGE: list[tuple[Any, str, Any, str]] = [
     (SpectralAtomo, "sampling", "all", "'atomo' or 'rejection'"),
     *((UniformQuantized, "bits", b, "an integer from 1 to 16") for b in (0, 17, 4.0, True)),
     (UniformQuantized, "stochastic", 1, BOOL),
+    *((SymmetricQuantized, "bits", b, "an integer from 2 to 16") for b in (1, 17, 4.0, True)),
     *((kind, "seed", -1, "an integer of at least 0") for kind in (LQSGD, SpectralAtomo)),
     *((kind, "seed", None, "an integer of at least 0") for kind in (PowerSGD, UniformQuantized)),
     *(

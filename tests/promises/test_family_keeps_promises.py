@@ -17,6 +17,7 @@ from efsgd import (
     RandomK,
     SignNorm,
     Signum,
+    SymmetricQuantized,
     TopK,
     UniformQuantized,
 )
@@ -40,6 +41,7 @@ FAMILY: list[tuple[Any, dict[str, list[Any]]]] = [
     (RandomBlock(density=0.1), DENSITIES),
     (SignNorm(), {}),
     (UniformQuantized(bits=8), {"bits": [6, 9]}),
+    (SymmetricQuantized(bits=8), {"bits": [6, 9]}),
     (PowerSGD(2, alternating=True), RATES),
     (PowerSGDPlus(2, refresh_every=3), RATES),
     (PowerSGDPlus(2, refresh_every=2, refresh_update="exact"), RATES),
