@@ -1,0 +1,125 @@
+"""Tensors as payloads: what a link hands to the wire, in one buffer of bytes."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from efsgd.compressors import TensorCompressor
+from efsgd.randomness import Draws
+from efsgd.wire.payload import Format
+
+#: Random numbers for a row, on one worker or (False) on both.
+DrawsOf: TypeAlias = Callable[[int, bool], Draws]
+
+
+def to_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor, [nbytes] uint8."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def from_bytes(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The tensor whose memory it is."""
+    return buffer.view(dtype).view(shape)
+
+
+class Codec:
+    """Compresses tensors of any shape, each row by itself or all of them together.
+
+    What is not finite is sent as bytes that are all ones, which no payload of finite numbers is,
+    and decodes to NaN.
+
+    Args:
+        compressor: of rows.
+        by_rows: whether rows are compressed one by one.
+    """
+
+    def __init__(self, compressor: TensorCompressor, *, by_rows: bool) -> None:
+        self._compressor, self._by_rows = compressor, by_rows
+        self._formats = lru_cache(maxsize=64)(self._format)
+
+    def compresses(self, shape: torch.Size, dtype: torch.dtype) -> bool:
+        """Whether a tensor is compressed; otherwise it goes as it is."""
+        if not dtype.is_floating_point or shape.numel() == 0:
+            return False
+        return self._compressor.compresses(self._rows(shape)[1])
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """The size of a payload."""
+        return self._formats(shape, compute_dtype(dtype)).nbytes
+
+    def encode(self, x: Tensor, draws: DrawsOf) -> Tensor:
+        """The payload of a tensor that is compressed, [nbytes] uint8."""
+        x = x.detach().to(compute_dtype(x.dtype)).contiguous()
+        form = self._formats(x.shape, x.dtype)
+        buffer = torch.empty(form.nbytes, dtype=torch.uint8, device=x.device)
+        if not bool(x.isfinite().all()):
+            return buffer.fill_(255)
+        count, own = self._rows(x.shape)
+        rows = x.view(count, *own)
+        form.pack_(
+            [self._compressor.compress(rows[n], draws(n, True)) for n in range(count)], buffer
+        )
+        return buffer
+
+    def decode(
+        self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Tensor:
+        """What a payload decodes to, float32 or float64."""
+        count, own = self._rows(shape)
+        out = torch.zeros((count, *own), dtype=compute_dtype(dtype), device=buffer.device)
+        if bool((buffer == 255).all()):
+            return out.fill_(torch.nan).view(shape)
+        payloads = self._formats(shape, out.dtype).unpack(buffer)
+        for n, payload in enumerate(payloads):
+            self._compressor.add_decompressed_(out[n], payload, draws(n, False), 1.0)
+        return out.view(shape)
+
+    def positions(self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Where a message of Top-K has its values, [rows, k] int64."""
+        payloads = self._formats(shape, compute_dtype(dtype)).unpack(buffer)
+        found = torch.stack([positions for _, positions in payloads]).long()
+        return found.clamp_(0, self._rows(shape)[1].numel() - 1)  # of NaN there are none
+
+    def _format(self, shape: torch.Size, dtype: torch.dtype) -> Format:
+        count, own = self._rows(shape)
+        return Format([tuple(self._compressor.fields(own))] * count, dtype)
+
+    def _rows(self, shape: torch.Size) -> tuple[int, torch.Size]:
+        """How many are compressed by themselves, and the shape of each."""
+        by_rows = self._by_rows and len(shape) > 1
+        return (shape[0], shape[1:]) if by_rows else (1, shape)
+
+
+class MaskedCodec(Codec):
+    """Values at positions that both ends know, since Top-K has sent them the other way.
+
+    Attributes:
+        chosen: positions of the tensor that comes next, [rows, k].
+    """
+
+    chosen: Tensor
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        count, own = self._rows(shape)
+        k = self._compressor.fields(own)[0].count
+        return count * k * compute_dtype(dtype).itemsize
+
+    def encode(self, x: Tensor, draws: DrawsOf) -> Tensor:
+        x = x.detach().to(compute_dtype(x.dtype)).contiguous()
+        return to_bytes(x.view(len(self.chosen), -1).gather(1, self.chosen))
+
+    def decode(
+        self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Tensor:
+        kind = compute_dtype(dtype)
+        out = torch.zeros(shape, dtype=kind, device=buffer.device).view(len(self.chosen), -1)
+        values = buffer.view(kind).view_as(self.chosen)
+        return out.scatter_(1, self.chosen, values).view(shape)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of compression and memories."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,190 @@
+"""What the ends of a link keep between steps. What a step changes counts once it is over."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from efsgd.pipeline.codec import Codec, DrawsOf, compute_dtype, from_bytes, to_bytes
+from efsgd.pipeline.samples import SampleStore, digest_of
+from efsgd.wire.compare import checksum
+
+#: A microbatch and an output of the stage.
+Key: TypeAlias = tuple[int, int]
+
+
+class Memory:
+    """No memory: tensors are compressed as they are. Others begin from here.
+
+    Attributes:
+        is_shared: whether both ends keep the same.
+    """
+
+    is_shared = False
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._kept: dict[Hashable, Tensor] = {}
+        self._new: dict[Hashable, Tensor] = {}
+
+    def nbytes(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> int:
+        """The size of the next message."""
+        return self._codec.nbytes(shape, dtype)
+
+    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+        """The message for a tensor."""
+        return self._codec.encode(x, draws)
+
+    def decode(
+        self, key: Key, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Tensor:
+        """The tensor that a message stands for."""
+        return self._codec.decode(buffer, shape, dtype, draws)
+
+    def commit(self) -> None:
+        """The step is over: what it has changed is kept."""
+        self._kept |= self._new
+        self._new = {}
+
+    def discard(self) -> None:
+        """The step has failed: nothing of it is kept."""
+        self._new = {}
+
+    def state(self) -> dict[str, Any]:
+        """What is kept, as plain data and tensors."""
+        return {"keys": list(self._kept), "values": list(self._kept.values())}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Keeps copies of what `state` has returned."""
+        values = (value.to(device, copy=True) for value in state["values"])
+        self._kept = dict(zip(map(_hashable, state["keys"]), values, strict=True))
+        self._new = {}
+
+    def digest(self) -> int:
+        """The same for ends that keep the same."""
+        kept = sorted(self._kept.items(), key=lambda item: repr(item[0]))
+        return digest_of([(key, checksum(value)) for key, value in kept])
+
+
+def _hashable(key: Any) -> Hashable:
+    return tuple(key) if isinstance(key, list) else key
+
+
+class ErrorMemory(Memory):
+    """EF: the sender adds what it has not sent of the same microbatch in the last step."""
+
+    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+        delta = x.to(compute_dtype(x.dtype))
+        if key in self._kept:
+            delta = delta + self._kept[key]
+        buffer = self._codec.encode(delta, draws)
+        error = delta - self._codec.decode(buffer, x.shape, x.dtype, draws)
+        if bool(error.isfinite().all()):
+            self._new[key] = error
+        return buffer
+
+
+class DifferenceMemory(Memory):
+    """EF21: both ends keep what has been sent of a microbatch, and the rest travels."""
+
+    is_shared = True
+
+    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+        delta = x.to(compute_dtype(x.dtype))
+        if key in self._kept:
+            delta = delta - self._kept[key]
+        buffer = self._codec.encode(delta, draws)
+        self.decode(key, buffer, x.shape, x.dtype, draws)
+        return buffer
+
+    def decode(
+        self, key: Key, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Tensor:
+        sent = self._codec.decode(buffer, shape, dtype, draws)
+        if key in self._kept:
+            sent = sent + self._kept[key]
+        if bool(sent.isfinite().all()):
+            self._new[key] = sent
+        return sent
+
+
+class SampleMemory(Memory):
+    """AQ-SGD: both ends keep what has been sent of a sample, whose first visit goes whole."""
+
+    is_shared = True
+
+    def __init__(self, codec: Codec, store: SampleStore) -> None:
+        super().__init__(codec)
+        self._store = store
+        self._ids: list[list[int]] = []
+
+    def announce(self, ids: list[list[int]]) -> None:
+        """Which samples the microbatches of the next step have."""
+        self._ids = ids
+
+    def _split(self, key: Key, count: int) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a microbatch, and the rows of those that are new, and of those that are known."""
+        ids = self._ids[key[0]]
+        if len(ids) != count:
+            raise ValueError(
+                f"{len(ids)} samples were announced for a microbatch of {count}. Announce those of "
+                f"the whole batch, in its order, with the schedule's number of microbatches."
+            )
+        known = [row for row, sample in enumerate(ids) if self._store.has(sample, key[1])]
+        return ids, sorted(set(range(count)) - set(known)), known
+
+    def nbytes(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> int:
+        _, new, known = self._split(key, shape[0])
+        whole = len(new) * shape[1:].numel() * compute_dtype(dtype).itemsize
+        coded = torch.Size((len(known), *shape[1:]))
+        return whole + (self._codec.nbytes(coded, dtype) if known else 0)
+
+    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+        x = x.to(compute_dtype(x.dtype))
+        ids, new, known = self._split(key, len(x))
+        parts = [to_bytes(x[new])] if new else []
+        if known:
+            rest = x[known] - self._store.get([ids[row] for row in known], key[1]).view_as(x[known])
+            parts.append(self._codec.encode(rest, draws))
+        buffer = torch.cat(parts)
+        self.decode(key, buffer, x.shape, x.dtype, draws)
+        return buffer
+
+    def decode(
+        self, key: Key, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Tensor:
+        ids, new, known = self._split(key, shape[0])
+        own, kind = shape[1:], compute_dtype(dtype)
+        result = torch.empty(shape, dtype=kind, device=buffer.device)
+        head = len(new) * own.numel() * kind.itemsize
+        if new:
+            result[new] = from_bytes(buffer[:head].clone(), torch.Size((len(new), *own)), kind)
+        if known:
+            coded = torch.Size((len(known), *own))
+            before = self._store.get([ids[row] for row in known], key[1]).view(coded)
+            result[known] = before + self._codec.decode(buffer[head:].clone(), coded, dtype, draws)
+        for row, sample in enumerate(ids):
+            if bool(result[row].isfinite().all()):
+                self._new[sample, key[1]] = result[row].flatten()
+        return result
+
+    def commit(self) -> None:
+        self._store.keep(self._new)
+        self._new = {}
+
+    def state(self) -> dict[str, Any]:
+        return self._store.state()
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._store.load(state, device)
+        self._new = {}
+
+    def digest(self) -> int:
+        return self._store.digest()
+
+
+def split_ids(ids: Tensor | Sequence[int], n_microbatches: int) -> list[list[int]]:
+    """Sample ids by microbatch, cut as torch cuts a batch."""
+    cut = torch.as_tensor(ids).tensor_split(n_microbatches)
+    return [part.tolist() for part in cut]

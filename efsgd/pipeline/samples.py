@@ -1,0 +1,103 @@
+"""Where tensors of samples are kept: in memory, or in a file that is mapped into it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efsgd.wire.compare import checksum
+
+
+class SampleStore:
+    """One row for each sample and output, of a size of its own for each output.
+
+    Args:
+        capacity: how many samples there is room for; None for any number.
+        file: where rows are, a path to which the number of the output is added; None for memory.
+    """
+
+    def __init__(self, capacity: int | None, file: str | None) -> None:
+        self._capacity, self._file = capacity, file
+        self._places: dict[int, dict[int, int]] = {}  # by output: the row of each sample
+        self._rows: dict[int, Tensor] = {}
+
+    def has(self, sample: int, output: int) -> bool:
+        """Whether it is kept."""
+        return sample in self._places.get(output, ())
+
+    def get(self, samples: Sequence[int], output: int) -> Tensor:
+        """What is kept of some samples, [samples, numbers]."""
+        places = self._places[output]
+        return self._rows[output][[places[sample] for sample in samples]]
+
+    def keep(self, values: Mapping[Any, Tensor]) -> None:
+        """Keeps flat tensors by (sample, output).
+
+        Raises:
+            ValueError: there is no room for all of them; nothing is kept then.
+        """
+        wanted: dict[int, dict[int, Tensor]] = {}
+        for (sample, output), value in values.items():
+            wanted.setdefault(output, {})[sample] = value
+        for output, own in wanted.items():
+            total = len({*own, *self._places.get(output, ())})
+            if self._capacity is not None and total > self._capacity:
+                raise ValueError(
+                    f"{total} samples, where Link(capacity={self._capacity}) keeps no more. Raise "
+                    f"it to the number of samples in the data set, with file= if memory is short, "
+                    f"or use memory='none'."
+                )
+        for output, own in wanted.items():
+            places = self._places.setdefault(output, {})
+            for sample in own:
+                places.setdefault(sample, len(places))
+            rows = self._room(output, len(places), next(iter(own.values())))
+            for sample, value in own.items():
+                rows[places[sample]] = value
+
+    def _room(self, output: int, count: int, like: Tensor) -> Tensor:
+        """Rows for at least so many samples, with those that are kept."""
+        rows = self._rows.get(output)
+        if rows is None and self._file is not None:
+            assert self._capacity is not None  # Link says so
+            name, size = f"{self._file}.{output}", self._capacity * like.numel()
+            mapped = torch.from_file(name, shared=True, size=size, dtype=like.dtype)
+            rows = mapped.view(self._capacity, like.numel())
+        elif rows is None:
+            rows = like.new_empty(count, like.numel())
+        elif count > len(rows):
+            larger = rows.new_empty(max(count, 2 * len(rows)), rows.shape[1])
+            larger[: len(rows)] = rows
+            rows = larger
+        self._rows[output] = rows
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """Samples and their rows, by output."""
+        return {
+            str(output): {"samples": list(places), "rows": self.get(list(places), output)}
+            for output, places in self._places.items()
+        }
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Keeps copies of what `state` has returned, and nothing else."""
+        self._places, self._rows = {}, {}
+        for output, own in state.items():
+            rows = own["rows"].to("cpu" if self._file is not None else device)
+            kept = zip(own["samples"], rows, strict=True)
+            self.keep({(sample, int(output)): row for sample, row in kept})
+
+    def digest(self) -> int:
+        """The same for stores that keep the same, in whichever order."""
+        found = []
+        for output, places in sorted(self._places.items()):
+            samples = sorted(places)
+            found.append((output, tuple(samples), checksum(self.get(samples, output))))
+        return digest_of(found)
+
+
+def digest_of(found: object) -> int:
+    """64 bits of what something reads like, the same in all processes."""
+    return int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=8).digest(), "big")
