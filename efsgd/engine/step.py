@@ -23,6 +23,7 @@ from efsgd.engine.parameters import (
     require_dense,
 )
 from efsgd.engine.plan import Plan
+from efsgd.engine.savings import Savings
 from efsgd.engine.state import State, validate_states
 from efsgd.engine.update import LossScaling, Method, Rules, apply_updates_, squared_norm
 from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
@@ -53,6 +54,7 @@ class Step:
         self.plan = Plan(method, self.notes, self.phases, self.traffic)
         self.handshake = Handshake(method, self.notes, self.plan, self.traffic)
         self.watchers: list[Watcher] = []
+        self._savings = Savings(method.compressor)
         self._has_loaded = False
         # What groups were last found to say, and the rules made of that.
         self._checked: list[dict[str, Any]] = []
@@ -104,7 +106,8 @@ class Step:
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
-        note = self.settle_errors(state, context) if self._has_loaded else None
+        loaded = self.settle_errors(state, context) if self._has_loaded else None
+        notes = [] if loaded is None else [loaded]
         try:
             rules = yield from self._agree(groups, state, context)
             step, outcomes = self.notes.step, []
@@ -141,12 +144,15 @@ class Step:
             self.notes.count_step(groups, context)
             self.handshake.expected = step + 1
             self.traffic.steps += 1
+            if not self._savings.is_known and context[0] > 1 and context[1] == 0:
+                note = self._savings.judge(self.plan, self.traffic, step, self.notes.shared(groups))
+                notes += [] if note is None else [note]
             if failure is not None:
                 raise failure
             return True
         finally:
             self.plan.undo_changes_()
-            if note is not None:  # as an error, a warning must not keep the others waiting
+            for note in notes:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
 
     def _agree(
