@@ -74,7 +74,7 @@ def give_gradients(
     draw, world_size = random.Random(seed), len(slots[0].parameters)
     made: list[list[Tensor | None]] = [[] for _ in range(world_size)]
     for slot in slots:
-        is_missing, is_sparse = draw.randrange(6) == 0, draw.randrange(40) == 0
+        is_missing, is_sparse = draw.randrange(6) == 0, draw.randrange(16) == 0
         whole = draw.choice([worker for worker in range(world_size) if worker not in joined])
         slot.may_be_sparse |= is_sparse
         for worker, own in enumerate(made):
