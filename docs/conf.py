@@ -27,7 +27,14 @@ exclude_patterns = ["_build", "ext"]
 
 # Every name in the `__all__` of these packages must be in the API reference.
 public_api = [
-    *("efsgd", "efsgd.checkpoint", "efsgd.compressors", "efsgd.rank", "efsgd.testing"),
+    *(
+        "efsgd",
+        "efsgd.checkpoint",
+        "efsgd.compressors",
+        "efsgd.privacy",
+        "efsgd.rank",
+        "efsgd.testing",
+    ),
     "efsgd.testing.strategies",
 ]
 

@@ -63,6 +63,7 @@ def average_errors_(optimizer: ErrorFeedbackOptimizer) -> None:
 
 def averaging_(optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     """`average_errors_` as an exchange, for any driver."""
+    optimizer = unwrapped(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states = {p: optimizer.state[p] for p in parameters if p in optimizer.state}
     means = yield from local_means(states, optimizer)
@@ -112,7 +113,7 @@ def consolidated_state_dict(optimizer: ErrorFeedbackOptimizer) -> dict[str, Any]
 def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]:
     """`consolidated_state_dict` as an exchange, for any driver."""
     saved = optimizer.state_dict()
-    means = yield from local_means(states_in(saved), optimizer)
+    means = yield from local_means(states_in(saved), unwrapped(optimizer))
     state = {key: {**own, **means.get(key, {})} for key, own in saved["state"].items()}
     consolidated = copy.deepcopy({**saved, "state": state})
     for group in consolidated["param_groups"]:
@@ -126,6 +127,11 @@ def states_in(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Tensor]]:
     return {key: state_dict["state"][key] for key in keys if key in state_dict["state"]}
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer itself, where it is within one that adds noise to gradients."""
+    return getattr(optimizer, "original_optimizer", optimizer)
+
+
 def require_optimizer(optimizer: object) -> None:
     """Raises TypeError unless it is an optimizer of this package."""
     if not isinstance(optimizer, ErrorFeedbackOptimizer):
@@ -137,6 +143,7 @@ def require_optimizer(optimizer: object) -> None:
 
 def run_between_steps(exchange: Exchange[T], optimizer: ErrorFeedbackOptimizer, call: str) -> T:
     """Runs an exchange about local state, once errors of other workers are left out of it."""
+    optimizer = unwrapped(optimizer)
     require_optimizer(optimizer)
     transport = optimizer.transport
     note = optimizer.settle_errors(transport.world_size, transport.worker)

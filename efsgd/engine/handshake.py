@@ -6,7 +6,7 @@ and says so in its control word; unless it knows that all of them begin with a c
 """
 
 import contextlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Never, TypeVar
 
@@ -119,8 +119,12 @@ class Handshake:
             self._agreed = None
         return any_new
 
-    def conclude(self, groups: Groups, device: torch.device) -> Exchange[None]:
+    def conclude(
+        self, groups: Groups, device: torch.device, agreements: Sequence[Exchange[None]]
+    ) -> Exchange[None]:
         """All workers have made new plans: they agree on these if their numerics are equal."""
+        for agreement in agreements:
+            yield from self._counted(agreement)
         plan, group, step = self._plan, self._notes.shared(groups), self._notes.step
         yield from self._counted(compare(list(plan.describe_numerics()), device))
         assert plan.signature is not None

@@ -1,14 +1,17 @@
-"""What one worker brings to a step, shown to those who decide how far later steps compress."""
+"""What one worker brings to a step: who makes it within the step, and who is shown it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
+from efsgd.algorithms.error_feedback import Outcome
+from efsgd.engine.plan import Plan
 from efsgd.layout import real_view
+from efsgd.wire.collectives import Exchange
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,19 @@ class Observation:
 Watcher: TypeAlias = Callable[[Observation], None]
 
 
+class Preparation(Protocol):
+    """Makes the gradients of a step, as part of it: no step of the optimizer is without it.
+
+    What it raises is told to the other workers, like all that keeps a worker from taking part.
+    """
+
+    def prepare(self, world_size: int, worker: int) -> None:
+        """Sets `p.grad` of this worker, before anything reads it."""
+
+    def agree(self, world_size: int, worker: int) -> Exchange[None]:
+        """What workers tell each other where they compare what they train."""
+
+
 def observe(
     bucket: Bucket, gradients: Mapping[int, Tensor | None], absent: frozenset[int], scale: float
 ) -> Observation:
@@ -46,3 +62,21 @@ def observe(
     if bucket.errors is not None:
         errors = {i: bucket.errors.views[i] for i in bucket.compressed - absent}
     return Observation(present, errors, scale)
+
+
+def show(
+    watchers: Sequence[Watcher], plan: Plan, outcomes: Sequence[Outcome], scale: float
+) -> Exception | None:
+    """Shows a step to those who watch.
+
+    Returns:
+        What one of them has raised. The other workers apply the step, so this one does, too.
+    """
+    try:
+        for bucket, outcome in zip(plan.buckets, outcomes, strict=True):
+            gradients = plan.gradients(bucket)
+            for watcher in watchers:
+                watcher(observe(bucket, gradients, outcome.verdict.absent, scale))
+    except Exception as error:
+        return error
+    return None

@@ -64,6 +64,19 @@ def require_dense(gradient: Tensor | None) -> None:
         )
 
 
+def require_noise(parameter: Tensor, name: str) -> None:
+    """Raises ValueError where Opacus has made gradients of single records that nobody protects."""
+    if getattr(parameter, "grad_sample", None) is None:
+        return
+    if getattr(parameter, "summed_grad", None) is None:
+        raise ValueError(
+            f"{name} has gradients of single records (Opacus's grad_sample), and nothing has added "
+            f"noise. Compression and error feedback come after it: wrap this optimizer or averager "
+            f"in efsgd.privacy.PrivateOptimizer. Where no privacy is meant, set p.grad_sample to "
+            f"None before each step."
+        )
+
+
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype of errors and factors: float32, or float64 for a parameter of that precision."""
     is_double = parameter.dtype in (torch.float64, torch.complex128)

@@ -30,7 +30,7 @@ from torch import Tensor
 from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.algorithms.low_rank.factors import resized
-from efsgd.engine.parameters import ParameterInfo, compute_dtype
+from efsgd.engine.parameters import ParameterInfo, compute_dtype, require_noise
 from efsgd.engine.update import Method
 from efsgd.layout import is_fake
 
@@ -94,8 +94,9 @@ def validate_states(
     states: Mapping[Tensor, Mapping[str, Any]],
     compressor: Compressor,
 ) -> None:
-    """Checks what users may have put into the state, before anything is changed."""
+    """Checks what users may have put into state and gradients, before anything is changed."""
     for info in (info for info in infos if info.is_trained):
+        require_noise(info.parameter, info.name)
         shapes = {"momentum_buffer": info.parameter.shape}
         shapes |= dict.fromkeys(local_state(compressor), info.shape)
         for name, value in states.get(info.parameter, {}).items():

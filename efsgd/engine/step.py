@@ -13,7 +13,7 @@ from torch import Tensor
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
 from efsgd.engine.consistency import digest_of, drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
-from efsgd.engine.observation import Watcher, observe
+from efsgd.engine.observation import Preparation, Watcher, show
 from efsgd.engine.parameters import (
     PER_PARAMETER,
     GroupNotes,
@@ -42,6 +42,7 @@ class Step:
         notes: what groups say about the optimizer as a whole.
         plan: the buckets of the present parameter groups.
         watchers: are shown each step that is applied, of each bucket.
+        preparations: make the gradients of each step.
 
     Args:
         method: how the optimizer treats its groups.
@@ -55,6 +56,7 @@ class Step:
         self.handshake = Handshake(method, self.notes, self.plan, self.traffic)
         self.watchers: list[Watcher] = []
         self._savings = Savings(method.compressor)
+        self.preparations: list[Preparation] = []
         self._has_loaded = False
         # What groups were last found to say, and the rules made of that.
         self._checked: list[dict[str, Any]] = []
@@ -139,7 +141,7 @@ class Step:
             failure = None
             if self.watchers:
                 scale = weight if scaling is None else scaling.factor * weight
-                failure = self._show(outcomes, scale)
+                failure = show(self.watchers, self.plan, outcomes, scale)
             self._apply(outcomes, rules, self.notes.shared(groups)["max_grad_norm"])
             self.notes.count_step(groups, context)
             self.handshake.expected = step + 1
@@ -167,7 +169,7 @@ class Step:
         if context != plan.context:
             handshake.reset()
         if context[0] == 1:
-            rules = self._check(groups)
+            rules = self._check(groups, context)
             plan.find_sparse(groups)
             plan.update(groups, state, context, plan.sign(groups, state))
             plan.prepare(rules)
@@ -176,7 +178,7 @@ class Step:
         compares, is_new = handshake.is_due(step), True
         device = device_of(groups)
         try:
-            rules = self._check(groups)
+            rules = self._check(groups, context)
             is_new = handshake.is_new(plan.sign(groups, state))
             if is_new or compares:
                 validate_states(list_parameters(groups), state, self._method.compressor)
@@ -197,11 +199,13 @@ class Step:
             yield from handshake.announce_change(groups, step)
             is_new = True
         if is_new:
-            yield from handshake.conclude(groups, device)
+            yield from handshake.conclude(
+                groups, device, [p.agree(*context) for p in self.preparations]
+            )
         return rules
 
-    def _check(self, groups: Groups) -> Rules:
-        """Checks what groups say and what gradients are, before anything is sent.
+    def _check(self, groups: Groups, context: tuple[int, int]) -> Rules:
+        """Checks what groups say, makes gradients and checks them, before anything is sent.
 
         Returns:
             How the groups are to be updated.
@@ -223,12 +227,15 @@ class Step:
             )
             said["step"] = None  # the one that changes by itself
             found.append(said)
-            for parameter in () if self._method.takes_sparse else group["params"]:
-                require_dense(parameter.grad)
         if not is_known or found != self._checked:
             self._method.validate(groups)
             self._rules, self._checked = self._method.rules(groups), found
             self._digest = digest_of(groups, self._method)
+        for preparation in self.preparations:
+            preparation.prepare(*context)
+        for group in () if self._method.takes_sparse else groups:
+            for parameter in group["params"]:
+                require_dense(parameter.grad)
         return self._rules
 
     def _judge(self, groups: Groups, outcomes: Sequence[Outcome]) -> Exchange[bool]:
@@ -259,21 +266,6 @@ class Step:
             names = {info.index: info.name for info in self.plan.infos}
             raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
         return False
-
-    def _show(self, outcomes: Sequence[Outcome], scale: float) -> Exception | None:
-        """Shows the step to those who watch.
-
-        Returns:
-            What one of them has raised. The other workers apply the step, so this one does, too.
-        """
-        try:
-            for bucket, outcome in zip(self.plan.buckets, outcomes, strict=True):
-                gradients = self.plan.gradients(bucket)
-                for watcher in self.watchers:
-                    watcher(observe(bucket, gradients, outcome.verdict.absent, scale))
-        except Exception as error:
-            return error
-        return None
 
     def _apply(
         self, outcomes: Sequence[Outcome], rules: Rules, max_grad_norm: float | None

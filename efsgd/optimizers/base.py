@@ -55,6 +55,8 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         """
         loss = None if closure is None else self._evaluate(closure)
         for group in self.param_groups:
+            if self.engine.preparations:
+                break  # they are part of the engine's steps
             if group.get("differentiable") and self.transport.world_size == 1:
                 require_differentiable(self.param_groups, self._compressor)
                 with leave_modes():
