@@ -115,10 +115,6 @@ def consolidation(optimizer: ErrorFeedbackOptimizer) -> Exchange[dict[str, Any]]
     saved = optimizer.state_dict()
     means = yield from local_means(states_in(saved), unwrapped(optimizer))
     state = {key: {**own, **means.get(key, {})} for key, own in saved["state"].items()}
-    for own in state.values():  # a copy anyway, and safetensors takes nothing else
-        for name, value in own.items():
-            if isinstance(value, Tensor) and name != "momentum_buffer":
-                own[name] = value.contiguous()
     consolidated = copy.deepcopy({**saved, "state": state})
     for group in consolidated["param_groups"]:
         group.update(worker=0, world_size=0)

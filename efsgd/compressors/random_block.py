@@ -7,6 +7,7 @@ from torch import Tensor
 
 from efsgd.algorithms.operators import Payload
 from efsgd.compressors.budget import DrawnCompressor
+from efsgd.layout import is_fake
 from efsgd.randomness import Draws
 
 
@@ -53,6 +54,6 @@ class RandomBlock(DrawnCompressor):
         numel = shape.numel()
         # So many numbers that the remainder is uniform to within 1e-9, whatever the tensor's size.
         drawn = torch.randint(2**62, (), generator=draws.shared(), device="cpu")
-        start = int(drawn) % numel
+        start = 0 if is_fake(drawn) else int(drawn) % numel
         end = start + self.count(shape)
         return slice(start, min(end, numel)), slice(0, max(end - numel, 0))

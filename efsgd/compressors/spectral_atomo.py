@@ -12,7 +12,7 @@ from efsgd.algorithms.operators import Payload
 from efsgd.checks import require_choice, require_integer
 from efsgd.compressors.numerics import power_of_two
 from efsgd.compressors.tensor_compressor import TensorCompressor
-from efsgd.layout import matrix_shape
+from efsgd.layout import is_fake, matrix_shape
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
 
@@ -195,6 +195,8 @@ class SpectralAtomo(TensorCompressor):
     def _sample(self, values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Which atoms are sent, and their σ / p."""
         count = min(len(values), self.rank)
+        if is_fake(values):  # which are sent makes no difference
+            return torch.arange(count, device=values.device), values[:count]
         if self.sampling == "atomo":
             probabilities = inclusion_probabilities(values, count)
             draw = torch.rand((), dtype=torch.float64, generator=generator, device="cpu")

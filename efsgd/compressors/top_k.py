@@ -12,6 +12,7 @@ from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
 from efsgd.checks import require_choice, require_number
 from efsgd.compressors.budget import BudgetCompressor, floats_of_rank
+from efsgd.layout import is_fake
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field, position_dtype
 
@@ -31,7 +32,7 @@ def largest(flat: Tensor, k: int) -> Tensor:
     guessed from a sample, such that probably a few more than k are above it, and topk sees those
     alone. The result does not depend on the guess, and neither it nor the result on chance.
     """
-    is_guessed = flat.device.type == "cpu" and flat.numel() > FEW
+    is_guessed = flat.device.type == "cpu" and flat.numel() > FEW and not is_fake(flat)
     threshold = _guess_threshold(flat, k) if is_guessed else None
     if threshold is None:
         return _top(flat, k)

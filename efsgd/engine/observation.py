@@ -1,6 +1,6 @@
 """What one worker brings to a step: who makes it within the step, and who is shown it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
+from efsgd.algorithms.error_feedback import Outcome
+from efsgd.engine.plan import Plan
 from efsgd.layout import real_view
 from efsgd.wire.collectives import Exchange
 
@@ -60,3 +62,21 @@ def observe(
     if bucket.errors is not None:
         errors = {i: bucket.errors.views[i] for i in bucket.compressed - absent}
     return Observation(present, errors, scale)
+
+
+def show(
+    watchers: Sequence[Watcher], plan: Plan, outcomes: Sequence[Outcome], scale: float
+) -> Exception | None:
+    """Shows a step to those who watch.
+
+    Returns:
+        What one of them has raised. The other workers apply the step, so this one does, too.
+    """
+    try:
+        for bucket, outcome in zip(plan.buckets, outcomes, strict=True):
+            gradients = plan.gradients(bucket)
+            for watcher in watchers:
+                watcher(observe(bucket, gradients, outcome.verdict.absent, scale))
+    except Exception as error:
+        return error
+    return None

@@ -160,6 +160,16 @@ class ParameterInfo:
         return Entry(self.index, tuple(self.shape), None, first=self.first)
 
 
+def require_writable(info: ParameterInfo) -> None:
+    """Raises RuntimeError where a parameter is an inference tensor, which no step may change."""
+    if info.parameter.is_inference():
+        raise RuntimeError(
+            f"{info.name} is an inference tensor: it was made under torch.inference_mode(), and "
+            f"nothing may change it outside. Make the model outside of inference mode, or replace "
+            f"the parameter there by nn.Parameter(parameter.clone())."
+        )
+
+
 def device_of(groups: Sequence[Mapping[str, Any]]) -> torch.device:
     """Where buffers of an optimizer may live that are no parameter's."""
     trained = (p.device for group in groups for p in group["params"] if p.requires_grad)

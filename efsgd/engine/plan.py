@@ -9,7 +9,14 @@ from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.engine.buckets import by_kind, make_bucket, memory_of
-from efsgd.engine.parameters import GroupNotes, Groups, ParameterInfo, frozen, list_parameters
+from efsgd.engine.parameters import (
+    GroupNotes,
+    Groups,
+    ParameterInfo,
+    frozen,
+    list_parameters,
+    require_writable,
+)
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
 from efsgd.engine.update import Method, Rules, prepare_updates
 from efsgd.profiling import Phases
@@ -143,7 +150,7 @@ class Plan:
         """Makes the buckets, where they are not those of these groups already.
 
         Raises:
-            RuntimeError: a parameter has no values.
+            RuntimeError: a parameter has no values, or cannot be written to.
             TypeError: an entry of the state is no tensor.
             ValueError: a tensor in the state has not the shape of its parameter.
         """
@@ -157,6 +164,7 @@ class Plan:
         for info in self.infos:
             if info.is_trained:
                 _require_values(info)
+                require_writable(info)
                 self._complete_(state, info)
                 self.states[info.index] = state[info.parameter]
         trained = {info.parameter for info in self.infos if info.is_trained}

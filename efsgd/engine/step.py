@@ -13,7 +13,7 @@ from torch import Tensor
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
 from efsgd.engine.consistency import digest_of, drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
-from efsgd.engine.observation import Preparation, Watcher, observe
+from efsgd.engine.observation import Preparation, Watcher, show
 from efsgd.engine.parameters import (
     PER_PARAMETER,
     GroupNotes,
@@ -23,6 +23,7 @@ from efsgd.engine.parameters import (
     require_dense,
 )
 from efsgd.engine.plan import Plan
+from efsgd.engine.savings import Savings
 from efsgd.engine.state import State, validate_states
 from efsgd.engine.update import LossScaling, Method, Rules, apply_updates_, squared_norm
 from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
@@ -54,6 +55,7 @@ class Step:
         self.plan = Plan(method, self.notes, self.phases, self.traffic)
         self.handshake = Handshake(method, self.notes, self.plan, self.traffic)
         self.watchers: list[Watcher] = []
+        self._savings = Savings(method.compressor)
         self.preparations: list[Preparation] = []
         self._has_loaded = False
         # What groups were last found to say, and the rules made of that.
@@ -106,7 +108,8 @@ class Step:
             WorkerMismatchError: the workers do not train the same thing.
             CollectiveError: another worker could not take part.
         """
-        note = self.settle_errors(state, context) if self._has_loaded else None
+        loaded = self.settle_errors(state, context) if self._has_loaded else None
+        notes = [] if loaded is None else [loaded]
         try:
             rules = yield from self._agree(groups, state, context)
             step, outcomes = self.notes.step, []
@@ -138,17 +141,20 @@ class Step:
             failure = None
             if self.watchers:
                 scale = weight if scaling is None else scaling.factor * weight
-                failure = self._show(outcomes, scale)
+                failure = show(self.watchers, self.plan, outcomes, scale)
             self._apply(outcomes, rules, self.notes.shared(groups)["max_grad_norm"])
             self.notes.count_step(groups, context)
             self.handshake.expected = step + 1
             self.traffic.steps += 1
+            if not self._savings.is_known and context[0] > 1 and context[1] == 0:
+                note = self._savings.judge(self.plan, self.traffic, step, self.notes.shared(groups))
+                notes += [] if note is None else [note]
             if failure is not None:
                 raise failure
             return True
         finally:
             self.plan.undo_changes_()
-            if note is not None:  # as an error, a warning must not keep the others waiting
+            for note in notes:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
 
     def _agree(
@@ -260,21 +266,6 @@ class Step:
             names = {info.index: info.name for info in self.plan.infos}
             raise NonFiniteGradientError(describe_rejection(verdicts, names, step))
         return False
-
-    def _show(self, outcomes: Sequence[Outcome], scale: float) -> Exception | None:
-        """Shows the step to those who watch.
-
-        Returns:
-            What one of them has raised. The other workers apply the step, so this one does, too.
-        """
-        try:
-            for bucket, outcome in zip(self.plan.buckets, outcomes, strict=True):
-                gradients = self.plan.gradients(bucket)
-                for watcher in self.watchers:
-                    watcher(observe(bucket, gradients, outcome.verdict.absent, scale))
-        except Exception as error:
-            return error
-        return None
 
     def _apply(
         self, outcomes: Sequence[Outcome], rules: Rules, max_grad_norm: float | None

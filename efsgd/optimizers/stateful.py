@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.engine.parameters import PER_PARAMETER, Groups, list_parameters
+from efsgd.engine.parameters import PER_PARAMETER, Groups, list_parameters, require_writable
 from efsgd.engine.step import Step
 from efsgd.engine.update import Method, Rules
 from efsgd.errors import warn_user
@@ -103,6 +103,7 @@ class StatefulOptimizer(Optimizer):
             for info in list_parameters(self.param_groups):
                 if info.is_trained:
                     settings.validate_parameter(info.parameter, info.name)
+                    require_writable(info)
         except Exception:
             self.param_groups.pop()
             raise
@@ -121,14 +122,16 @@ class StatefulOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """See `torch.optim.Optimizer.state_dict`; errors in it are this worker's own.
 
-        Left out is what is kept for parameters that are in no group any more.
+        Left out is what is kept for parameters that are in no group any more. Tensors are
+        contiguous, but for momentum buffers of parameters that are not: as in torch.optim.SGD these
+        are like the parameters.
         """
         groups, whole = self.settled_groups, self.state
         present = {parameter for group in groups for parameter in group["params"]}
-        keys: Iterable[object] = whole  # anybody may keep things there by other keys
-        gone = {key for key in keys if isinstance(key, Tensor) and key not in present}
-        if gone:
-            self.state = defaultdict(dict, {k: own for k, own in whole.items() if k not in gone})
+        self.state = defaultdict(dict)
+        for key, own in whole.items():
+            if key in present or not isinstance(key, Tensor):  # others keep things there, too
+                self.state[key] = _contiguous(own)
         try:
             return super().state_dict()
         finally:
@@ -181,6 +184,19 @@ class StatefulOptimizer(Optimizer):
         self.engine.reload(self.param_groups)
         if note is not None:
             warn_user(note)
+
+
+@leave_modes()
+def _contiguous(own: Any) -> Any:
+    """The state of a parameter, with copies of what safetensors would not take."""
+    if not isinstance(own, dict):
+        return own
+    copies = {
+        name: value.contiguous()
+        for name, value in own.items()
+        if isinstance(value, Tensor) and name != "momentum_buffer" and not value.is_contiguous()
+    }
+    return {**own, **copies} if copies else own
 
 
 def _keep_what_is_loaded(optimizer: Any, final: dict[str, Any]) -> None:

@@ -112,7 +112,8 @@ class Simulation:
         scene = self.scene
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "All workers have bitwise equal gradients")
+                for expected in ("All workers have bitwise equal gradients", "Compression saves"):
+                    warnings.filterwarnings("ignore", expected)
                 trace = step_together(self.optimizers)
         except Exception as error:
             raise Violation(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efsgd.errors import WorkerMismatchError, warn_user
-from efsgd.layout import real_view
+from efsgd.layout import is_fake, real_view
 from efsgd.wire.collectives import AllGather, Broadcast, Exchange
 
 # A cause that the difference itself does not show.
@@ -51,6 +51,8 @@ def compare(
     word = sum(flag << position for position, flag in enumerate(flags))
     summary = [_digest(text), len(text) << 32 | word, _digest(repr(own).encode())]
     summaries = yield _gather(summary, device, "digests of settings, parameters and state")
+    if is_fake(summaries):  # where nothing can be read, all workers are like this one
+        return list(map(bool, flags))
     summaries = summaries.cpu()
     lengths = summaries[:, 1] >> 32
     if bool((summaries[:, 0] != summaries[0, 0]).any()) or bool((lengths != lengths[0]).any()):
@@ -82,7 +84,7 @@ class GradientSummary:
         """Summarizes the gradients of all parameters, in order."""
         present = [gradient for gradient in gradients if gradient is not None]
         is_sparse = tuple(g is not None and g.layout != torch.strided for g in gradients)
-        has_any = any(bool(real_view(gradient).any()) for gradient in present)
+        has_any = any(not is_fake(g) and bool(real_view(g).any()) for g in present)
         checksums = repr([checksum(gradient) for gradient in present])
         units = _digest(torch.backends.cpu.get_cpu_capability().encode())
         digest = _digest(checksums.encode()) if has_any else 0
@@ -97,6 +99,8 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
     own, is_sparse = [summary.digest, int(any(summary.is_sparse))], summary.is_sparse
     own += [summary.threads, summary.vector_units]
     summaries = (yield _gather(own, device, "digests of gradients")).cpu()
+    if is_fake(summaries):
+        return frozenset(position for position, flag in enumerate(is_sparse) if flag)
     _warn_of_rounding(summaries[:, 2:], device)
     if len(summaries) > 1 and own[0] != 0 and bool((summaries[:, 0] == own[0]).all()):
         warn_user(
@@ -143,11 +147,15 @@ def checksums(named: Mapping[str, Tensor]) -> dict[str, int]:
 def checksum(tensor: Tensor) -> int:
     """A 64-bit checksum of a tensor's elements and their order; 0 for all zero bits.
 
+    It is 0 as well where there are no values, as under FakeTensorMode.
+
     Example:
         >>> from efsgd.wire.compare import checksum
         >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
         False
     """
+    if is_fake(tensor):
+        return 0
     flat = real_view(tensor.resolve_neg()).contiguous().reshape(-1)
     # A single element may have any stride, and be contiguous all the same.
     if flat.storage_offset() * flat.element_size() % 8 != 0 or flat.stride() != (1,):

@@ -145,9 +145,8 @@ class ControlWords:
             is_checked = False
 
         result = yield from intercept(exchange, outgoing, incoming)
-        # Where nothing can be read, all workers are like this one.
         is_unread = type(words) is not Tensor and is_fake(words)
-        found = self._last[0] if is_unread else words.tolist()
+        found = self._mean_of_equals() if is_unread else words.tolist()
         return result, self._read(found, overflowed=not mean_is_finite)
 
     def _own_words(self, gradients: Sequence[Tensor | None], code: int) -> Tensor:
@@ -160,6 +159,12 @@ class ControlWords:
         if words != self._last[0]:  # they are the same in most steps
             self._last = words, torch.tensor(words, dtype=torch.float64, device="cpu")
         return self._last[1]
+
+    def _mean_of_equals(self) -> list[float]:
+        """What is found where nothing can be read: all workers are like this one."""
+        own, count = self._last[0], len(self._indices)
+        code = own[count + self._worker] / self.world_size
+        return own[:count] + [code] * self.world_size
 
     def _code(self, kind: int) -> int:
         """What a worker writes in its word that has something else to say than a position."""

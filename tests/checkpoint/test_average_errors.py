@@ -1,6 +1,7 @@
 """The mean of the errors in every worker's place: what changes, and all that does not."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,19 +41,32 @@ def average(workers: list[PowerSGDOptimizer], **options: Any) -> list[Traced]:
     return lockstep([averaging_(optimizer) for optimizer in workers], **options).trace
 
 
-def test_what_is_consolidated_is_contiguous() -> None:
+@pytest.mark.parametrize("save", [PowerSGDOptimizer.state_dict, consolidated_state_dict])
+@pytest.mark.parametrize("alternating", [False, True])
+def test_what_is_saved_is_contiguous(
+    save: Callable[[PowerSGDOptimizer], dict[str, Any]], alternating: bool
+) -> None:
     """As safetensors asks for; momenta have the layout of their parameters, as in torch."""
     layer = torch.nn.Conv2d(4, 12, 3).to(memory_format=torch.channels_last)
     models = [layer, torch.nn.Linear(20, 12)]
     parameters = [p for model in models for p in model.parameters()]
-    optimizer = PowerSGDOptimizer(parameters, lr=0.1, momentum=0.9, rank=2, momentum_form="sgd")
+    optimizer = PowerSGDOptimizer(
+        parameters, lr=0.1, momentum=0.9, rank=2, momentum_form="sgd", alternating=alternating
+    )
+    optimizer.state["a note"] = {"of": "others"}
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert not optimizer.state[parameters[0]]["q"].is_contiguous()
-    saved = consolidated_state_dict(optimizer)
+    live = {parameter: dict(optimizer.state[parameter]) for parameter in parameters}
+    assert not live[parameters[0]]["q"].is_contiguous()
+    saved = save(optimizer)
+    assert saved["state"].pop("a note") == {"of": "others"}
+    for parameter in parameters:  # what steps work on stays where it is
+        own = optimizer.state[parameter]
+        assert own.keys() == live[parameter].keys()
+        assert all(own[name] is value for name, value in live[parameter].items())
     for parameter, own in zip(parameters, saved["state"].values(), strict=True):
-        assert bits(own["q"]) == bits(optimizer.state[parameter]["q"]) if "q" in own else True
+        assert bits(own) == bits(live[parameter])
         for name, value in own.items():
             expected = parameter.stride() == value.stride()
             assert value.is_contiguous() or (name == "momentum_buffer" and expected)

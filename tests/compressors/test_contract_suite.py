@@ -59,8 +59,11 @@ WITHOUT_ERROR_FEEDBACK: list[Any] = [
 @pytest.mark.parametrize("compressor", EVERY_COMPRESSOR, ids=repr)
 def test_the_laws_hold(compressor: Any) -> None:
     first = next(each for each in EVERY_COMPRESSOR if type(each) is type(compressor))
-    # What depends on the number of workers does so for all settings of a class.
-    options: dict[str, Any] = {} if compressor is first else {"world_sizes": (1, 3)}
+    options: dict[str, Any] = {}
+    if compressor is not first:
+        # What depends on the number of workers, or of steps, does so for all settings of a class.
+        steps = max(3, getattr(compressor, "refresh_every", 0) + 1)
+        options = {"world_sizes": (1, 3), "steps": steps}
     check_compressor(compressor, processes=0, **options)
 
 

@@ -2,9 +2,8 @@
 
 import contextlib
 import copy
-import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,75 +11,57 @@ from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
 from efsgd.algorithms.low_rank.factors import initial_query
-from efsgd.checkpoint.consolidated import consolidation
 from efsgd.engine.parameters import list_parameters
-from efsgd.rank import Accordion, RankScheduler
-from efsgd.testing import lockstep, step_together
-from tests.promises.reference import Hyperparameters, Reference
+from efsgd.testing import step_together
+from tests.field.slots import Slot, give_gradients
+from tests.field.windows import Windows
+from tests.promises.reference import Reference
 from tests.rank.rank_changes import naive_resized
-from tests.simulation import SEED, bits, difference, parameters_of, replicated, snapshot
-from tests.strategies import gaussian, matrix_dimensions
+from tests.simulation import SEED, bits, difference, parameters_of, replicated
+from tests.strategies import matrix_dimensions
 
-SHAPES = [(6, 5), (4,), (6, 5), (5, 2, 4), (3, 9)]
-SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.0, "rank": 1}
+SETTINGS: dict[str, Any] = {
+    "lr": 0.1,
+    "momentum": 0.5,
+    "dampening": 0.0,
+    "weight_decay": 0.0,
+    "maximize": False,
+    "rank": 1,
+    "min_compression_rate": 1.0,
+}
 # float64 rounding, 2e-16, multiplied by what some fifty steps of error feedback make of it.
 ROUNDING = 1e-7
-
-
-@dataclass
-class Slot:
-    """A parameter on all workers. The reference knows it by its number, wherever it stands."""
-
-    number: int
-    parameters: list[Tensor]
-    is_known: bool = True  # whether optimizers have kept what they learned of it
-
-
-def forget(reference: Reference, number: int) -> None:
-    """The reference knows no more of a parameter than its values."""
-    shape = reference.shapes[number]
-    reference.momenta[number] = torch.zeros(shape, dtype=torch.float64)
-    reference.has_momentum[number], reference.queries[number] = False, None
-    for errors in reference.errors:
-        errors[number] = torch.zeros(shape, dtype=torch.float64)
 
 
 class Workers:
     """Optimizers of several workers, one reference, and what stands where in the groups."""
 
-    def __init__(self, world_size: int, *, adaptive: bool) -> None:
-        self.world_size, self.adaptive, self.seed = world_size, adaptive, 0
+    def __init__(self, world_size: int, *, policy: str | None) -> None:
+        self.world_size, self.policy, self.seed = world_size, policy, 0
         self.slots: list[Slot] = []
         self.out: list[dict[str, Any]] = []  # groups of worker 0 that were taken out, as of all
         self.reference = Reference([], [], world_size, [], lambda index, step: torch.empty(0))
         first, second = [self.new_slot() for _ in range(3)], [self.new_slot() for _ in range(2)]
+        self.make_optimizers([[slot.number for slot in own] for own in (first, second)])
+        self.begin_scheduling()
+
+    def make_optimizers(self, groups: Sequence[Sequence[int]]) -> None:
+        """Of all workers, with groups of these slots."""
         self.optimizers = [
             PowerSGDOptimizer(
-                [{"params": [slot.parameters[w] for slot in own]} for own in (first, second)],
+                [{"params": [self.slots[n].parameters[w] for n in own]} for own in groups],
                 momentum_form="sgd", seed=SEED, **SETTINGS,
             )
-            for w in range(world_size)
+            for w in range(self.world_size)
         ]  # fmt: skip
-        self.begin_scheduling()
+        # Whose errors each worker has: the number of workers, and which one.
+        self.origins = [(0, 0)] * self.world_size
 
     # ---- what stands where ----------------------------------------------------------------------
 
     def new_slot(self) -> Slot:
-        number = len(self.slots)
-        shape = SHAPES[number % len(SHAPES)]
-        value = gaussian(shape, 1000 + number)
-        workers = [value.clone().requires_grad_() for _ in range(self.world_size)]
-        self.slots.append(Slot(number, workers))
-        reference = self.reference
-        reference.shapes.append(shape)
-        reference.hyperparameters.append(Hyperparameters(momentum_form="sgd"))
-        reference.parameters.append(value.clone())
-        for tensors in (reference.momenta, reference.last_updates):
-            tensors.append(torch.zeros(shape, dtype=torch.float64))
-        for each in (*reference.errors, *reference.deltas):
-            each.append(torch.zeros(shape, dtype=torch.float64))
-        reference.has_momentum.append(False)
-        reference.queries.append(None)
+        self.slots.append(Slot.make(len(self.slots), self.world_size))
+        self.slots[-1].add_to(self.reference)
         return self.slots[-1]
 
     def slot_of(self, parameter: Tensor) -> Slot:
@@ -89,6 +70,10 @@ class Workers:
     def present(self) -> list[Slot]:
         """Those in the groups, in order."""
         return [self.slot_of(p) for p in parameters_of(self.optimizers[0])]
+
+    def trained(self) -> list[Slot]:
+        """Those of them which steps work on."""
+        return [slot for slot in self.present() if slot.parameters[0].requires_grad]
 
     def absent(self) -> list[Slot]:
         present = {slot.number for slot in self.present()}
@@ -113,50 +98,70 @@ class Workers:
 
     # ---- steps ----------------------------------------------------------------------------------
 
-    def give_gradients(self) -> list[list[Tensor | None]]:
-        """New gradients for every parameter: some are missing, some are zero.
-
-        Of a parameter they are never zero on all workers: what is left of errors then has a low
-        rank, and columns that are rounding have other directions in the reference.
-        """
+    def give_gradients(self, joined: Collection[int] = ()) -> list[list[Tensor | None]]:
+        """New gradients for every parameter, but none of workers that have joined."""
         self.seed += 1
-        draw = random.Random(self.seed)
-        made: list[list[Tensor | None]] = [[] for _ in range(self.world_size)]
+        present = {slot.number for slot in self.present()}
         for slot in self.slots:
-            shape, is_missing = self.reference.shapes[slot.number], draw.randrange(6) == 0
-            whole = draw.randrange(self.world_size)
-            for worker, own in enumerate(made):
-                kind = 2 if worker == whole else draw.randrange(4)
-                gradient = gaussian(shape, 97 * self.seed + 13 * worker + slot.number)
-                own.append(None if is_missing or kind == 0 else gradient * (kind != 1))
-                slot.parameters[worker].grad = own[-1]
-        return made
+            slot.is_sparse = slot.is_sparse and slot.number in present  # else it is forgotten
+        return give_gradients(self.slots, self.seed, joined)
 
-    def step(self, mode: Callable[[], Any] = contextlib.nullcontext) -> None:
-        """A step that must succeed, and be the reference's."""
-        gradients = self.give_gradients()
-        trained = {s.number for s in self.present() if s.parameters[0].requires_grad}
+    def step(
+        self,
+        mode: Callable[[], Any] = contextlib.nullcontext,
+        drive: Callable[[Sequence[PowerSGDOptimizer]], object] = step_together,
+        joined: Collection[int] = (),
+    ) -> None:
+        """A step that must succeed, and be the reference's; `drive` takes it.
+
+        Workers that have joined take part without gradients, and the mean is over the others.
+        """
+        weight = self.world_size / (self.world_size - len(joined))
+        gradients = self.give_gradients(joined)
+        trained = {slot.number for slot in self.trained()}
         for own in gradients:
             for slot in self.slots:
                 if slot.number not in trained:
                     own[slot.number] = None
-        self.fit_reference()
-        self.reference.step(gradients)
-        with mode():
-            step_together(self.optimizers)
-        self.sum_up(gradients)
+        self.settle()
+        kept = zip(self.slots, self.reference.queries, strict=True)
+        queries = [query if slot.is_known else None for slot, query in kept]
+        self.fit_reference({slot.number for slot in self.slots if slot.is_sparse})
+        errors = copy.deepcopy(self.reference.errors)
+        for optimizer in self.optimizers:
+            optimizer.weight = weight
+        with mode(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The errors that were loaded")
+            drive(self.optimizers)
+        self.follow_compression(gradients, queries)
+        taken = [[None if g is None else g.to_dense() * weight for g in own] for own in gradients]
+        self.reference.step(taken)
+        if self.reference.step_number != self.optimizers[0].engine.notes.step:
+            raise AssertionError("no step was taken")
+        self.origins = [(self.world_size, worker) for worker in range(self.world_size)]
+        if self.windows is not None:
+            self.add_to_windows(gradients, taken, errors)
         self.check()
 
-    def fit_reference(self) -> None:
+    def settle(self) -> None:
+        """What every step begins with: errors of another worker are left out."""
+        for worker, origin in enumerate(self.origins):
+            if origin[0] > 1 and origin != (self.world_size, worker):
+                errors = self.reference.errors[worker]
+                errors[:] = [torch.zeros_like(error) for error in errors]
+
+    def fit_reference(self, uncompressed: Collection[int] = ()) -> None:
         """Gives the reference the settings of the groups, and queries that fit them."""
         for info in list_parameters(self.optimizers[0].settled_groups):
             slot, settings = self.slot_of(info.parameter), info.settings
             number, hyper = slot.number, self.reference.hyperparameters[slot.number]
             for name in SETTINGS:
                 setattr(hyper, name, settings[name])
+            if number in uncompressed:
+                hyper.min_compression_rate = torch.inf
             trained = info.parameter.requires_grad
             if not slot.is_known and trained:
-                forget(self.reference, number)
+                slot.forget(self.reference)
                 slot.is_known = True
             if not self.reference.is_compressible(number) or not trained:
                 continue
@@ -169,16 +174,68 @@ class Workers:
             if kept.shape != fresh.shape:
                 self.reference.queries[number] = naive_resized(kept, fresh)
 
+    def compressed(self) -> set[int]:
+        """The numbers of those that the last step has compressed."""
+        plan = self.optimizers[0].engine.plan
+        infos = {info.index: info for info in plan.infos}
+        found = [infos[index] for bucket in plan.buckets for index in bucket.compressed]
+        return {self.slot_of(info.parameter).number for info in found}
+
+    def follow_compression(
+        self, gradients: list[list[Tensor | None]], queries: list[Tensor | None]
+    ) -> None:
+        """What is known to be sparse is not compressed, and what is new may or may not be."""
+        compressed = self.compressed()
+        for slot in self.trained():
+            number = slot.number
+            is_compressed, is_expected = (
+                number in compressed,
+                self.reference.is_compressible(number),
+            )
+            assert is_compressed == is_expected or slot.may_be_sparse, slot
+            assert is_expected or not is_compressed, slot
+            if is_expected and not is_compressed:
+                self.reference.hyperparameters[number].min_compression_rate = torch.inf
+                self.reference.queries[number] = queries[number]
+            given = [own[number] for own in gradients if own[number] is not None]
+            slot.is_sparse |= any(gradient.is_sparse for gradient in given)
+
+    def add_to_windows(
+        self,
+        gradients: list[list[Tensor | None]],
+        taken: list[list[Tensor | None]],
+        errors: list[list[Tensor]],
+    ) -> None:
+        """What policies sum up of a step, which they have seen as it was before it was applied."""
+        assert self.windows is not None
+        compressed = self.compressed()
+        for number, shape in enumerate(self.reference.shapes):
+            if all(own[number] is None for own in gradients):
+                continue
+            zeros = torch.zeros(shape, dtype=torch.float64)
+            for worker, own in enumerate(gradients):
+                gradient, value = own[number], taken[worker][number]
+                is_seen = value is not None and not gradient.is_sparse
+                error = errors[worker][number] if number in compressed else zeros
+                self.windows.add(worker, number, value if is_seen else zeros, error)
+        self.windows.check(lambda parameter: self.slot_of(parameter).number)
+
     def refuse(self, error: type[Exception], words: str, act: Callable[[], object]) -> None:
         """A call that must fail on all workers with this error, and change nothing."""
-        before = bits(snapshot(self.optimizers))
+        self.settle()
+        self.in_all(lambda optimizer, worker: optimizer.settle_errors(self.world_size, worker))
+        before = self.bits()
         try:
             act()
         except error as caught:
             assert words in str(caught), caught
         else:
             raise AssertionError(f"no {error.__name__}")
-        assert bits(snapshot(self.optimizers)) == before
+        assert self.bits() == before
+
+    def bits(self) -> Any:
+        """Of all that a step may change."""
+        return bits([(parameters_of(o), o.state_dict()) for o in self.optimizers])
 
     def check(self) -> None:
         """Workers are equal to the bit, and have what the reference has."""
@@ -201,98 +258,9 @@ class Workers:
     # ---- ranks that a policy decides on ---------------------------------------------------------
 
     def begin_scheduling(self) -> None:
-        self.schedulers: list[RankScheduler] = []
-        self.sums: dict[int, list[Tensor]] = {}
-        matrices = [s for s in self.present() if len(self.reference.shapes[s.number]) > 1]
-        if self.adaptive and matrices:
-            self.schedulers = [
-                RankScheduler(o, Accordion(low=1, high=2, interval=1)) for o in self.optimizers
-            ]
-            self.begin_window()
-
-    def begin_window(self) -> None:
-        """Sums of what each worker brings start from zero, by slot."""
-        self.sums = {}
-
-    def sum_up(self, gradients: list[list[Tensor | None]]) -> None:
-        for worker, own in enumerate(gradients):
-            for number, gradient in enumerate(own):
-                zeros = torch.zeros(self.reference.shapes[number], dtype=torch.float64)
-                sums = self.sums.setdefault(number, [zeros.clone() for _ in gradients])
-                sums[worker] += zeros if gradient is None else gradient
-        for worker, scheduler in enumerate(self.schedulers):
-            numbers = scheduler._numbers._numbers
-            for index, found in scheduler.policy.accumulators[0].sums.items():
-                parameter = next(p for p, number in numbers.items() if number == index)
-                expected = self.sums[self.slot_of(parameter).number][worker]
-                assert difference(found.view(expected.shape), expected) < ROUNDING
-
-    def decide(self) -> None:
-        """The policy decides, and a window begins; nothing does where no step was taken."""
-        if not self.schedulers:
-            return
-        count = len(self.schedulers)
-        lockstep([s.exchange(count, worker) for worker, s in enumerate(self.schedulers)])
-        if self.schedulers[0]._last_step == self.reference.step_number:
-            self.begin_window()
-
-    # ---- checkpoints ----------------------------------------------------------------------------
-
-    def resume(self, world_size: int, saved: list[Any]) -> None:
-        """New optimizers, of as many workers as there are dicts, which load them."""
-        self.out = []
-        present = {slot.number for slot in self.present()}
-        groups = [
-            [self.slot_of(p).number for p in group["params"]]
-            for group in self.optimizers[0].param_groups
-        ]
-        for slot in self.slots:
-            frozen = not slot.parameters[0].requires_grad
-            value = slot.parameters[0].detach()
-            slot.parameters = [value.clone().requires_grad_(not frozen) for _ in range(world_size)]
-            slot.is_known = slot.is_known and slot.number in present
-        if world_size != self.world_size or saved[0] is saved[-1]:
-            errors = [
-                sum(each) / self.world_size for each in zip(*self.reference.errors, strict=True)
-            ]
-            self.reference.errors = [copy.deepcopy(errors) for _ in range(world_size)]
-            self.reference.deltas = [copy.deepcopy(errors) for _ in range(world_size)]
-        self.world_size = self.reference.world_size = world_size
-        for scheduler in self.schedulers:
-            scheduler.close()
-        self.optimizers = [
-            PowerSGDOptimizer(
-                [{"params": [self.slots[n].parameters[w] for n in own]} for own in groups],
-                momentum_form="sgd", seed=SEED, **SETTINGS,
-            )
-            for w in range(world_size)
-        ]  # fmt: skip
-        for optimizer, state_dict in zip(self.optimizers, saved, strict=True):
-            optimizer.load_state_dict(copy.deepcopy(state_dict))
-        self.fit_reference()  # loading has fitted factors to ranks
-        self.begin_scheduling()
-
-    def consolidated(self) -> Any:
-        found = lockstep([consolidation(optimizer) for optimizer in self.optimizers]).results
-        return found[0]
-
-
-@contextlib.contextmanager
-def default_dtype() -> Iterator[None]:
-    """Another default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-#: Modes of the calling thread, in which a step is the same step.
-MODES: list[Callable[[], Any]] = [
-    torch.inference_mode,
-    torch.no_grad,
-    lambda: torch.autocast("cpu", torch.bfloat16),
-    default_dtype,
-    lambda: torch.device("meta"),
-]
+        self.windows: Windows | None = None
+        if self.policy is not None:
+            try:
+                self.windows = Windows(self.policy, self.optimizers)
+            except ValueError as error:
+                assert "nothing to decide on" in str(error), error

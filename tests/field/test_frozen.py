@@ -1,5 +1,6 @@
 """Parameters that do not require a gradient are not read, compared, sent or refused."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from efsgd import GradientAverager, PowerSGDOptimizer
 from efsgd.testing import lockstep, step_together
-from tests.simulation import broadcast
+from tests.simulation import bits, broadcast, snapshot
 
 
 class Unreadable(Tensor):
@@ -31,6 +32,11 @@ def quantized() -> Tensor:
         return torch.quantize_per_tensor(torch.ones(6, 5), 0.1, 0, torch.qint8)
 
 
+def of_inference_mode() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(6, 5)
+
+
 KINDS: dict[str, Callable[[int], Tensor]] = {
     "values that differ": lambda worker: torch.full((6, 5), float(worker)),
     "meta": lambda _: torch.empty(6, 5, device="meta"),
@@ -39,6 +45,7 @@ KINDS: dict[str, Callable[[int], Tensor]] = {
     "integers": lambda _: torch.ones(6, 5, dtype=torch.int32),
     "sparse": lambda _: torch.eye(5).to_sparse(),
     "unreadable": lambda _: torch.ones(6, 5).as_subclass(Unreadable),
+    "inference mode": lambda _: of_inference_mode(),
     "shapes that differ": lambda worker: torch.ones(2 + worker),
 }
 
@@ -71,3 +78,39 @@ def test_one_that_is_trained_is_named(kind: str) -> None:
     optimizer = PowerSGDOptimizer([("good", torch.ones(3, requires_grad=True)), ("bad", bad)])
     with pytest.raises(RuntimeError, match=r"parameter 1 \(bad\) is on the meta device"):
         optimizer.step()
+
+
+NO_STEP_MAY_CHANGE_IT = r"parameter 1 \(bad\) is an inference tensor.*clone\(\)"
+
+
+def test_one_of_inference_mode_that_is_trained_is_named_at_once() -> None:
+    bad = of_inference_mode()
+    with torch.inference_mode():
+        bad.requires_grad_()
+    with pytest.raises(RuntimeError, match=NO_STEP_MAY_CHANGE_IT):
+        PowerSGDOptimizer([("good", torch.ones(3, requires_grad=True)), ("bad", bad)])
+    PowerSGDOptimizer([torch.nn.Parameter(bad.clone())])  # as the error says
+
+
+@pytest.mark.parametrize("who", [[0], [1], [0, 1]])
+def test_one_of_inference_mode_that_is_to_be_trained_is_named_on_all_workers(
+    who: list[int],
+) -> None:
+    """It was frozen before, and is such a tensor on these workers."""
+    workers = []
+    for worker in range(2):
+        bad = of_inference_mode() if worker in who else torch.ones(6, 5)
+        named = [("good", torch.ones(3, requires_grad=True)), ("bad", bad)]
+        workers.append(PowerSGDOptimizer(named, lr=0.1, momentum=0.9, rank=1))
+        named[0][1].grad = torch.full((3,), 1.0 + worker)
+    step_together(workers)
+    for optimizer in workers:
+        with torch.inference_mode():
+            optimizer.param_groups[0]["params"][1].requires_grad_()
+    before = bits(snapshot(workers))
+    exchanges = [optimizer.exchange(2, worker) for worker, optimizer in enumerate(workers)]
+    with pytest.raises(RuntimeError) as caught:
+        lockstep(exchanges)
+    for text in (str(caught.value), *caught.value.__notes__):  # of both workers
+        assert re.search(NO_STEP_MAY_CHANGE_IT, text)
+    assert bits(snapshot(workers)) == before

@@ -1,6 +1,8 @@
 """Anything that programs do, in any order: workers stay equal, and are what the reference is."""
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +10,26 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from efsgd import NonFiniteGradientError, WorkerMismatchError
+from efsgd import NonFiniteGradientError, PowerSGDOptimizer, WorkerMismatchError
+from efsgd.engine.consistency import compare_all
 from efsgd.errors import CollectiveError
-from efsgd.testing import step_together
-from tests.field.machine import MODES, Workers
+from efsgd.testing import lockstep, step_together
+from tests.field import checkpoints
+from tests.field.machine import Workers
+from tests.field.modes import MODES, step_scaled
+from tests.field.windows import POLICIES
+from tests.simulation import bits
 
 small = st.integers(0, 3)
+VALUES: dict[str, list[Any]] = {
+    "lr": [0.1, 0.05, 0.01, 0.0],
+    "momentum": [0.5, 0.9, 0.3, 0.0],
+    "dampening": [0.0, 0.3, 0.0, 0.3],
+    "weight_decay": [0.1, 0.05, 0.01, 0.0],
+    "maximize": [False, True, False, True],
+    "rank": [1, 2, 3, 4],
+    "min_compression_rate": [1.0, 2.0, 0.0, math.inf],
+}
 
 
 class FieldMachine(RuleBasedStateMachine):
@@ -21,9 +37,9 @@ class FieldMachine(RuleBasedStateMachine):
 
     workers: Workers
 
-    @initialize(world_size=st.integers(1, 4), adaptive=st.booleans())
-    def begin(self, world_size: int, adaptive: bool) -> None:
-        self.workers = Workers(world_size, adaptive=adaptive)
+    @initialize(world_size=st.integers(1, 4), policy=st.sampled_from([None, *POLICIES]))
+    def begin(self, world_size: int, policy: str | None) -> None:
+        self.workers = Workers(world_size, policy=policy)
 
     # ---- steps ----------------------------------------------------------------------------------
 
@@ -39,7 +55,7 @@ class FieldMachine(RuleBasedStateMachine):
     def a_gradient_is_not_finite(self, place: int) -> None:
         workers = self.workers
         workers.give_gradients()
-        trained = [slot for slot in workers.present() if slot.parameters[0].requires_grad]
+        trained = workers.trained()
         if not trained:
             return
         slot = trained[place % len(trained)]
@@ -63,30 +79,37 @@ class FieldMachine(RuleBasedStateMachine):
                     lambda: step_together(workers.optimizers, fail_at=place),
                 )
 
-    @rule(place=small)
-    def an_overflow_is_skipped(self, place: int) -> None:
+    @rule(place=small, unscales=st.booleans())
+    def a_loss_is_scaled(self, place: int, unscales: bool) -> None:
+        """By four, which is exact; every other place overflows on one worker."""
         workers = self.workers
-        workers.give_gradients()
-        for number, optimizer in enumerate(workers.optimizers):
-            optimizer.grad_scale = torch.tensor(4.0)
-            optimizer.found_inf = torch.tensor(float(number == place % workers.world_size))
-        trained = any(slot.parameters[0].requires_grad for slot in workers.present())
-        before = workers.reference.step_number
-        try:
-            if trained:
-                step_together(workers.optimizers)
-                workers.check()
-                assert workers.optimizers[0].engine.notes.step == before
-        finally:
-            for optimizer in workers.optimizers:
-                del optimizer.grad_scale, optimizer.found_inf
+        overflows = place % 2 == 1
+
+        def drive(optimizers: Sequence[PowerSGDOptimizer]) -> None:
+            step_scaled(optimizers, place if overflows else None, unscales=unscales)
+
+        if overflows and workers.trained():
+            before = workers.optimizers[0].engine.notes.step
+            workers.give_gradients()
+            workers.settle()
+            drive(workers.optimizers)
+            workers.check()
+            assert workers.optimizers[0].engine.notes.step == before
+        else:
+            workers.step(drive=drive)
+
+    @precondition(lambda self: self.workers.world_size > 1)
+    @rule(place=small)
+    def some_workers_have_joined(self, place: int) -> None:
+        workers = self.workers
+        workers.step(joined=range(place % (workers.world_size - 1) + 1))
+        lockstep([compare_all(o.settled_groups, o.state, o._method) for o in workers.optimizers])
 
     # ---- settings -------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(["lr", "momentum", "weight_decay", "rank"]), choice=small)
+    @rule(name=st.sampled_from(list(VALUES)), choice=small)
     def a_setting_changes(self, name: str, choice: int) -> None:
-        values = {"rank": [1, 2, 3, 4], "momentum": [0.5, 0.9, 0.3, 0.7]}
-        value = values.get(name, [0.1, 0.05, 0.01, 0.0])[choice]
+        value = VALUES[name][choice]
 
         def change(optimizer: Any, _: int) -> None:
             if optimizer.param_groups:
@@ -99,10 +122,12 @@ class FieldMachine(RuleBasedStateMachine):
     def a_setting_changes_on_one_worker(self, name: str, place: int) -> None:
         workers = self.workers
         optimizer = workers.optimizers[place % workers.world_size]
-        if not any(s.parameters[0].requires_grad for s in workers.present()):
+        if not workers.trained():
             return
         group = next(group for group in optimizer.param_groups if group["params"])
         before = group[name]
+        if name == "nesterov" and (group["dampening"] or not group["momentum"]):
+            return  # with which it is an error by itself
         group[name] = True if name == "nesterov" else before + 1
         workers.give_gradients()
         workers.refuse(WorkerMismatchError, name, lambda: step_together(workers.optimizers))
@@ -132,7 +157,7 @@ class FieldMachine(RuleBasedStateMachine):
     @rule(place=small)
     def a_parameter_is_frozen_on_one_worker(self, place: int) -> None:
         workers = self.workers
-        trained = [slot for slot in workers.present() if slot.parameters[0].requires_grad]
+        trained = workers.trained()
         if trained:
             parameter = trained[place % len(trained)].parameters[place % workers.world_size]
             workers.give_gradients()
@@ -191,21 +216,27 @@ class FieldMachine(RuleBasedStateMachine):
 
     # ---- policies and checkpoints ---------------------------------------------------------------
 
-    @rule()
-    def a_policy_decides(self) -> None:
-        self.workers.decide()
+    @rule(fail_at=st.none() | st.integers(0, 5))
+    def a_policy_decides(self, fail_at: int | None) -> None:
+        """Nothing changes where one of its collectives fails."""
+        workers, windows = self.workers, self.workers.windows
+        if windows is not None:
+            before = None if fail_at is None else [workers.bits(), bits(windows.saved())]
+            try:
+                windows.decide(workers.reference.step_number, fail_at)
+            except CollectiveError:
+                assert [workers.bits(), bits(windows.saved())] == before
 
-    @rule()
-    def every_worker_resumes(self) -> None:
-        workers = self.workers
-        if workers.present():
-            workers.resume(workers.world_size, [o.state_dict() for o in workers.optimizers])
+    @rule(place=small, with_windows=st.booleans())
+    def every_worker_resumes(self, place: int, with_windows: bool) -> None:
+        """From its own, or from another one's."""
+        if self.workers.present():
+            checkpoints.resume(self.workers, place * (place > 1), with_windows=with_windows)
 
-    @rule(world_size=st.integers(1, 4))
-    def another_number_of_workers_resumes(self, world_size: int) -> None:
-        workers = self.workers
-        if workers.present():
-            workers.resume(world_size, [workers.consolidated()] * world_size)
+    @rule(world_size=st.integers(1, 4), with_windows=st.booleans())
+    def another_number_of_workers_resumes(self, world_size: int, with_windows: bool) -> None:
+        if self.workers.present():
+            checkpoints.resume_with(self.workers, world_size, with_windows=with_windows)
 
 
 TestField = FieldMachine.TestCase

@@ -7,6 +7,7 @@ much each of its directions counted in the last one.
 import torch
 from torch import Tensor
 
+from efsgd.layout import is_fake
 from efsgd.randomness import generator_of
 
 # Columns that nothing is known of count less than any that was learned, should the rank shrink
@@ -32,6 +33,8 @@ def resized(kept: Tensor, fresh: Tensor) -> Tensor:
     # one is not.
     known, drawn = (tensor.detach().double().cpu().contiguous() for tensor in (kept, fresh))
     columns = drawn.shape[-1]
+    if is_fake(known):
+        return drawn
     if columns < known.shape[-1]:
         known = _rotated(known)[:, :columns]
     norms = torch.linalg.vector_norm(known, dim=0)
