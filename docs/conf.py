@@ -31,6 +31,7 @@ public_api = [
         "efsgd",
         "efsgd.checkpoint",
         "efsgd.compressors",
+        "efsgd.pipeline",
         "efsgd.privacy",
         "efsgd.rank",
         "efsgd.testing",
