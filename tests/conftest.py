@@ -7,10 +7,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # No deadline: machines are shared, and a test is about results, not time. derandomize makes CI
-# repeatable; HYPOTHESIS_PROFILE=explore looks for new examples, and for more of them, and
-# HYPOTHESIS_PROFILE=quick has few.
+# repeatable, and 60 examples keep it short; HYPOTHESIS_PROFILE=explore looks for new examples, and
+# for more of them, and HYPOTHESIS_PROFILE=quick has few.
 settings.register_profile(
-    "ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "ci",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("quick", settings.get_profile("ci"), max_examples=5)
 settings.register_profile("explore", deadline=None, max_examples=1000)
