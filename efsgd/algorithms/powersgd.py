@@ -116,7 +116,7 @@ def normalize_columns(matrices: Tensor) -> Tensor:
     # 2**exponent must itself be a normal number, at both ends of the dtype's range.
     limit = math.frexp(torch.finfo(matrices.dtype).max)[1] - 2
     scales = torch.ldexp(torch.ones_like(largest), exponent.clamp_(-limit, limit).neg_())
-    # torch before 2.13 may give powers the default dtype, whatever that of the tensor.
+    # Older torch gives powers the default dtype, whatever that of the tensor.
     return matrices * scales.to(matrices.dtype)
 
 
