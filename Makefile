@@ -5,6 +5,8 @@ VENV ?= .venv
 # Passed to every "pip install", for example
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+# The versions of everything but efsgd: "make test-oldest" gives another list.
+CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
@@ -17,7 +19,7 @@ DION ?=
 BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint $(CONSTRAINTS)
 SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs/_build/doctrees
 
 .DEFAULT_GOAL := help
@@ -65,6 +67,19 @@ test-quick: $(VENV)/.with-test ## run the tests of the promises, on few examples
 .PHONY: test-long
 test-long: $(VENV)/.with-test ## do everything to optimizers, in 10,000 orders (an hour or more)
 	FIELD_RUNS=10000 FIELD_RULES=50 $(BIN)/python -m pytest --timeout 0 $(PYTEST_FLAGS) tests/field/test_machine.py
+
+# The oldest torch is the one that setup.cfg asks for. Without frameworks: their tests are skipped.
+OLDEST_VENV := .venv-oldest
+OLDEST_CONSTRAINTS := $(OLDEST_VENV)/constraints.txt
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST_CONSTRAINTS) ## run the tests with the oldest torch (on Linux without PIP_FLAGS it downloads several gigabytes)
+	$(MAKE) VENV=$(OLDEST_VENV) CONSTRAINTS=$(OLDEST_CONSTRAINTS) $(OLDEST_VENV)/.with-test
+	$(OLDEST_VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
+
+$(OLDEST_CONSTRAINTS): constraints.txt setup.cfg
+	@mkdir -p $(OLDEST_VENV)
+	sed "s/^torch==.*/torch==$$(sed -n 's/^ *torch>=//p' setup.cfg)/" constraints.txt > $@
 
 .PHONY: test-kill
 test-kill: $(VENV)/.with-test ## kill workers at random points; what resumes must end the same (minutes)
@@ -174,7 +189,7 @@ $(VENV)/.with-%: $(VENV)/.with-torch setup.cfg pyproject.toml
 	$(INSTALL) --editable ".[$*]"
 	@touch $@
 
-$(VENV)/.with-torch: $(VENV)/.with-python constraints.txt
+$(VENV)/.with-torch: $(VENV)/.with-python $(CONSTRAINTS)
 	$(INSTALL) torch
 	@touch $@
 

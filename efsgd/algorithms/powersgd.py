@@ -115,7 +115,9 @@ def normalize_columns(matrices: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent
     # 2**exponent must itself be a normal number, at both ends of the dtype's range.
     limit = math.frexp(torch.finfo(matrices.dtype).max)[1] - 2
-    return torch.ldexp(matrices, exponent.clamp_(-limit, limit).neg_())
+    scales = torch.ldexp(torch.ones_like(largest), exponent.clamp_(-limit, limit).neg_())
+    # Older torch gives powers the default dtype, whatever that of the tensor.
+    return matrices * scales.to(matrices.dtype)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

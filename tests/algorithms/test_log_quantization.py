@@ -54,6 +54,8 @@ def test_numbers_are_companded_by_the_definition(alpha: float, x: float) -> None
 @pytest.mark.parametrize("alpha", EXTREME_ALPHAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_and_the_ends_stay_what_they_are(alpha: float, dtype: torch.dtype) -> None:
+    if torch.log1p(torch.tensor([alpha], dtype=torch.float64)).isinf():
+        pytest.skip(f"this torch's log1p of {alpha} overflows")
     ends = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype)
     for bits in (2, 8, 16, 17, 32):
         quantizer = LogQuantizer(bits, alpha)

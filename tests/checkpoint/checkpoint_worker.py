@@ -9,6 +9,8 @@ first three, and all eight. Each worker writes FOLDER/worker.pt.
 import copy
 import runpy
 import sys
+import tempfile
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -84,11 +86,37 @@ class Recording(ElasticLoadPlanner):
             self.read.append(read_item.storage_index.fqn)
 
 
+def async_save_copies() -> bool:
+    """Whether this torch's async_save copies what is on a CPU; asked while there is no group.
+
+    Older torch writes what is there later, of models as of optimizers.
+    """
+    may_write = threading.Event()
+
+    class Waiting(dcp.FileSystemWriter):
+        def write_data(self, *given: Any) -> Any:
+            may_write.wait()
+            return super().write_data(*given)
+
+    zeros = {"values": torch.zeros(3)}
+    loaded = {"values": torch.ones(3)}
+    with tempfile.TemporaryDirectory() as folder:
+        writing = dcp.async_save(zeros, storage_writer=Waiting(folder))
+        zeros["values"].fill_(2.0)
+        may_write.set()
+        writing.result()
+        dcp.load(loaded, checkpoint_id=folder)
+    return not loaded["values"].any()
+
+
 class Worker:
     """One worker in one group of `world_size` workers; None is the group of all."""
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, folder: Path, group: dist.ProcessGroup | None, *, may_go_on: bool = True
+    ) -> None:
         self.folder, self.group = folder, group
+        self.may_go_on = may_go_on  # while async_save writes
         self.worker, self.world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def fresh(self, seed: int = 0, **options: Any) -> tuple[nn.Module, PowerSGDOptimizer]:
@@ -155,6 +183,8 @@ class Worker:
         state = {"model": model, "optimizer": OptimizerState(model, optimizer)}
         dcp.save(state, checkpoint_id=self.folder / "exact", process_group=self.group)
         writing = dcp.async_save(state, checkpoint_id=self.folder / "async", process_group=writers)
+        if not self.may_go_on:
+            writing.result()
         train(model, optimizer, range(SAVED_AT, END), self.worker, self.world_size)
         writing.result()
         return {"saved": saved, "trained": values_of(model, optimizer)}
@@ -215,6 +245,7 @@ class Worker:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    may_go_on = async_save_copies()
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     worker = dist.get_rank()
     four, writers = dist.new_group(range(SAVED_BY)), dist.new_group(range(SAVED_BY))
@@ -222,7 +253,7 @@ def main() -> None:
     two, three = dist.new_group(range(2)), dist.new_group(range(3))
     results: dict[str, Any] = {}
     if worker < SAVED_BY:
-        own = Worker(folder, four)
+        own = Worker(folder, four, may_go_on=may_go_on)
         if worker == 1:
             results["alone"] = own.alone()
         results["four"] = {

@@ -27,6 +27,8 @@ SCRIPTS = sorted(
 MAKING = re.compile(
     r"(?<!class )\b(?:PowerSGDOptimizer|ErrorFeedbackSGD)(\((?:[^()]|\([^()]*\))*\))"
 )
+#: The oldest torch, as a requirement or in words.
+TORCH = re.compile(r"torch(?:>=|,? (?=[\d.]+ or newer))(\d+\.\d+)")
 LINK = re.compile(r"\]\((?!http)([^)#\s]+)")
 BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
@@ -41,6 +43,14 @@ def test_files_named_on_a_page_exist(page: Path) -> None:
 
 def test_the_readme_can_be_read_in_five_minutes() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1100
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "constraints.txt", "docs/tutorials/first-training.md"]
+)
+def test_the_oldest_torch_is_the_one_that_is_installed(name: str) -> None:
+    (oldest,) = TORCH.findall((ROOT / "setup.cfg").read_text(encoding="utf-8"))
+    assert TORCH.findall((ROOT / name).read_text(encoding="utf-8")) == [oldest]
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

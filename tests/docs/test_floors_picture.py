@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("docutils", reason="the documentation needs it: pip install .[docs]")
 EXTENSION = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "ext" / "floors.py"))
 
 

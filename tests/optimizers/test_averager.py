@@ -79,8 +79,11 @@ def test_it_is_the_optimizer_in_every_scenario(scenario: Scenario, alternating: 
                     assert bits(worker.state[mine].get(key)) == bits(expected.get(key))
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, torch.optim.RMSprop])
-def test_any_optimizer_keeps_workers_equal(kind: type[torch.optim.Optimizer]) -> None:
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "RMSprop"])
+def test_any_optimizer_keeps_workers_equal(name: str) -> None:
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    kind = getattr(torch.optim, name)
     shapes = [(12, 10), (9, 9)]  # Muon takes matrices only
     models = [[gaussian(s, i).requires_grad_() for i, s in enumerate(shapes)] for _ in range(3)]
     workers = [GradientAverager(model, PowerSGD(rank=2)) for model in models]

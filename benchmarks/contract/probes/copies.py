@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim._stateless import swap_in_optimizer_params_and_state
 
 from benchmarks.contract.adapters import Adapter, Loop
 from benchmarks.contract.made import given, noise, same
@@ -133,6 +132,8 @@ def _by_torch(content: Any) -> Any:
     "the optimizer has its own parameters back.",
 )
 def swapped(adapter: Adapter) -> None:
+    from torch.optim._stateless import swap_in_optimizer_params_and_state  # new in torch 2.13
+
     loop = trained(adapter)
     saved = copy.deepcopy(loop.optimizer.state_dict())
     listed = [p for group in loop.optimizer.param_groups for p in group["params"]]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -118,6 +119,16 @@ def train(
             for scheduler in schedulers:
                 if scheduler.optimizer is optimizer:
                     scheduler.step()
+
+
+def skip_unless_sgd_takes(dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """Skips the test if SGD itself, of the torch that is installed, cannot step with `options`."""
+    _, theirs = pair([torch.zeros(2, dtype=dtype)], UNCOMPRESSED, **options)
+    try:
+        train([theirs], range(1))
+    except TypeError as error:
+        reason = str(error).partition("\n")[0]
+        pytest.skip(f"this torch's SGD takes no step with {options}: {reason}")
 
 
 def momenta_of(optimizer: Optimizer) -> list[Tensor | None]:

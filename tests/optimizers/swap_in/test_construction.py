@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.optim import SGD
 
 from efsgd import ErrorFeedbackSGD, PowerSGDOptimizer
-from tests.optimizers.swap_in.pairs import UNCOMPRESSED, assert_equal, pair, start, train
+from tests.optimizers.swap_in.pairs import (
+    UNCOMPRESSED,
+    assert_equal,
+    pair,
+    skip_unless_sgd_takes,
+    start,
+    train,
+)
 
 
 def a_parameter() -> Tensor:
@@ -82,6 +89,7 @@ ACCEPTED: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", ACCEPTED, ids=lambda options: f"A2 {options}")
 def test_what_sgd_accepts(options: dict[str, Any]) -> None:
     """A2: nothing that SGD takes is refused, odd as it may be, and it has the same effect."""
+    skip_unless_sgd_takes(**options)
     optimizers = pair(start(), UNCOMPRESSED, **options)
     train(optimizers, range(3))
     assert_equal(*optimizers)

@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from efsgd import PowerSGDOptimizer
 from efsgd.testing import step_together
-from tests.optimizers.swap_in.pairs import UNCOMPRESSED, random_tensor
+from tests.optimizers.swap_in.pairs import UNCOMPRESSED, random_tensor, skip_unless_sgd_takes
 
 FLAGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -24,8 +24,13 @@ def numbers(*shape: int, seed: int) -> Tensor:
     return random_tensor(shape, torch.float64, seed).requires_grad_()
 
 
+def skip_unless_settings_are_differentiated() -> None:
+    learned = {"lr": setting(0.1), "weight_decay": setting(0.1)}
+    skip_unless_sgd_takes(torch.float64, differentiable=True, **learned)
+
+
 def one_step(
-    cls: type, p: Tensor, grad: Tensor, buffer: Tensor, lr: Tensor, decay: Any, **options: Any
+    cls: type, p: Tensor, grad: Tensor, buffer: Tensor, lr: Any, decay: Any, **options: Any
 ) -> tuple[Tensor, ...]:
     """From all that goes into a step to all that comes out of it."""
     p, buffer = p.clone(), buffer.clone()
@@ -42,38 +47,50 @@ def one_step(
 
 def arguments() -> list[Tensor]:
     tensors = [numbers(4, 3, seed=seed) for seed in range(3)]
-    scalars = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.1, 0.05)]
-    return tensors + scalars
+    return [*tensors, setting(0.1), setting(0.05)]
 
 
+def setting(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+# Older torch's SGD is differentiated by tensors alone, with settings that are numbers.
+@pytest.mark.parametrize("settings", ["learned", "fixed"])
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("form", ["sgd", "paper"])
-def test_derivatives(form: str, flags: str) -> None:
+def test_derivatives(form: str, flags: str, settings: str) -> None:
     """G3: through parameters, gradients, momenta, lr and weight decay, against differences.
 
     Gradients are not written to (B7).
     """
+    fixed = [0.1, 0.05] if settings == "fixed" else []
+    if form == "sgd" and not fixed:
+        skip_unless_settings_are_differentiated()
     options = {**FLAGS[flags], "momentum_form": form, "min_compression_rate": math.inf}
     if form == "paper" and options.keys() & {"nesterov", "dampening"}:
         options.pop("nesterov", None)
         options.pop("dampening", None)
 
     def function(*given: Tensor) -> tuple[Tensor, ...]:
-        return one_step(PowerSGDOptimizer, *given, **options)
+        return one_step(PowerSGDOptimizer, *given, *fixed, **options)
 
-    given = arguments()
+    given = arguments()[: 5 - len(fixed)]
     before = given[1].detach().clone()
     assert torch.autograd.gradcheck(function, given)
     assert torch.equal(given[1], before)
 
 
+@pytest.mark.parametrize("settings", ["learned", "fixed"])
 @pytest.mark.parametrize("flags", FLAGS)
-def test_numbers_of_sgd(flags: str) -> None:
+def test_numbers_of_sgd(flags: str, settings: str) -> None:
     """G3: values are SGD's bit by bit, and derivatives to rounding."""
+    fixed = [0.1] if settings == "fixed" else []
+    if not fixed:
+        skip_unless_settings_are_differentiated()
     results = []
     for cls, extra in ((PowerSGDOptimizer, UNCOMPRESSED), (SGD, {})):
-        given = arguments()[:4]
-        ends = one_step(cls, *given, 0.05, **FLAGS[flags], **extra)
+        given = arguments()[: 4 - len(fixed)]
+        ends = one_step(cls, *given, *fixed, 0.05, **FLAGS[flags], **extra)
         loss = torch.stack([end.square().sum() for end in ends]).sum()
         found = torch.autograd.grad(loss, given, allow_unused=True)
         results.append((ends, found))
@@ -86,6 +103,7 @@ def test_numbers_of_sgd(flags: str) -> None:
 
 def test_a_learning_rate_is_learned() -> None:
     """G3: over several steps, whose gradients are themselves differentiated."""
+    skip_unless_settings_are_differentiated()
     slopes = []
     for cls, extra in ((PowerSGDOptimizer, UNCOMPRESSED), (SGD, {})):
         lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)

@@ -23,6 +23,7 @@ from tests.optimizers.swap_in.pairs import (
     gradients,
     pair,
     random_tensor,
+    skip_unless_sgd_takes,
     start,
     train,
 )
@@ -45,6 +46,7 @@ def test_every_combination(
     dtype: torch.dtype, implementation: str, lr: float | Tensor, form: str
 ) -> None:
     """B4: parameters and momenta of SGD to the bit, or to rounding, in all shapes (B11)."""
+    skip_unless_sgd_takes(dtype, lr=lr, **IMPLEMENTATIONS[implementation])
     is_rounded = dtype == torch.float16 or (dtype, implementation) == (torch.bfloat16, "fused")
     check = assert_close if is_rounded or form == "full rank" else assert_equal
     for options in COMBINATIONS:
