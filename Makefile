@@ -169,6 +169,16 @@ bench-contract: $(VENV)/.with-examples ## ask efsgd and its peers what a swap-in
 		--output $(RESULTS)/contract.json
 	$(BENCH).contract.page
 
+.PHONY: bench-pipeline
+bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow networks (Linux, root)
+	@set -ex; for rate in 100mbit 1gbit; do $(BENCH).pipeline --rate $$rate $(BENCH_FLAGS); done
+	$(BENCH).pipeline --stages 4 $(BENCH_FLAGS)
+	$(BENCH).pipeline --microbatches 16 $(BENCH_FLAGS)
+
+.PHONY: bench-privacy
+bench-privacy: $(VENV)/.with-examples ## measure a private step beside one of Opacus
+	$(BENCH).privacy $(BENCH_FLAGS)
+
 .PHONY: bench-docs
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured
 	$(BENCH).report

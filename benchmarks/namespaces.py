@@ -113,7 +113,7 @@ class Network:
         """Runs one job on all workers.
 
         Args:
-            job: for `benchmarks.worker`.
+            job: for `benchmarks.worker`, or for the module that its "module" names.
             timeout: seconds until all workers must have ended.
 
         Returns:
@@ -144,7 +144,8 @@ class Network:
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "OMP_NUM_THREADS": "1",
         }
-        python = [sys.executable, "-m", "benchmarks.worker", str(job)]
+        module = json.loads(job.read_text()).get("module", "benchmarks.worker")
+        python = [sys.executable, "-m", module, str(job)]
         # Worker 0 shows the progress; what the others say is shown when they fail.
         with open(job.with_name(f"worker{worker}"), "wb") as log:
             return subprocess.Popen(

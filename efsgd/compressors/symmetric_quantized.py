@@ -19,9 +19,9 @@ from efsgd.wire.payload import Field
 class SymmetricQuantized(TensorCompressor):
     """Sends each element in a few bits, on a grid that has zero in it.
 
-    With s the largest magnitude and L = 2**(bits − 1) − 1 an element x becomes the code round(L·x / s), from −L
-    to L, and the code c becomes (c / L)·s. Zeros stay zeros, and so do elements below s / (2 L);
-    the largest is exact. Where most elements are small beside the largest, as in gradients of
+    With s the largest magnitude and L = 2**(bits − 1) − 1 an element x becomes the code
+    round(L·x / s), from −L to L, and the code c becomes (c / L)·s. Zeros stay zeros, and so do
+    elements below s / (2 L); the largest is exact. Where most elements are small beside the largest, as in gradients of
     activations, min-max quantization (`UniformQuantized`) has no value for them. Payloads are
     gathered.
 
