@@ -21,9 +21,9 @@ class SymmetricQuantized(TensorCompressor):
 
     With s the largest magnitude and L = 2**(bits − 1) − 1 an element x becomes the code
     round(L·x / s), from −L to L, and the code c becomes (c / L)·s. Zeros stay zeros, and so do
-    elements below s / (2 L); the largest is exact. Where most elements are small beside the largest, as in gradients of
-    activations, min-max quantization (`UniformQuantized`) has no value for them. Payloads are
-    gathered.
+    elements below s / (2 L); the largest is exact. Where most elements are small beside the
+    largest, as in gradients of activations, min-max quantization (`UniformQuantized`) has no value
+    for them. Payloads are gathered.
 
     What is not sent of d elements has at most (1 − 1/d) of their squared norm: no element is
     further off than it is from zero.
