@@ -42,7 +42,7 @@ class Codec:
 
     def compresses(self, shape: torch.Size, dtype: torch.dtype) -> bool:
         """Whether a tensor is compressed; otherwise it goes as it is."""
-        if not dtype.is_floating_point or shape.numel() == 0:
+        if not dtype.is_floating_point or len(shape) == 0 or shape.numel() == 0:
             return False
         return self._compressor.compresses(self._rows(shape)[1])
 
@@ -109,7 +109,10 @@ class MaskedCodec(Codec):
 
     def encode(self, x: Tensor, draws: DrawsOf) -> Tensor:
         x = x.detach().to(compute_dtype(x.dtype)).contiguous()
-        return to_bytes(x.view(len(self.chosen), -1).gather(1, self.chosen))
+        values = x.view(len(self.chosen), -1).gather(1, self.chosen)
+        if not bool(x.isfinite().all()):  # elsewhere perhaps, and nobody would know
+            values.fill_(torch.nan)
+        return to_bytes(values)
 
     def decode(
         self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
@@ -117,6 +120,8 @@ class MaskedCodec(Codec):
         kind = compute_dtype(dtype)
         out = torch.zeros(shape, dtype=kind, device=buffer.device).view(len(self.chosen), -1)
         values = buffer.view(kind).view_as(self.chosen)
+        if bool(values.isnan().all()):
+            return out.fill_(torch.nan).view(shape)
         return out.scatter_(1, self.chosen, values).view(shape)
 
 

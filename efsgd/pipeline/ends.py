@@ -1,5 +1,6 @@
 """One end of a link: what it sends or receives in a step, message by message."""
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +23,9 @@ Masks: TypeAlias = dict[tuple[int, int], Tensor]
 
 class End:
     """The sender or the receiver of a link between two stages.
+
+    What is compressed is numbered by itself, since integers have no gradients: the first gradient
+    then is that of the first activation.
 
     Attributes:
         sent: bytes that were handed to sends.
@@ -71,16 +75,17 @@ class End:
         self, ops: list[Any], chunk: int, step: int, *, trains: bool, scale: float
     ) -> list[Any]:
         """Sends of payloads in place of sends of tensors."""
-        packed = []
+        packed, number = [], 0
         self.messages += bool(ops)
-        for number, op in enumerate(ops):
+        for op in ops:
             tensor = op.tensor.detach()
             if self._compresses(tensor.shape, tensor.dtype):
                 x = tensor if scale == 1.0 else tensor.to(compute_dtype(tensor.dtype)) / scale
                 draws, key = self._draws(chunk, number, step), (chunk, number)
                 self._read_mask(key)
-                buffer = self._memory(trains).encode(key, x, draws)
+                buffer = self._memory(trains).encode(key, x, tensor.dtype, draws)
                 self._note_mask(key, buffer, tensor)
+                number += 1
             else:
                 buffer = to_bytes(tensor)
             self._flying.append(buffer)
@@ -94,12 +99,13 @@ class End:
         self.messages += bool(ops)
         if self.codec is None:
             return ops
-        packed, places = [], []
-        for number, op in enumerate(ops):
+        packed, places, number = [], [], 0
+        for op in ops:
             shape, dtype = op.tensor.shape, op.tensor.dtype
             size = shape.numel() * dtype.itemsize
             if self._compresses(shape, dtype):
                 size = self._memory(trains).nbytes((chunk, number), shape, dtype)
+                number += 1
             buffer = torch.empty(size, dtype=torch.uint8, device=op.tensor.device)
             places.append((op.tensor, buffer))
             packed.append(dist.P2POp(op.op, buffer, op.peer, op.group, op.tag))
@@ -109,13 +115,15 @@ class End:
     @torch.no_grad()
     def unpack(self, chunk: int, step: int, *, trains: bool, scale: float) -> None:
         """Decodes what has arrived, into the very buffers that torch would have received into."""
-        for number, (place, buffer) in enumerate(self._expected.pop(chunk, ())):
+        number = 0
+        for place, buffer in self._expected.pop(chunk, ()):
             shape, dtype = place.shape, place.dtype
             if self._compresses(shape, dtype):
                 draws, key = self._draws(chunk, number, step), (chunk, number)
                 self._read_mask(key)
                 found = self._memory(trains).decode(key, buffer, shape, dtype, draws)
                 self._note_mask(key, buffer, place)
+                number += 1
                 place.detach().copy_(found if scale == 1.0 else found * scale)
             else:
                 place.detach().copy_(from_bytes(buffer, shape, dtype))
@@ -146,7 +154,7 @@ class End:
 
     def describe(self) -> list[str]:
         """What must be the same at both ends."""
-        lines = [f"{self.link!r}"]
+        lines = [f"{dataclasses.replace(self.link, file=None)!r}"]  # each has a file of its own
         if self.memory is not None and self.memory.is_shared:
             lines.append(f"memory {self.memory.digest():x}")
         return lines

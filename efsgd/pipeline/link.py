@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from efsgd.checks import require_choice, require_integer
-from efsgd.compressors import Compressor, Identity, TensorCompressor, TopK
+from efsgd.compressors import Identity, TensorCompressor, TopK
 
 PER = ("sample", "microbatch")
 MEMORIES = ("none", "error", "difference", "samples")
@@ -46,7 +46,7 @@ class Link:
     2206.01299; between stages: Rudakov et al., arXiv 2401.07788.
     """
 
-    compressor: Compressor | None = None
+    compressor: TensorCompressor | None = None
     per: Literal["sample", "microbatch"] = "sample"
     memory: Literal["none", "error", "difference", "samples"] = "none"
     reuse_mask: bool = False
@@ -54,7 +54,7 @@ class Link:
     file: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.compressor, TensorCompressor | Identity | None):
+        if not isinstance(self.compressor, TensorCompressor | None):
             raise TypeError(
                 f"Invalid compressor: {self.compressor!r}. Must be a TensorCompressor, which works "
                 f"on one tensor at a time; PowerSGD and LQSGD take several exchanges."
@@ -77,4 +77,4 @@ class Link:
     @property
     def codes(self) -> TensorCompressor | None:
         """The compressor, where there is something to do."""
-        return self.compressor if isinstance(self.compressor, TensorCompressor) else None
+        return None if isinstance(self.compressor, Identity) else self.compressor

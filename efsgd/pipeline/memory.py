@@ -1,5 +1,6 @@
 """What the ends of a link keep between steps. What a step changes counts once it is over."""
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -32,8 +33,8 @@ class Memory:
         """The size of the next message."""
         return self._codec.nbytes(shape, dtype)
 
-    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
-        """The message for a tensor."""
+    def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
+        """The message for a tensor, which is to arrive in a dtype that may not be its own."""
         return self._codec.encode(x, draws)
 
     def decode(
@@ -74,7 +75,7 @@ def _hashable(key: Any) -> Hashable:
 class ErrorMemory(Memory):
     """EF: the sender adds what it has not sent of the same microbatch in the last step."""
 
-    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+    def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
         delta = x.to(compute_dtype(x.dtype))
         if key in self._kept:
             delta = delta + self._kept[key]
@@ -90,12 +91,12 @@ class DifferenceMemory(Memory):
 
     is_shared = True
 
-    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+    def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
         delta = x.to(compute_dtype(x.dtype))
         if key in self._kept:
             delta = delta - self._kept[key]
         buffer = self._codec.encode(delta, draws)
-        self.decode(key, buffer, x.shape, x.dtype, draws)
+        self.decode(key, buffer, x.shape, dtype, draws)
         return buffer
 
     def decode(
@@ -120,8 +121,17 @@ class SampleMemory(Memory):
         self._ids: list[list[int]] = []
 
     def announce(self, ids: list[list[int]]) -> None:
-        """Which samples the microbatches of the next step have."""
+        """Which samples the microbatches of the next step have.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        self._store.require_room(itertools.chain(*ids))
         self._ids = ids
+
+    def _before(self, ids: list[int], output: int, like: Tensor) -> Tensor:
+        """What is kept of samples that are known, in the shape and on the device of a tensor."""
+        return self._store.get(ids, output).to(like.device).view_as(like)
 
     def _split(self, key: Key, count: int) -> tuple[list[int], list[int], list[int]]:
         """Ids of a microbatch, and the rows of those that are new, and of those that are known."""
@@ -136,19 +146,20 @@ class SampleMemory(Memory):
 
     def nbytes(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> int:
         _, new, known = self._split(key, shape[0])
-        whole = len(new) * shape[1:].numel() * compute_dtype(dtype).itemsize
+        whole = len(new) * shape[1:].numel() * dtype.itemsize
         coded = torch.Size((len(known), *shape[1:]))
         return whole + (self._codec.nbytes(coded, dtype) if known else 0)
 
-    def encode(self, key: Key, x: Tensor, draws: DrawsOf) -> Tensor:
+    def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
         x = x.to(compute_dtype(x.dtype))
         ids, new, known = self._split(key, len(x))
-        parts = [to_bytes(x[new])] if new else []
+        parts = [to_bytes(x[new].to(dtype))] if new else []
         if known:
-            rest = x[known] - self._store.get([ids[row] for row in known], key[1]).view_as(x[known])
+            rest = x[known]
+            rest = rest - self._before([ids[row] for row in known], key[1], rest)
             parts.append(self._codec.encode(rest, draws))
         buffer = torch.cat(parts)
-        self.decode(key, buffer, x.shape, x.dtype, draws)
+        self.decode(key, buffer, x.shape, dtype, draws)
         return buffer
 
     def decode(
@@ -157,13 +168,15 @@ class SampleMemory(Memory):
         ids, new, known = self._split(key, shape[0])
         own, kind = shape[1:], compute_dtype(dtype)
         result = torch.empty(shape, dtype=kind, device=buffer.device)
-        head = len(new) * own.numel() * kind.itemsize
+        head = len(new) * own.numel() * dtype.itemsize
         if new:
-            result[new] = from_bytes(buffer[:head].clone(), torch.Size((len(new), *own)), kind)
+            whole = from_bytes(buffer[:head].clone(), torch.Size((len(new), *own)), dtype)
+            result[new] = whole.to(kind)
         if known:
             coded = torch.Size((len(known), *own))
-            before = self._store.get([ids[row] for row in known], key[1]).view(coded)
-            result[known] = before + self._codec.decode(buffer[head:].clone(), coded, dtype, draws)
+            change = self._codec.decode(buffer[head:].clone(), coded, dtype, draws)
+            before = self._before([ids[row] for row in known], key[1], change)
+            result[known] = before + change
         for row, sample in enumerate(ids):
             if bool(result[row].isfinite().all()):
                 self._new[sample, key[1]] = result[row].flatten()

@@ -1,7 +1,7 @@
 """Where tensors of samples are kept: in memory, or in a file that is mapped into it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,23 +32,25 @@ class SampleStore:
         places = self._places[output]
         return self._rows[output][[places[sample] for sample in samples]]
 
-    def keep(self, values: Mapping[Any, Tensor]) -> None:
-        """Keeps flat tensors by (sample, output).
-
-        Raises:
-            ValueError: there is no room for all of them; nothing is kept then.
-        """
-        wanted: dict[int, dict[int, Tensor]] = {}
-        for (sample, output), value in values.items():
-            wanted.setdefault(output, {})[sample] = value
-        for output, own in wanted.items():
-            total = len({*own, *self._places.get(output, ())})
-            if self._capacity is not None and total > self._capacity:
+    def require_room(self, samples: Iterable[int]) -> None:
+        """Raises ValueError unless these can be kept as well."""
+        if self._capacity is None:
+            return
+        wanted = set(samples)
+        for places in list(self._places.values()) or [{}]:
+            total = len(wanted | places.keys())
+            if total > self._capacity:
                 raise ValueError(
                     f"{total} samples, where Link(capacity={self._capacity}) keeps no more. Raise "
                     f"it to the number of samples in the data set, with file= if memory is short, "
                     f"or use memory='none'."
                 )
+
+    def keep(self, values: Mapping[Any, Tensor]) -> None:
+        """Keeps flat tensors by (sample, output), for which there is room."""
+        wanted: dict[int, dict[int, Tensor]] = {}
+        for (sample, output), value in values.items():
+            wanted.setdefault(output, {})[sample] = value
         for output, own in wanted.items():
             places = self._places.setdefault(output, {})
             for sample in own:
@@ -83,6 +85,8 @@ class SampleStore:
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Keeps copies of what `state` has returned, and nothing else."""
+        for own in state.values():
+            SampleStore(self._capacity, None).require_room(own["samples"])
         self._places, self._rows = {}, {}
         for output, own in state.items():
             rows = own["rows"].to("cpu" if self._file is not None else device)

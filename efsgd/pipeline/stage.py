@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from efsgd.compressors import TopK
 from efsgd.pipeline.ends import End, Masks
 from efsgd.pipeline.handshake import Handshake
 from efsgd.pipeline.link import Link
@@ -68,7 +67,7 @@ class CompressedStage(PipelineStage):
         forwards, backwards = activations or Link(), gradients or Link()
         self._masks: list[Masks | None] = [None, None]
         if backwards.reuse_mask:
-            _require_top_k(forwards)
+            _require_same_top_k(forwards, backwards)
             self._masks = [{}, {}]
         elif forwards.reuse_mask:
             raise ValueError("reuse_mask is for gradients: activations come first.")
@@ -93,8 +92,8 @@ class CompressedStage(PipelineStage):
         self._settle()
         super().clear_runtime_states()
         self._trains = self.has_backward
-        is_scaled = self._trains and self.scaler is not None and self.scaler.is_enabled()
-        self._scale = self.scaler.get_scale() if is_scaled and self.scaler is not None else 1.0
+        scaler = self.scaler if self._trains else None
+        self._scale = 1.0 if scaler is None else scaler.get_scale()  # of a disabled one it is 1
         self._compare_ends()
         for end in self._ends.values():
             end.begin()
@@ -184,9 +183,15 @@ class CompressedStage(PipelineStage):
         self._is_compared = True
 
     def _describe(self, names: Sequence[str]) -> list[str]:
-        directions = [name.partition(" ")[0] for name in names]
-        ends = [self._ends[name].describe() for name in names]
-        return [f"{direction}: {end}" for direction, end in zip(directions, ends, strict=True)]
+        """What a neighbor must have as well."""
+        lines = []
+        for name in names:
+            direction, end = name.partition(" ")[0], self._ends[name]
+            is_scaled = self.scaler is not None and self.scaler.is_enabled()
+            if is_scaled and direction == "gradients" and end.codec is not None:
+                direction += " with a scaler"
+            lines.append(f"{direction}: {', '.join(end.describe())}")
+        return lines
 
     def announce(self, sample_ids: Tensor | Sequence[int], n_microbatches: int) -> None:
         """Says which samples the next step has: for links with memory="samples".
@@ -239,9 +244,11 @@ class CompressedStage(PipelineStage):
         self._step, self._is_running, self._is_compared = state_dict["step"], False, False
 
 
-def _require_top_k(forwards: Link) -> None:
-    if not isinstance(forwards.compressor, TopK) or forwards.memory == "samples":
+def _require_same_top_k(forwards: Link, backwards: Link) -> None:
+    kinds = [(link.compressor, link.per) for link in (forwards, backwards)]
+    if kinds[0] != kinds[1] or "samples" in (forwards.memory, backwards.memory):
         raise ValueError(
-            "reuse_mask=True needs activations=Link(TopK(...)), whose positions are reused, and "
-            "without memory='samples', whose first visits have none."
+            f"reuse_mask=True needs the same compressor and the same per in both links, whose "
+            f"positions are reused, and no memory='samples', whose first visits have none. Given "
+            f"are activations={forwards} and gradients={backwards}."
         )

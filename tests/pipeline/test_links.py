@@ -1,0 +1,64 @@
+"""What a link may be."""
+
+from typing import Any
+
+import pytest
+
+from efsgd import Identity, PowerSGD, RandomK, TopK, UniformQuantized
+from efsgd.pipeline import Link
+
+Q4 = UniformQuantized(bits=4)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "options"),
+    [
+        (TypeError, "Invalid compressor: PowerSGD.*TensorCompressor", {"compressor": PowerSGD(2)}),
+        (TypeError, "Invalid compressor: 4", {"compressor": 4}),
+        (TypeError, "Invalid compressor: <class", {"compressor": TopK}),
+        (ValueError, "per.*'batch'.*sample", {"compressor": Q4, "per": "batch"}),
+        (ValueError, "memory.*'EF'.*error", {"compressor": Q4, "memory": "EF"}),
+        (ValueError, "memory='error'.*nothing is compressed", {"memory": "error"}),
+        (
+            ValueError,
+            "memory='samples'.*Give a compressor",
+            {"compressor": Identity(), "memory": "samples"},
+        ),
+        (ValueError, "reuse_mask=True needs compressor=TopK", {"reuse_mask": True}),
+        (
+            ValueError,
+            "reuse_mask=True needs compressor=TopK",
+            {"compressor": RandomK(density=0.1), "reuse_mask": True},
+        ),
+        (
+            ValueError,
+            "capacity.*0.*at least 1",
+            {"compressor": Q4, "memory": "samples", "capacity": 0},
+        ),
+        (
+            ValueError,
+            "capacity.*0.5",
+            {"compressor": Q4, "memory": "samples", "capacity": 0.5},
+        ),
+        (ValueError, "are for memory='samples'", {"compressor": Q4, "capacity": 5}),
+        (
+            ValueError,
+            "are for memory='samples'",
+            {"compressor": Q4, "memory": "error", "file": "a"},
+        ),
+        (
+            ValueError,
+            "file needs capacity",
+            {"compressor": Q4, "memory": "samples", "file": "a"},
+        ),
+    ],
+)
+def test_refusals(error: type[Exception], words: str, options: dict[str, Any]) -> None:
+    with pytest.raises(error, match=words):
+        Link(**options)
+
+
+def test_nothing_is_compressed_by_default() -> None:
+    assert Link().codes is None
+    assert Link(Identity()).codes is None
+    assert Link(Q4).codes is Q4
