@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, multiprocessing, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
 from efsgd import SymmetricQuantized, TopK, UniformQuantized
 from efsgd.pipeline import CompressedStage, Link
@@ -105,7 +105,7 @@ def train(name: str, method: str, seed: int, stages: int, epochs: int | None) ->
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
     seconds, stats = time.monotonic() - started, stage.communication_stats()
-    plain_stage = PipelineStage(module, rank, stages, device)
+    plain_stage = CompressedStage(module, rank, stages, device)
     plain = ScheduleGPipe(plain_stage, task.microbatches, loss_fn=task.loss)
     with torch.no_grad():
         on, off = evaluated(schedule, task, stages), evaluated(plain, task, stages)

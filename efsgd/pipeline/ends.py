@@ -92,21 +92,20 @@ class End:
             self.sent += buffer.numel()
             self.plain += tensor.numel() * tensor.itemsize
             packed.append(dist.P2POp(op.op, buffer, op.peer, op.group, op.tag))
-        return packed if self.codec is not None else ops
+        return packed
 
     def expect(self, ops: list[Any], chunk: int, *, trains: bool) -> list[Any]:
         """Receives of payloads in place of receives of tensors."""
         self.messages += bool(ops)
-        if self.codec is None:
-            return ops
         packed, places, number = [], [], 0
         for op in ops:
             shape, dtype = op.tensor.shape, op.tensor.dtype
-            size = shape.numel() * dtype.itemsize
             if self._compresses(shape, dtype):
                 size = self._memory(trains).nbytes((chunk, number), shape, dtype)
+                buffer = torch.empty(size, dtype=torch.uint8, device=op.tensor.device)
                 number += 1
-            buffer = torch.empty(size, dtype=torch.uint8, device=op.tensor.device)
+            else:
+                buffer = to_bytes(op.tensor)  # its own memory, or other if it is not contiguous
             places.append((op.tensor, buffer))
             packed.append(dist.P2POp(op.op, buffer, op.peer, op.group, op.tag))
         self._expected[chunk] = places
@@ -125,7 +124,7 @@ class End:
                 self._note_mask(key, buffer, place)
                 number += 1
                 place.detach().copy_(found if scale == 1.0 else found * scale)
-            else:
+            elif buffer.data_ptr() != place.data_ptr():
                 place.detach().copy_(from_bytes(buffer, shape, dtype))
 
     def _read_mask(self, key: tuple[int, int]) -> None:

@@ -140,7 +140,7 @@ class CompressedStage(PipelineStage):
         """Decodes what has arrived, and computes backwards."""
         self._unpack("gradients received", bwd_chunk_id, self._scale)
         result = super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
-        self._done[1] += 1
+        self._done[1] += self._trains
         return result
 
     def _pack(self, name: str, ops: list[Any], chunk: int, scale: float = 1.0) -> list[Any]:
@@ -153,8 +153,10 @@ class CompressedStage(PipelineStage):
 
     def _settle(self) -> None:
         """Keeps what the last step has changed, or, where it has failed, nothing of it."""
-        chunks = self.chunks or 0
+        chunks = len(self.args_recv_info)
         is_whole = self._is_running and self._done == [chunks, chunks if self._trains else 0]
+        # Neighbors may have come to the end of a step that has failed here: compare once more.
+        self._is_compared = self._is_compared and (is_whole or not self._is_running)
         for end in self._ends.values():
             if end.memory is not None and is_whole and end.is_done(chunks):
                 end.memory.commit()
