@@ -1,5 +1,6 @@
 """What has been released, and the ε that it stands for. The accountants are Opacus's."""
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -158,6 +159,7 @@ def noise_multiplier(
     require_choice("accountant", accountant, ACCOUNTANTS)
     target, rate, count = plain(epsilon), plain(sample_rate), plain(steps)
 
+    @functools.cache
     def spent(sigma: float) -> float:
         return _epsilon([(sigma, rate, count)], delta, accountant)
 
