@@ -13,6 +13,7 @@ from efsgd import (
     ErrorFeedbackSGD,
     GradientAverager,
     Identity,
+    PowerSGD,
     PowerSGDOptimizer,
     Signum,
     TopK,
@@ -53,7 +54,8 @@ def signum(parameters: list[Tensor]) -> Pair:
 
 
 def adamw(parameters: list[Tensor]) -> Pair:
-    return torch.optim.AdamW(parameters, lr=0.01), GradientAverager(parameters)
+    averager = GradientAverager(parameters, PowerSGD(rank=1))
+    return torch.optim.AdamW(parameters, lr=0.01), averager
 
 
 def uncompressed(parameters: list[Tensor], **options: Any) -> Pair:
