@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 from rich.table import Table
 
 from efsgd.privacy import epsilon
@@ -103,18 +103,20 @@ def plot_accuracy(path: Path, results: Results) -> None:
             if case.noise_multiplier == noise:
                 _draw(left, right, case, outcomes, looks[case.compression])
         left.set_title(f"Noise σ = {noise:g}", loc="left")
-        left.set_xlabel("ε against whoever sees all messages, as training goes on")
+        left.set_xlabel("ε against whoever sees all messages")
         left.set_ylabel("test accuracy (%)")
-        right.set_xlabel("bytes sent by each worker in all")
+        right.set_xlabel("KiB sent by each worker in the whole training")
         right.set_xscale("log")
-        right.xaxis.set_minor_formatter(NullFormatter())
-        right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_formatter("")
         for axes in (left, right):
             if plain:
                 level = statistics.mean(_finals(plain[0]))
                 axes.axhline(level, color="#000000", linewidth=0.8, linestyle="--", zorder=0)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
+    rows[0, 1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(path, figure)
 
 
@@ -131,7 +133,7 @@ def _draw(
     line = "-" if has_feedback else ":"
     left.plot(places, means, linestyle=line, linewidth=1.2, markersize=5, **look_of_it)
     deviation = statistics.stdev(tests[-1]) if len(outcomes) > 1 else 0.0
-    sent = outcomes[0].bytes_sent[-1]
+    sent = outcomes[0].bytes_sent[-1] / 2**10
     right.errorbar(
         [sent], means[-1:], [deviation], label=label, capsize=3, linestyle="none", markersize=6,
         **look_of_it,

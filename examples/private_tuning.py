@@ -21,7 +21,7 @@ MOST_ROUNDS = 6
 
 @dataclass(frozen=True)
 class Case:
-    """A row of a table: everything but the learning rate and the seed.
+    """A row of a table: everything but the seed, and the learning rate where it is tuned.
 
     Attributes:
         noise_multiplier: σ, of the noise of each worker.
@@ -29,6 +29,7 @@ class Case:
         error_feedback: whether what is not sent is kept for the next step.
         batch_size: expected records in a step, of all workers together.
         steps: of a training.
+        given_lr: the learning rate; None tunes it.
     """
 
     noise_multiplier: float
@@ -36,6 +37,7 @@ class Case:
     error_feedback: bool
     batch_size: int
     steps: int
+    given_lr: float | None = None
 
     @property
     def sample_rate(self) -> float:
@@ -43,7 +45,9 @@ class Case:
         return self.batch_size / RECORDS
 
     def first_rate(self) -> float:
-        """A learning rate to begin the search with, a power of two: lower where noise is larger."""
+        """What the search begins with, a power of two that is lower where noise is larger."""
+        if self.given_lr is not None:
+            return self.given_lr
         noise = self.noise_multiplier * 128 / self.batch_size
         return 2.0 ** round(math.log2(4 / (1 + 3 * noise)))
 
@@ -143,7 +147,7 @@ class Tuning(AbstractContextManager["Tuning"]):
 
     def _around(self, case: Case) -> list[float]:
         best = self.best_rate(case)
-        return [best / 2, best * 2]
+        return [best / 2, best * 2] if case.given_lr is None else []
 
     def _run(self, trials: Iterable[Trial], title: str) -> bool:
         """Whether any of these trainings is new."""

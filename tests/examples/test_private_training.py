@@ -3,6 +3,7 @@
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,14 @@ def test_the_rate_is_that_of_the_highest_final_accuracy_on_the_validation_part(a
     assert len(tried) == 3 + abs(away)
 
 
+def test_a_rate_that_is_given_is_not_tuned() -> None:
+    train_ = Imagined(best=1.0)
+    case = replace(RANK_1, given_lr=8.0)
+    [outcomes] = Tuning(train_, seeds=2).run([case]).values()
+    assert [outcome.trial for outcome in outcomes] == train_.asked
+    assert train_.asked == [Trial(case, 8.0, seed) for seed in (1, 2)]
+
+
 def test_the_search_ends_and_takes_the_lowest_of_equal_rates() -> None:
     tuning = Tuning(Imagined(best=2.0**40))  # the more the better
     tuning.run([RANK_1])
@@ -160,6 +169,7 @@ def test_the_whole_has_everything_of_the_first_table_and_what_may_help_compressi
     assert len({case.batch_size for case in found}) == 3
     assert len({case.steps for case in found}) == 2
     assert "Rank 1, drawn anew" in {case.compression for case in found}
+    assert {case.given_lr for case in found} == {None, 4.0}
     for _, cases in others:  # each row has what it is compared with
         noises = {case.noise_multiplier for case in cases}
         assert noises == {c.noise_multiplier for c in cases if c.compression == NONE} == {1.0, 4.0}
