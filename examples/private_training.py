@@ -14,8 +14,8 @@ The learning rate of each row is tuned on images that are neither trained nor te
 are taken to be public: what tuning on private records gives away is not counted in ε.
 
 The workers of a training share one process, in lockstep: bytes and arithmetic are those of real
-workers. `train` is what each of them does; in real training `optimizer.step()` takes the place of
-`step_together`.
+workers, up to the order in which an all-reduce adds. `make_worker` has all that private training
+needs; in the loop of `train`, `optimizer.step()` takes the place of `step_together`.
 """
 
 import argparse
