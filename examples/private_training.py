@@ -150,7 +150,8 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[Case]]:
     noises, steps = arguments.noises, arguments.steps
     title = f"Digits: {BATCH_SIZE} records in a step, {steps} steps"
     if not arguments.full:
-        return {title: grid(noises, arguments.compressions, BATCH_SIZE, steps)}
+        rows = grid(noises, arguments.compressions, BATCH_SIZE, steps)
+        return {title: [replace(case, given_lr=arguments.lr) for case in rows]}
     usual = ["Rank 1", "Rank 2", "Rank 4", "Top-K 5 %"]
     found = {title: grid(noises, usual, BATCH_SIZE, steps)}
     # Where does compression improve private training?
@@ -180,6 +181,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--compressions", nargs="+", choices=list(COMPRESSORS), default=["Rank 1", "Top-K 5 %"],
         metavar="NAME", help="without --full: other rows, for example 'Rank 2' 'Rank 4'",
     )  # fmt: skip
+    parser.add_argument("--lr", type=float, help="without --full: not tuned, but this one")
     parser.add_argument("--noises", type=float, nargs="+", default=NOISES, help="σ of the rows")
     parser.add_argument("--steps", type=int, default=120, help="of most trainings (default: 120)")
     parser.add_argument("--processes", type=int, default=2, help="train at once (default: 2)")

@@ -108,6 +108,15 @@ def test_a_rate_that_is_given_is_not_tuned() -> None:
     assert train_.asked == [Trial(case, 8.0, seed) for seed in (1, 2)]
 
 
+def test_options_choose_rows_and_the_rate() -> None:
+    words = ["--noises", "2", "--compressions", "Rank 2", "--steps", "7", "--lr", "3"]
+    [cases] = parts(parse_arguments(words)).values()
+    assert cases == [
+        Case(2.0, compression, has_feedback, 128, 7, given_lr=3.0)
+        for compression, has_feedback in ((NONE, True), ("Rank 2", True), ("Rank 2", False))
+    ]
+
+
 def test_the_search_ends_and_takes_the_lowest_of_equal_rates() -> None:
     tuning = Tuning(Imagined(best=2.0**40))  # the more the better
     tuning.run([RANK_1])
