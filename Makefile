@@ -28,7 +28,7 @@ SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs
 
 .PHONY: help
 help: ## print this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them (two minutes on two cores)
@@ -50,6 +50,15 @@ demo-compressors: $(VENV)/.with-examples ## the same for other compressors, at e
 .PHONY: demo-adaptive
 demo-adaptive: $(VENV)/.with-examples ## fixed ranks beside ranks that change as training goes on
 	$(BIN)/python examples/adaptive_rank.py $(DEMO_FLAGS)
+
+.PHONY: demo-privacy
+demo-privacy: $(VENV)/.with-examples ## train with differential privacy and compression together
+	$(BIN)/python examples/private_training.py $(DEMO_FLAGS)
+	@echo 'This was one seed of some rows. "make demo-privacy-full" has all, and standard deviations.'
+
+.PHONY: demo-privacy-full
+demo-privacy-full: $(VENV)/.with-examples ## the same with three seeds, and a search for where compression helps it
+	$(BIN)/python examples/private_training.py --full $(DEMO_FLAGS)
 
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about twelve minutes on two cores)

@@ -1,5 +1,6 @@
 """What has been released, and the ε that it stands for. The accountants are Opacus's."""
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,8 @@ ACCOUNTANTS = ("prv", "rdp")
 #: The PRV accountant's memory grows with ε, to gigabytes; above this the bound of RDP stands in.
 _MOST_FOR_PRV = 100.0
 # Opacus's own orders, and larger ones: with much noise and few steps the best lies beyond 63.
-_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, *(2**power for power in range(6, 13))]
+# Beyond 1029 its binomials overflow.
+_ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, *(2**power for power in range(6, 11))]
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,16 @@ def _single_steps(release: Release) -> list[Release]:
     return [replace(release, steps=1)] * release.steps
 
 
-def guarantees(releases: Sequence[Release], delta: float) -> dict[str, dict[str, float]]:
-    """ε by observer and accountant; see `PrivateOptimizer.guarantees`."""
+def guarantees(
+    releases: Sequence[Release], delta: float, *, averages: bool
+) -> dict[str, dict[str, float]]:
+    """ε by observer and accountant; see `PrivateOptimizer.guarantees`.
+
+    `averages` is of the steps to come.
+    """
     _require_delta(delta)
     multiples = {"messages": [1.0 for _ in releases]}
-    if all(release.averages for release in releases):
+    if averages and all(release.averages for release in releases):
         workers = [release.world_size for release in releases]
         multiples["sum"] = [math.sqrt(count) for count in workers]
         if all(count > 1 for count in workers):
@@ -158,6 +165,7 @@ def noise_multiplier(
     require_choice("accountant", accountant, ACCOUNTANTS)
     target, rate, count = plain(epsilon), plain(sample_rate), plain(steps)
 
+    @functools.cache
     def spent(sigma: float) -> float:
         return _epsilon([(sigma, rate, count)], delta, accountant)
 

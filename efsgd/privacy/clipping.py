@@ -26,8 +26,9 @@ class Records:
         self._is_ghost, self.written = is_ghost, dict[Tensor, Tensor]()
         self._sums: dict[Tensor, Tensor] = {}
         self._in_batch = self._in_all = self._steps = 0
-        # Between its two backward passes ghost clipping clears gradients, knowing norms.
-        self._has_cleared_between = False
+        # Between its two backward passes ghost clipping clears gradients: the norms it knew then.
+        # Where others are there at the step it was no such pass, and gradients are not clipped.
+        self._norms: dict[Tensor, Tensor] = {}
 
     def collect(self, named: Mapping[Tensor, str], max_grad_norm: float) -> None:
         """Adds what the last backward pass has left, and uses it up.
@@ -48,12 +49,12 @@ class Records:
         for parameter, own in sums.items():
             self._sums[parameter] = self._sums[parameter] + own if parameter in self._sums else own
             _drop(parameter)
-        self._has_cleared_between = False
+        self._norms.clear()
         self._in_batch += count
 
     def _ghost_sums(self, named: Mapping[Tensor, str]) -> tuple[int, dict[Tensor, Tensor]]:
         normed = [p for p in named if getattr(p, "_norm_sample", None) is not None]
-        if normed and not self._has_cleared_between:
+        if normed and not all(map(self._is_clipped, named)):
             raise ValueError(
                 "There are norms of gradients, but no clipped gradients. Make losses with Opacus's "
                 "DPLossFastGradientClipping(model, optimizer, criterion), and this optimizer."
@@ -61,6 +62,12 @@ class Records:
         count = len(normed[0]._norm_sample) if normed else 0  # type: ignore[attr-defined]
         given = ((p, p.grad) for p in (named if normed else ()))
         return count, {p: g.to(compute_dtype(p)) for p, g in given if g is not None}
+
+    def _is_clipped(self, parameter: Tensor) -> bool:
+        norms = getattr(parameter, "_norm_sample", None)
+        if norms is None:
+            return parameter.grad is None
+        return norms is self._norms.get(parameter)
 
     def end_batch(self, most_expected: float) -> None:
         """The step's records are complete: were they as many as may be expected?
@@ -96,10 +103,12 @@ class Records:
 
     def zero_grad(self, parameters: Iterable[Tensor]) -> None:
         """Clears gradients of records; norms stay between the two passes of ghost clipping."""
-        self._has_cleared_between = self._is_ghost
+        self.written.clear()
+        self._norms.clear()
         for parameter in parameters:
-            has_norms = getattr(parameter, "_norm_sample", None) is not None
-            self._has_cleared_between = self._has_cleared_between and has_norms
+            norms = getattr(parameter, "_norm_sample", None)
+            if norms is not None:
+                self._norms[parameter] = norms
             if hasattr(parameter, "grad_sample"):
                 parameter.grad_sample = None
 

@@ -93,8 +93,9 @@ class PrivateOptimizer(Wrapper):
         self.noise_multiplier, self.max_grad_norm = plain(noise_multiplier), plain(max_grad_norm)
         self.expected_batch_size, self.observer = plain(expected_batch_size), observer
         self.sample_rate: float | None = plain(sample_rate)
+        self._module = module
         self._validate()
-        is_ghost = requirements.require_module(module, self.max_grad_norm)
+        is_ghost = requirements.require_module(module)
         self.loss_reduction = getattr(module, "loss_reduction", "mean")
         self._records, self._noise = Records(is_ghost), NoiseSource(generator)
         self._releases: list[Release] = []
@@ -183,6 +184,7 @@ class PrivateOptimizer(Wrapper):
         requirements.require_settings({name: getattr(self, name) for name in SETTINGS})
         requirements.require_averaging(self.observer, self._exchanger)
         requirements.require_dtypes(self._exchanger.param_groups)
+        requirements.require_same_norm(self._module, self.max_grad_norm)
         if self.averager is not None:
             requirements.require_all_averaged(self.original_optimizer, self.averager)
 
@@ -229,7 +231,8 @@ class PrivateOptimizer(Wrapper):
             `efsgd.privacy.epsilon`. Steps count from the moment in which something may have been
             sent, also where they failed.
         """
-        return guarantees(self._releases, delta)
+        averages = self._exchanger.compressor.claims().averages
+        return guarantees(self._releases, delta, averages=averages)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

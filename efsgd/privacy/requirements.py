@@ -117,7 +117,7 @@ def require_dtypes(groups: list[dict[str, Any]]) -> None:
             )
 
 
-def require_module(module: nn.Module | None, max_grad_norm: float) -> bool:
+def require_module(module: nn.Module | None) -> bool:
     """Checks the model whose gradients are read, where it was given.
 
     Returns:
@@ -141,14 +141,18 @@ def require_module(module: nn.Module | None, max_grad_norm: float) -> bool:
                 f"{where} is a {kind}, which mixes the records of a batch: no gradient belongs to "
                 f"one of them. Use nn.GroupNorm, for example by opacus.validators.ModuleValidator."
             )
+    return isinstance(module, GradSampleHooksFastGradientClipping)
+
+
+def require_same_norm(module: nn.Module | None, max_grad_norm: float) -> None:
+    """Raises ValueError where a model with ghost clipping clips to another norm."""
     if not isinstance(module, GradSampleHooksFastGradientClipping):
-        return False
-    if hooks.max_grad_norm != max_grad_norm:
+        return
+    if module.max_grad_norm != max_grad_norm:
         raise ValueError(
-            f"The model clips to {hooks.max_grad_norm}, but max_grad_norm is {max_grad_norm}: the "
+            f"The model clips to {module.max_grad_norm}, but max_grad_norm is {max_grad_norm}: the "
             f"noise would not fit what is sent. Give both the same."
         )
-    return True
 
 
 def require_all_averaged(optimizer: Optimizer, averager: GradientAverager) -> None:
