@@ -11,6 +11,7 @@ MODULES = (
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.algorithms.join",
     "efsgd.checkpoint",
+    "efsgd.privacy",
     "efsgd.rank",
     "efsgd.testing",
     "matplotlib.pyplot",

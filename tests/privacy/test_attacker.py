@@ -6,7 +6,6 @@ known.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,12 +13,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from efsgd.privacy import PrivateOptimizer
 from efsgd.privacy.noise import NoiseSource
 from tests.privacy.teams import (
-    Make,
     Records,
-    flat,
     made_records,
     power_sgd,
     private_team,
@@ -28,15 +24,12 @@ from tests.privacy.teams import (
 )
 from tests.simulation import parameters_of
 
-SIGMA, DRAWS, WORKERS = 1.0, 1000, 2
+SIGMA, DRAWS, WORKERS = 1.0, 1000, 2  # draws with the record, and as many without
 SHAPE = (4, 3)
 BOUND = float(stats.norm.cdf(1 / (math.sqrt(2) * SIGMA)))
 #: Of an area under the curve of 2 x 1,000 draws: its standard deviation is at most
 #: √(A(1-A)/1000) ≤ 0.0135 (van Dantzig's bound); 6.2 of them are exceeded once in 1e9 runs.
 MARGIN = 6.2 * math.sqrt(BOUND * (1 - BOUND) / DRAWS)
-
-#: What the attacker makes of the messages of each worker and the noisy gradients of none.
-View: Any = Callable[[list[Tensor]], Tensor]
 
 
 def neighbours() -> tuple[Records, Records]:
@@ -47,37 +40,21 @@ def neighbours() -> tuple[Records, Records]:
     return without, [without[0], [torch.cat([without[1][0], target])]]
 
 
-def fresh_start(team: Sequence[PrivateOptimizer]) -> Callable[[], None]:
-    """Undoes steps: errors, factors and parameters are again those of now."""
-    kept = [
-        (tensor, tensor.detach().clone())
-        for optimizer in team
-        for p in parameters_of(optimizer)
-        for tensor in (p, *(v for v in optimizer.state[p].values() if isinstance(v, Tensor)))
-    ]
-
-    def undo() -> None:
-        with torch.no_grad():
-            for tensor, value in kept:
-                tensor.copy_(value)
-
-    return undo
-
-
-def scores(make: Make, view: View, records: Records, direction: Tensor) -> Tensor:
-    """Of so many draws of one step: each the attacker's view, along a direction."""
-    team = private_team(WORKERS, make, [torch.zeros(SHAPE, dtype=torch.float64)],
-                        noise_multiplier=SIGMA)  # fmt: skip
-    step_with(team, made_records([SHAPE], [0, 0]))  # workers agree once
+def drawn(records: Records, number: int = DRAWS) -> Tensor:
+    """Messages of each worker without compression, [draws, workers, elements]."""
+    start = [torch.zeros(SHAPE, dtype=torch.float64)]
+    team = private_team(WORKERS, uncompressed, start, noise_multiplier=SIGMA)
     found = []
-    undo: Callable[[], None] | None = None
-    for _ in range(DRAWS):
-        if undo is not None:
-            undo()
-        undo = fresh_start(team)
-        messages = [flat(own) for own in step_with(team, records)]
-        found.append(view(messages))
-    return torch.stack(found) @ direction
+    for _ in range(number):  # what is sent does not depend on the steps before
+        found.append(torch.stack([own[-1][-12:] for own in step_with(team, records)]))
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[Tensor]:
+    """Without the record, and with it."""
+    torch.set_num_threads(1)
+    return [drawn(records) for records in neighbours()]
 
 
 def area(negative: Tensor, positive: Tensor) -> float:
@@ -87,47 +64,38 @@ def area(negative: Tensor, positive: Tensor) -> float:
     return float(order[len(negative) :].sum() - n * (n + 1) / 2) / (n * len(negative))
 
 
-def of_worker_1(messages: list[Tensor]) -> Tensor:
-    return messages[1][-12:]
-
-
-def difference(messages: list[Tensor]) -> Tensor:
-    return messages[1][-12:] - messages[0][-12:]
-
-
-def first_of(size: int) -> Tensor:
-    """Where the record's gradient is."""
-    direction = torch.zeros(size, dtype=torch.float64)
-    direction[0] = 1.0
-    return direction
-
-
-def measured(make: Make, view: View, direction: Tensor) -> float:
-    without, with_target = neighbours()
-    return area(*(scores(make, view, own, direction) for own in (without, with_target)))
-
-
-def test_messages_without_compression() -> None:
+def test_messages_without_compression(messages: list[Tensor]) -> None:
     """Neither more than the guarantee allows, nor less: the attack is the best there is."""
-    found = measured(uncompressed, of_worker_1, first_of(12))
-    assert abs(found - BOUND) < MARGIN
+    without, with_record = (each[:, 1, 0] for each in messages)
+    assert abs(area(without, with_record) - BOUND) < MARGIN
 
 
-def test_differences_of_messages() -> None:
-    """The other worker's noise is on top: Φ(1/2)."""
-    found = measured(uncompressed, difference, first_of(12))
-    assert abs(found - float(stats.norm.cdf(0.5 / SIGMA))) < MARGIN
+def test_differences_of_messages(messages: list[Tensor]) -> None:
+    """The other worker's noise is on top."""
+    without, with_record = (each[:, 1, 0] - each[:, 0, 0] for each in messages)
+    assert abs(area(without, with_record) - float(stats.norm.cdf(0.5 / SIGMA))) < MARGIN
 
 
 def test_messages_of_powersgd() -> None:
-    """P is a projection of what is protected, and the attacker knows onto what: Q."""
-
-    def first_rows(messages: list[Tensor]) -> Tensor:
-        return messages[1][-4 - 3 : -3]  # P, before Q
-
-    # The sign of Q is the attacker's to know; the better of both is above chance.
-    found = measured(power_sgd, first_rows, first_of(4))
-    assert 0.5 - MARGIN < max(found, 1 - found) < BOUND + MARGIN
+    """P = Mq, of which the attacker knows q: as much of the record as the projection leaves."""
+    start = [torch.zeros(SHAPE, dtype=torch.float64)]
+    team = private_team(WORKERS, power_sgd, start, noise_multiplier=SIGMA)
+    step_with(team, made_records([SHAPE], [0, 0]))
+    states = [optimizer.state[parameters_of(optimizer)[0]] for optimizer in team]
+    kept = [{name: value.clone() for name, value in own.items()} for own in states]
+    q = kept[1]["q"].flatten()
+    scores: list[list[Tensor]] = []
+    for records in neighbours():
+        scores.append([])
+        for _ in range(DRAWS // 2):
+            scores[-1].append(step_with(team, records)[1][0][-4] * q[0].sign())
+            for own, before in zip(states, kept, strict=True):  # one step, again and again
+                for name, value in before.items():
+                    own[name].copy_(value)
+    found = area(*map(torch.stack, scores))
+    expected = float(stats.norm.cdf(float(q[0].abs() / q.norm()) / (math.sqrt(2) * SIGMA)))
+    assert expected < BOUND
+    assert abs(found - expected) < math.sqrt(2) * MARGIN  # half as many draws
 
 
 # ---- broken on purpose --------------------------------------------------------------------------
@@ -135,21 +103,19 @@ def test_messages_of_powersgd() -> None:
 
 def test_noise_of_worker_0_alone_protects_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where an all-reduce is followed by noise of the first worker."""
-    add, drawn = NoiseSource.add_, []
+    add, first = NoiseSource.add_, list[NoiseSource]()
 
     def of_the_first(self: NoiseSource, tensor: Tensor, deviation: float) -> None:
-        drawn.append(self)
-        if self is drawn[0]:
+        first.append(self)
+        if self is first[0]:
             add(self, tensor, deviation)
 
     monkeypatch.setattr(NoiseSource, "add_", of_the_first)
-    drawn.clear()
-    without, with_target = neighbours()
-    first = scores(uncompressed, of_worker_1, without, first_of(12))
-    drawn.clear()
-    second = scores(uncompressed, of_worker_1, with_target, first_of(12))
-    assert area(first, second) > BOUND + 2 * MARGIN
-    assert area(first, second) == 1.0
+    found = []
+    for records in neighbours():
+        first.clear()
+        found.append(drawn(records, 50)[:, 1, 0])
+    assert area(*found) == 1.0
 
 
 def test_equal_noise_cancels_in_the_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,12 +126,18 @@ def test_equal_noise_cancels_in_the_difference(monkeypatch: pytest.MonkeyPatch) 
         yield
 
     monkeypatch.setattr("efsgd.privacy.optimizer.require_different", without_comparison)
-    equal = iter(range(1000))
+    made: dict[int, torch.Generator] = {}
 
-    def same(self: NoiseSource, device: object) -> torch.Generator:
-        if not hasattr(self, "made"):
-            self.made = torch.Generator().manual_seed(next(equal) // WORKERS)  # type: ignore[attr-defined]
-        return self.made  # type: ignore[attr-defined, no-any-return]
+    def equal(self: NoiseSource, device: object) -> torch.Generator:
+        return made.setdefault(id(self), torch.Generator().manual_seed(3))
 
-    monkeypatch.setattr(NoiseSource, "_of", same)
-    assert measured(uncompressed, difference, first_of(12)) > BOUND + 2 * MARGIN
+    monkeypatch.setattr(NoiseSource, "_of", equal)
+    found = [drawn(records, 50) for records in neighbours()]
+    assert area(*(each[:, 1, 0] - each[:, 0, 0] for each in found)) == 1.0
+
+
+def test_the_attack_finds_noise_of_a_quarter_of_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = NoiseSource.add_
+    monkeypatch.setattr(NoiseSource, "add_", lambda self, t, deviation: add(self, t, deviation / 4))
+    found = area(*(drawn(records, 100)[:, 1, 0] for records in neighbours()))
+    assert found > BOUND + MARGIN
