@@ -49,7 +49,7 @@ from examples.reporting import markdown, save_json
 WORKERS, MAX_GRAD_NORM = 4, 1.0
 NOISES, BATCH_SIZE = (0.0, 1.0, 4.0), 128
 NOISELESS_LR = 4.0  # the best one without noise
-# PowerSGDOptimizer(parameters, rank=1) is ErrorFeedbackSGD(parameters, compressor=PowerSGD(1)).
+# With PowerSGD(rank) an ErrorFeedbackSGD is the PowerSGDOptimizer of that rank.
 COMPRESSORS = {
     NONE: Identity(),
     **{f"Rank {rank}": PowerSGD(rank) for rank in (1, 2, 4)},
