@@ -85,7 +85,7 @@ class Pair:
         for source, target in zip(sent, expected, strict=True):
             assert source.tensor.dtype == target.tensor.dtype
             assert source.tensor.shape == target.tensor.shape
-            target.tensor.copy_(source.tensor)
+            target.tensor.copy_(source.tensor.detach())
             self.sizes.append(source.tensor.numel() * source.tensor.itemsize)
         self.receiver.unpack(chunk, step, trains=trains, scale=scale)
         return places

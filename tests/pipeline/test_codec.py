@@ -13,6 +13,7 @@ from efsgd.randomness import Draws
 from efsgd.testing.strategies import seeds
 from efsgd.wire.payload import Format
 from tests.pipeline.pair import COMPRESSORS, DTYPES, Pair, activation_shapes, made
+from tests.strategies import examples
 
 
 def draws_of(row: int, is_private: bool) -> Draws:
@@ -31,6 +32,7 @@ def naive(compressor: TensorCompressor, x: Tensor, by_rows: bool) -> tuple[Tenso
     return torch.stack(found).view(x.shape), fields
 
 
+@examples(40)
 @given(
     st.sampled_from([*COMPRESSORS, SpectralAtomo(rank=1)]), activation_shapes,
     st.sampled_from(DTYPES), st.booleans(), seeds(),
@@ -60,6 +62,7 @@ def test_what_is_not_finite_arrives_as_nan(compressor: TensorCompressor, value: 
     assert codec.decode(codec.encode(x, draws_of), x.shape, x.dtype, draws_of).isnan().all()
 
 
+@examples(40)
 @given(st.sampled_from(DTYPES), st.sampled_from([1.0, 2.0**10, 3.0]), seeds())
 def test_outputs_keep_their_dtypes_and_integers_go_as_they_are(
     dtype: torch.dtype, scale: float, seed: int
@@ -98,6 +101,7 @@ def test_a_link_without_a_compressor_changes_nothing() -> None:
     assert pair.sizes == [48] and pair.sender.sent == pair.sender.plain == 48
 
 
+@examples(40)
 @given(
     st.sampled_from(["sample", "microbatch"]), st.sampled_from(["none", "error", "difference"]),
     st.sampled_from(DTYPES), seeds(),
@@ -144,3 +148,22 @@ def test_a_gradient_that_is_not_finite_outside_of_the_mask_arrives_as_nan() -> N
     # An activation that is not finite has no mask; what follows is not hidden either.
     forwards.step(torch.full((2, 4), torch.nan))
     assert backwards.step(gradient).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("compressor", "nbytes"),
+    [
+        (None, 458_752),
+        (UniformQuantized(bits=4), 57_368),
+        (UniformQuantized(bits=8), 114_712),
+        (TopK(density=0.1), 91_736),  # the paper rounds k up, and has 91,760
+    ],
+)
+def test_bytes_of_a_sample_at_the_boundaries_of_the_paper(
+    compressor: TensorCompressor | None, nbytes: int
+) -> None:
+    """ResNet18 in four stages."""
+    pair = Pair(Link(compressor))
+    pair.begin()
+    pair.carry([torch.ones(1, 64, 32, 32), torch.ones(1, 128, 16, 16), torch.ones(1, 256, 8, 8)])
+    assert sum(pair.sizes) == pair.sender.sent == nbytes

@@ -12,6 +12,7 @@ from efsgd import RandomK, SymmetricQuantized, TensorCompressor, TopK, UniformQu
 from efsgd.pipeline import Link
 from efsgd.testing.strategies import seeds
 from tests.pipeline.pair import COMPRESSORS, DTYPES, Pair, activation_shapes, made
+from tests.strategies import examples
 
 MEMORIES = ["none", "error", "difference", "samples"]
 PER = st.sampled_from(["sample", "microbatch"])
@@ -25,6 +26,7 @@ def ids_of(pair: Pair, ids: list[int]) -> list[int] | None:
     return ids if pair.sender.link.memory == "samples" else None
 
 
+@examples(40)
 @given(st.sampled_from(COMPRESSORS), activation_shapes, st.sampled_from(DTYPES), PER, seeds())
 def test_errors_telescope(
     compressor: TensorCompressor, shape: tuple[int, ...], dtype: torch.dtype, per: str, seed: int
@@ -57,6 +59,7 @@ def test_errors_belong_to_microbatches_and_outputs() -> None:
     assert sorted(pair.sender.memory.state()["keys"]) == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
+@examples(15)
 @given(
     st.sampled_from([UniformQuantized(bits=4), SymmetricQuantized(bits=3), TopK(density=0.5)]),
     activation_shapes, st.sampled_from(DTYPES), PER, seeds(),
@@ -73,6 +76,7 @@ def test_differences_converge_to_a_fixed_activation(
     assert (found - x).abs().max() <= 4 * torch.finfo(dtype).eps * x.abs().max()
 
 
+@examples(40)
 @given(st.sampled_from(COMPRESSORS), st.sampled_from(DTYPES), PER, seeds())
 def test_differences_are_those_of_the_formula(
     compressor: TensorCompressor, dtype: torch.dtype, per: str, seed: int

@@ -12,8 +12,10 @@ from efsgd.pipeline import Link
 from efsgd.pipeline.samples import SampleStore
 from efsgd.testing.strategies import seeds
 from tests.pipeline.pair import COMPRESSORS, DTYPES, Pair, activation_shapes, made
+from tests.strategies import examples
 
 
+@examples(40)
 @given(st.sampled_from(COMPRESSORS), activation_shapes, st.sampled_from(DTYPES), seeds())
 def test_the_first_visit_is_exact_and_then_equal_activations_have_no_difference(
     compressor: TensorCompressor, shape: tuple[int, ...], dtype: torch.dtype, seed: int
