@@ -60,6 +60,14 @@ demo-privacy: $(VENV)/.with-examples ## train with differential privacy and comp
 demo-privacy-full: $(VENV)/.with-examples ## the same with three seeds, and a search for where compression helps it
 	$(BIN)/python examples/private_training.py --full $(DEMO_FLAGS)
 
+.PHONY: demo-pipeline
+demo-pipeline: $(VENV)/.with-examples ## train in pipeline stages with compressed links, in 2 and in 4 processes
+	$(BIN)/python examples/pipeline.py $(DEMO_FLAGS)
+
+.PHONY: demo-pipeline-full
+demo-pipeline-full: $(VENV)/.with-examples ## the same with all methods and three seeds (takes long)
+	$(BIN)/python examples/pipeline.py --all --seeds 3 $(DEMO_FLAGS)
+
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about twelve minutes on two cores)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)

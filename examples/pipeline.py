@@ -5,7 +5,8 @@
 The table has the form of arXiv 2401.07788: for each method the quality with compression on and off
 as the model is evaluated, and the bytes that an epoch sends forwards and backwards, counted from
 the buffers that were sent. "A / B" means A for activations and B for gradients. Learning rates are
-the same for all methods. Results (JSON) and a plot are saved.
+the same for all methods. Started by torchrun, it has as many stages as processes, 2 or 4. Results
+(JSON) and a plot are saved.
 """
 
 import argparse
@@ -81,7 +82,9 @@ def evaluated(schedule: Any, task: StagedTask, stages: int) -> float:
     return task.score(torch.cat(outputs)[:count], targets)
 
 
-def train(name: str, method: str, seed: int, stages: int, epochs: int | None) -> dict[str, Any]:
+def train(
+    name: str, method: str, seed: int, stages: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """One training: qualities, as the last stage found them, and this stage's bytes in an epoch."""
     torch.manual_seed(seed)
     task, modules = TASKS[name](stages)
@@ -92,9 +95,9 @@ def train(name: str, method: str, seed: int, stages: int, epochs: int | None) ->
     stage = CompressedStage(module, rank, stages, device, **links)
     schedule = Schedule1F1B(stage, task.microbatches, loss_fn=task.loss)
     optimizer = torch.optim.SGD(module.parameters(), lr=task.lr, momentum=0.9)
-    inputs, targets = task.train
+    inputs, targets = (part[: arguments.samples] for part in task.train)
     generator = torch.Generator().manual_seed(seed)
-    rounds = task.epochs if epochs is None else epochs
+    rounds = task.epochs if arguments.epochs is None else arguments.epochs
     started = time.monotonic()
     for _ in range(rounds):
         order = torch.randperm(len(inputs), generator=generator)
@@ -124,17 +127,15 @@ def _run(step: Callable[..., Any], stages: int, inputs: Tensor, targets: Tensor)
     return step(*given, target=targets) if dist.get_rank() == stages - 1 else step(*given)
 
 
-def work(rank: int, arguments: argparse.Namespace, stages: int, folder: str) -> None:
+def work(rank: int, arguments: argparse.Namespace, stages: int, meeting: str) -> None:
     """All trainings of one stage. The last one writes what came of them."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=stages
-    )
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in TASKS}
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=stages)
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in arguments.tasks}
     for name, of_task in runs.items():
         for seed in range(1, arguments.seeds + 1):
             for method in arguments.methods:
-                own = train(name, method, seed, stages, arguments.epochs)
+                own = train(name, method, seed, stages, arguments)
                 everyone: list[Any] = [None] * stages
                 dist.all_gather_object(everyone, own)
                 sums = {
@@ -179,7 +180,7 @@ def show(
 
 def plot(path: Path, runs: Mapping[str, Mapping[str, list[dict[str, Any]]]], stages: int) -> None:
     """Quality with compression on against the bytes of an epoch, a panel for each task."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5))
     panels = figure.subplots(1, len(runs), squeeze=False)[0]
     for panel, (name, of_task) in zip(panels, runs.items(), strict=True):
         task, _ = TASKS[name](stages)
@@ -190,7 +191,7 @@ def plot(path: Path, runs: Mapping[str, Mapping[str, list[dict[str, Any]]]], sta
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             panel.errorbar(sent, statistics.mean(values), spread, label=method, **style)
         panel.set(title=task.title, xscale="log", xlabel="MB sent per epoch", ylabel=task.quality)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    panels[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize=8)
     save_figure(path, figure)
 
 
@@ -201,16 +202,22 @@ def main() -> None:
     )
     parser.add_argument("--stages", type=int, nargs="+", choices=(2, 4), default=[2, 4])
     parser.add_argument("--seeds", type=int, default=1, help="trainings each (default: 1)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--epochs", type=int, help="fewer epochs than the tasks have")
+    parser.add_argument("--samples", type=int, help="train on the first ones only")
     parser.add_argument("--all", action="store_true", help="all methods, not only a few")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     parser.add_argument("--output", type=Path, default=Path("results"), help="for results")
     arguments = parser.parse_args()
     arguments.methods = list(METHODS) if arguments.all else FEW
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        work(int(os.environ["RANK"]), arguments, int(os.environ["WORLD_SIZE"]), "env://")
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for stages in arguments.stages:
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(work, (arguments, stages, folder), nprocs=stages)
+            given = (arguments, stages, f"file://{folder}/meeting-point")
+            multiprocessing.spawn(work, given, nprocs=stages)
 
 
 if __name__ == "__main__":
