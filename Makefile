@@ -52,12 +52,12 @@ demo-adaptive: $(VENV)/.with-examples ## fixed ranks beside ranks that change as
 	$(BIN)/python examples/adaptive_rank.py $(DEMO_FLAGS)
 
 .PHONY: demo-privacy
-demo-privacy: $(VENV)/.with-examples ## train with differential privacy and compression together
+demo-privacy: $(VENV)/.with-examples ## train with differential privacy and compression together (two to three minutes on two cores)
 	$(BIN)/python examples/private_training.py $(DEMO_FLAGS)
 	@echo 'This was one seed of some rows. "make demo-privacy-full" has all, and standard deviations.'
 
 .PHONY: demo-privacy-full
-demo-privacy-full: $(VENV)/.with-examples ## the same with three seeds, and a search for where compression helps it
+demo-privacy-full: $(VENV)/.with-examples ## the same with three seeds, and a search for where compression helps (long)
 	$(BIN)/python examples/private_training.py --full $(DEMO_FLAGS)
 
 .PHONY: demo-pipeline
