@@ -26,11 +26,11 @@ class Link:
               result is h.
             * "samples": the same for each sample (AQ-SGD), whose first visit goes whole. Needs
               `CompressedStage.announce` before each step.
-        reuse_mask: for gradients, with Top-K on both links: values alone travel, at the positions
-            that were sent forwards.
+        reuse_mask: for gradients, with the same Top-K on both links: values alone travel, at the
+            positions that were sent forwards. All floating-point outputs must have gradients.
         capacity: how many samples are kept at most; None keeps all.
-        file: where samples are kept in place of memory, a path to which stage and side are added.
-            Needs `capacity`.
+        file: where samples are kept in place of memory, a path to which stage and side are added;
+            another one for each replica of the pipeline. Needs `capacity`.
 
     Raises:
         TypeError: the compressor is of another kind.

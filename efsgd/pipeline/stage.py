@@ -24,6 +24,9 @@ class CompressedStage(PipelineStage):
     it is handed to a send, and decoded into the buffer that torch receives into. All stages must
     have the same links. Between stages in one process nothing is compressed.
 
+    A step that fails leaves memories as they were on all stages that have not come to its end. Make
+    a new schedule of the same stages after it, since torch's keeps losses of what has failed.
+
     Args:
         submodule: of this stage.
         stage_index: of this stage, from 0.
@@ -31,8 +34,9 @@ class CompressedStage(PipelineStage):
         device: of the submodule.
         activations: what travels forwards; None sends activations as they are.
         gradients: what travels backwards; None sends gradients as they are.
-        scaler: of the loss. Memories of gradients are then kept in units of the loss, whatever its
-            scale.
+        scaler: of the loss, on all stages. Memories of gradients are then kept in units of the
+            loss, whatever its scale. Stages without the loss call `scaler.scale(torch.zeros(()))`
+            before `scaler.step`, which makes the scale.
         options: of `PipelineStage`.
 
     Raises:

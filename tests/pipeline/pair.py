@@ -25,9 +25,12 @@ COMPRESSORS = [*DETERMINISTIC, RandomK(density=0.4, seed=5), UniformQuantized(2,
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # Of activations: samples, and what each consists of.
-activation_shapes = st.tuples(
-    st.integers(1, 4), st.lists(st.integers(1, 5), max_size=3).map(tuple)
-).map(lambda drawn: (drawn[0], *drawn[1]))
+_samples = st.integers(1, 4)
+activation_shapes = st.one_of(
+    st.tuples(_samples, st.integers(4, 12)),
+    st.tuples(_samples, st.integers(1, 3), st.integers(1, 5)),
+    st.tuples(_samples),
+)
 
 
 def made(shape: Sequence[int], dtype: torch.dtype, *path: int) -> Tensor:

@@ -32,10 +32,10 @@ def naive(compressor: TensorCompressor, x: Tensor, by_rows: bool) -> tuple[Tenso
     return torch.stack(found).view(x.shape), fields
 
 
-@examples(40)
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, SpectralAtomo(rank=1)], ids=repr)
+@examples(15)
 @given(
-    st.sampled_from([*COMPRESSORS, SpectralAtomo(rank=1)]), activation_shapes,
-    st.sampled_from(DTYPES), st.booleans(), seeds(),
+    shape=activation_shapes, dtype=st.sampled_from(DTYPES), by_rows=st.booleans(), seed=seeds()
 )  # fmt: skip
 def test_a_message_decodes_to_what_its_rows_decode_to(
     compressor: TensorCompressor, shape: tuple[int, ...], dtype: torch.dtype, by_rows: bool,

@@ -26,8 +26,9 @@ def ids_of(pair: Pair, ids: list[int]) -> list[int] | None:
     return ids if pair.sender.link.memory == "samples" else None
 
 
-@examples(40)
-@given(st.sampled_from(COMPRESSORS), activation_shapes, st.sampled_from(DTYPES), PER, seeds())
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@examples(12)
+@given(shape=activation_shapes, dtype=st.sampled_from(DTYPES), per=PER, seed=seeds())
 def test_errors_telescope(
     compressor: TensorCompressor, shape: tuple[int, ...], dtype: torch.dtype, per: str, seed: int
 ) -> None:
@@ -76,8 +77,9 @@ def test_differences_converge_to_a_fixed_activation(
     assert (found - x).abs().max() <= 4 * torch.finfo(dtype).eps * x.abs().max()
 
 
-@examples(40)
-@given(st.sampled_from(COMPRESSORS), st.sampled_from(DTYPES), PER, seeds())
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@examples(12)
+@given(dtype=st.sampled_from(DTYPES), per=PER, seed=seeds())
 def test_differences_are_those_of_the_formula(
     compressor: TensorCompressor, dtype: torch.dtype, per: str, seed: int
 ) -> None:
