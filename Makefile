@@ -98,6 +98,10 @@ $(OLDEST_CONSTRAINTS): constraints.txt setup.cfg
 	@mkdir -p $(OLDEST_VENV)
 	sed "s/^torch==.*/torch==$$(sed -n 's/^ *torch>=//p' setup.cfg)/" constraints.txt > $@
 
+.PHONY: test-slow
+test-slow: $(VENV)/.with-test ## run the tests that "make test" leaves out, since they take long (minutes)
+	$(BIN)/python -m pytest -n $(JOBS) -m slow $(PYTEST_FLAGS)
+
 .PHONY: test-kill
 test-kill: $(VENV)/.with-test ## kill workers at random points; what resumes must end the same (minutes)
 	$(BIN)/python -m tests.checkpoint.kill_and_resume $(KILL_FLAGS)
@@ -185,6 +189,10 @@ bench-contract: $(VENV)/.with-examples ## ask efsgd and its peers what a swap-in
 	$(BENCH).contract $(if $(EPFML),--epfml $(EPFML)) $(if $(DION),--dion $(DION)) \
 		--output $(RESULTS)/contract.json
 	$(BENCH).contract.page
+
+.PHONY: bench-whole-steps
+bench-whole-steps: $(VENV)/.with-examples ## measure whole steps of the examples' models on slow networks (Linux, root)
+	@set -ex; for rate in 10mbit 100mbit; do $(BENCH).whole_steps --rate $$rate $(BENCH_FLAGS); done
 
 .PHONY: bench-pipeline
 bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow networks (Linux, root)

@@ -27,6 +27,7 @@ def run_program(environment: dict[str, str]) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=150)
 
 
+@pytest.mark.slow
 def test_a_warm_cache_survives_the_process(tmp_path: Path) -> None:
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     cold, warm = run_program(cache), run_program(cache)

@@ -58,6 +58,7 @@ def test_methods_of_a_budget_send_as_much_as_its_rank(tmp_path: Path) -> None:
     assert sent["Further: PowerSGD+, rank 3"] > bytes_within(3)
 
 
+@pytest.mark.slow
 def test_cifar10_has_the_budgets_of_the_paper(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
     short = ["--data", str(tmp_path), "--workers", "1", "--epochs", "1", "--seeds", "1"]

@@ -22,6 +22,7 @@ from tests.checkpoint.killed_worker import EVERY, STEPS
 pytestmark = pytest.mark.xdist_group("processes")
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_twice_ends_bitwise_as_if_it_was_not(tmp_path: Path) -> None:
     whole = launch("text", 2, [], tmp_path / "whole")
     assert (whole.lives, whole.resumed) == (1, [])

@@ -55,6 +55,7 @@ def test_images_on_two_workers(images_on_two_workers: Launched) -> None:
     assert history["bytes_per_epoch"] == 37 * 4 * floats
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed_and_torchrun_goes_on_from_the_checkpoint(
     images_on_two_workers: Launched, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_text_on_one_worker_without_torchrun_and_resumed(tmp_path: Path) -> None
     assert "with rank 4, and this one has 2" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_paper_s_models_on_files_in_the_real_formats(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
     options = ["--data", str(tmp_path), "--epochs", "1", "--output", str(tmp_path)]
