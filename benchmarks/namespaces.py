@@ -181,6 +181,21 @@ class Network:
             _limit(SWITCH, port, self.rate)
 
 
+def measured(workers: int, rate: str, job: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """Runs one job on a network of its own; ends the program where that cannot be done.
+
+    Raises:
+        SystemExit: says why, with exit code 2 where network namespaces cannot be made, else 1.
+    """
+    try:
+        check_prerequisites()
+        with Network(workers, rate) as network:
+            return network.run(job, timeout)
+    except (MissingPrerequisite, WorkerFailure) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, MissingPrerequisite) else 1) from None
+
+
 def remove_namespaces() -> None:
     """Removes all namespaces of ours, with their interfaces and whatever runs in them."""
     with _undisturbed():

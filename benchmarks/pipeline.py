@@ -8,19 +8,11 @@ what the bytes of one boundary take on the link, forwards and then backwards.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.namespaces import (
-    MissingPrerequisite,
-    Network,
-    WorkerFailure,
-    bytes_per_second,
-    check_prerequisites,
-    checked_rate,
-)
+from benchmarks.namespaces import bytes_per_second, checked_rate, measured
 from benchmarks.pipeline_worker import TORCH
 from benchmarks.results import describe_machine, in_milliseconds, in_times, show, write_results
 from benchmarks.timing import Quartiles, ratios
@@ -50,7 +42,7 @@ def report(title: str, rate: str, found: dict[str, Any], steps: int) -> None:
     show(title, columns, rows)
 
 
-def main(command_line: Sequence[str] | None = None) -> int:
+def main(command_line: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0]
@@ -70,24 +62,14 @@ def main(command_line: Sequence[str] | None = None) -> int:
         "rounds": arguments.rounds,
         "warm_up": warm_up,
     }
-    try:
-        check_prerequisites()
-        with Network(arguments.stages, arguments.rate) as network:
-            found = network.run(job, arguments.timeout)
-    except MissingPrerequisite as missing:
-        print(missing, file=sys.stderr)
-        return 2
-    except WorkerFailure as failure:
-        print(failure, file=sys.stderr)
-        return 1
+    found = measured(arguments.stages, arguments.rate, job, arguments.timeout)
     counts = f"{arguments.stages} stages, {arguments.microbatches} microbatches"
     title = f"{counts} of {list(BOUNDARY)}, {arguments.rate}: a step; median (quartiles)"
     report(title, arguments.rate, found, warm_up + arguments.rounds)
     settings = {"shape": BOUNDARY, "rate": arguments.rate, "stages": arguments.stages}
     settings |= {"microbatches": arguments.microbatches, "rounds": arguments.rounds}
     write_results(arguments.output, "pipeline", describe_machine(1), settings, found)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

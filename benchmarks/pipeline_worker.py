@@ -10,11 +10,7 @@
     output        where stage 0 writes {"samples": ..., "stats": ..., ...}
 """
 
-import json
-import sys
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from benchmarks.timing import Runner, clock_for, measure
-from benchmarks.worker import slowest
+from benchmarks.worker import slowest, work
 from efsgd import SymmetricQuantized, TopK, UniformQuantized
 from efsgd.pipeline import CompressedStage, Link
 from efsgd.pipeline.codec import Codec
@@ -116,17 +112,5 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {"samples": slowest(samples), "stats": stats, "packing": costs, "back": back[1]}
 
 
-def main() -> None:
-    """Entry point."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=job["timeout"]))
-    found = run(job)
-    if dist.get_rank() == 0:
-        Path(job["output"]).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    work(run)

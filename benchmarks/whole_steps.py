@@ -7,24 +7,17 @@ and iproute2. Batches, models and hyper-parameters are those of examples/compare
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.namespaces import (
-    MissingPrerequisite,
-    Network,
-    WorkerFailure,
-    check_prerequisites,
-    checked_rate,
-)
+from benchmarks.namespaces import checked_rate, measured
 from benchmarks.results import describe_machine, in_milliseconds, in_times, show, write_results
 from benchmarks.timing import Quartiles, ratios
 
 WARM_UP = 5  # workers compare what they train, DDP rebuilds its buckets
 
 
-def main(command_line: Sequence[str] | None = None) -> int:
+def main(command_line: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.whole_steps", description=__doc__.split("\n")[0]
@@ -37,16 +30,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(command_line)
     job = {"module": "benchmarks.whole_steps_worker", "rounds": arguments.rounds}
     job["warm_up"] = WARM_UP
-    try:
-        check_prerequisites()
-        with Network(arguments.workers, arguments.rate) as network:
-            found = network.run(job, arguments.timeout)
-    except MissingPrerequisite as missing:
-        print(missing, file=sys.stderr)
-        return 2
-    except WorkerFailure as failure:
-        print(failure, file=sys.stderr)
-        return 1
+    found = measured(arguments.workers, arguments.rate, job, arguments.timeout)
     for task, samples in found.items():
         baseline = next(iter(samples.values()))
         rows = [
@@ -61,8 +45,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         show(f"{title}; median (quartiles)", ("", "ms", "faster than SGD"), rows)
     settings = {"workers": arguments.workers, "rate": arguments.rate, "rounds": arguments.rounds}
     write_results(arguments.output, "whole_steps", describe_machine(1), settings, found)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,19 +9,15 @@
 """
 
 import itertools
-import json
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.timing import Runner, clock_for, measure
-from benchmarks.worker import slowest
+from benchmarks.worker import slowest, work
 from examples.baseline import sgd
 from examples.builtin import DIGITS, TOPICS, digits_task, topics_task
 from examples.compare_ranks import powersgd
@@ -71,17 +67,5 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Entry point."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=job["timeout"]))
-    found = run(job)
-    if dist.get_rank() == 0:
-        Path(job["output"]).write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    work(run)

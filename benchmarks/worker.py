@@ -15,6 +15,7 @@ A sample is the time of the slowest worker in that round: a step lasts until all
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return {"samples": slowest(samples), "bytes_sent": bytes_sent}
 
 
-def main() -> None:
-    """Entry point."""
+def work(run: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Joins the other workers of the job on the command line, and runs it together with them."""
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=job["timeout"]))
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(run)

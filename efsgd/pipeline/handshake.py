@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from efsgd.errors import CollectiveError, WorkerMismatchError
+from efsgd.wire.calls import store_of
 
 # How many handshakes stages of this process have begun, by group and by stage and side: the numbers
 # of those that belong together.
@@ -33,7 +34,7 @@ class Handshake:
     def tell(self, side: str, lines: Sequence[str]) -> None:
         """Begins a handshake: says what this stage has at its "next" or "previous" side."""
         _COUNTS.setdefault(self._group, Counter())[self._stage, side] += 1
-        self._store().set(self._key(self._stage, side, side), json.dumps(list(lines)))
+        store_of(self._group).set(self._key(self._stage, side, side), json.dumps(list(lines)))
 
     def compare(self, side: str, lines: Sequence[str], patience: timedelta) -> None:
         """Compares with what the neighbor at that side has at its own.
@@ -46,14 +47,14 @@ class Handshake:
         opposite = "previous" if side == "next" else "next"
         key = self._key(neighbor, opposite, side)
         try:
-            self._store().wait([key], patience)
+            store_of(self._group).wait([key], patience)
         except Exception as error:
             raise CollectiveError(
                 f"Stage {neighbor} has not begun the step that stage {self._stage} is in, after "
                 f"{patience.total_seconds():.0f} s. All stages must take the same steps, and load "
                 f"the same checkpoint."
             ) from error
-        theirs = json.loads(self._store().get(key))
+        theirs = json.loads(store_of(self._group).get(key))
         for own, other in zip(lines, theirs, strict=True):
             if own != other:
                 first, second = sorted((self._stage, neighbor))
@@ -67,7 +68,3 @@ class Handshake:
     def _key(self, stage: int, side: str, own_side: str) -> str:
         count = _COUNTS[self._group][self._stage, own_side]
         return f"efsgd/pipeline/{stage}/{side}/{count}"
-
-    def _store(self) -> Any:
-        """Torch has no public name for it."""
-        return dist.distributed_c10d._world.pg_map[self._group][1]

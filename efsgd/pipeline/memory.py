@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from efsgd.pipeline.codec import Codec, DrawsOf, compute_dtype, from_bytes, to_bytes
-from efsgd.pipeline.samples import SampleStore, digest_of
-from efsgd.wire.compare import checksum
+from efsgd.pipeline.samples import SampleStore
+from efsgd.wire.compare import checksum, digest_of
 
 #: A microbatch and an output of the stage.
 Key: TypeAlias = tuple[int, int]
@@ -65,7 +65,8 @@ class Memory:
     def digest(self) -> int:
         """The same for ends that keep the same."""
         kept = sorted(self._kept.items(), key=lambda item: repr(item[0]))
-        return digest_of([(key, checksum(value)) for key, value in kept])
+        found = [(key, checksum(value)) for key, value in kept]
+        return digest_of(repr(found).encode())
 
 
 def _hashable(key: Any) -> Hashable:

@@ -1,13 +1,12 @@
 """Where tensors of samples are kept: in memory, or in a file that is mapped into it."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efsgd.wire.compare import checksum
+from efsgd.wire.compare import checksum, digest_of
 
 
 class SampleStore:
@@ -99,9 +98,4 @@ class SampleStore:
         for output, places in sorted(self._places.items()):
             samples = sorted(places)
             found.append((output, tuple(samples), checksum(self.get(samples, output))))
-        return digest_of(found)
-
-
-def digest_of(found: object) -> int:
-    """64 bits of what something reads like, the same in all processes."""
-    return int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=8).digest(), "big")
+        return digest_of(repr(found).encode())

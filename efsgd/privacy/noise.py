@@ -1,6 +1,5 @@
 """Noise that nobody else can know: generators, and how equal ones are found."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from efsgd.wire.collectives import AllGather, Exchange
+from efsgd.wire.compare import digest_of
 
 # torch's generator on the CPU is a Mersenne Twister: 624 words of 32 bits, from the fourth on.
 _WORDS, _FIRST, _STATE_BYTES = 624, 3, 5056
@@ -78,8 +78,7 @@ def stream_digest(generator: torch.Generator) -> int:
     twin = torch.Generator(generator.device)
     twin.set_state(generator.get_state())
     drawn = torch.randint(1 << 62, (8,), generator=twin, device=generator.device)
-    hashed = hashlib.blake2b(repr(drawn.tolist()).encode(), digest_size=8)
-    return int.from_bytes(hashed.digest(), "big", signed=True)
+    return digest_of(repr(drawn.tolist()).encode())
 
 
 def require_different(digests: Sequence[int], device: torch.device) -> Exchange[None]:

@@ -55,7 +55,7 @@ class Call:
         """Writes for the others in which call this worker is."""
         self._has_told = True
         with contextlib.suppress(Exception):  # there is no store, or it has gone with its owner
-            self._store().set(_key(self._worker), json.dumps([self._number, name]))
+            store_of(self._group).set(_key(self._worker), json.dumps([self._number, name]))
 
     @staticmethod
     def _is_done(work: Any, patience: timedelta) -> bool:
@@ -72,7 +72,7 @@ class Call:
         """Which workers wait in other calls, as far as they have told; empty if none has."""
         found = defaultdict[str, list[int]](list)
         with contextlib.suppress(Exception):
-            store = self._store()
+            store = store_of(self._group)
             for worker in range(dist.get_world_size(self._group)):
                 if worker != self._worker and store.check([_key(worker)]):
                     number, name = json.loads(store.get(_key(worker)))
@@ -81,9 +81,10 @@ class Call:
         said = [f"worker {', '.join(map(str, who))} waits in {name}" for name, who in found.items()]
         return "; ".join(said)
 
-    def _store(self) -> Any:
-        """The store by which the workers of the group have met: torch has no public name for it."""
-        return dist.distributed_c10d._world.pg_map[self._group][1]
+
+def store_of(group: Any) -> Any:
+    """The store by which the processes of a group have met: torch has no public name for it."""
+    return dist.distributed_c10d._world.pg_map[group][1]
 
 
 def _key(worker: int) -> str:

@@ -49,7 +49,7 @@ def compare(
     text = "\0".join(["\n".join(lines), "\n".join(f"there is {name}" for name in named)]).encode()
     own = list(named.values())
     word = sum(flag << position for position, flag in enumerate(flags))
-    summary = [_digest(text), len(text) << 32 | word, _digest(repr(own).encode())]
+    summary = [digest_of(text), len(text) << 32 | word, digest_of(repr(own).encode())]
     summaries = yield _gather(summary, device, "digests of settings, parameters and state")
     if is_fake(summaries):  # where nothing can be read, all workers are like this one
         return list(map(bool, flags))
@@ -86,8 +86,8 @@ class GradientSummary:
         is_sparse = tuple(g is not None and g.layout != torch.strided for g in gradients)
         has_any = any(not is_fake(g) and bool(real_view(g).any()) for g in present)
         checksums = repr([checksum(gradient) for gradient in present])
-        units = _digest(torch.backends.cpu.get_cpu_capability().encode())
-        digest = _digest(checksums.encode()) if has_any else 0
+        units = digest_of(torch.backends.cpu.get_cpu_capability().encode())
+        digest = digest_of(checksums.encode()) if has_any else 0
         return cls(digest, is_sparse, torch.get_num_threads(), units)
 
 
@@ -189,7 +189,8 @@ def _weights(device: torch.device) -> Tensor:
     return (drawn * 2 + 1).to(device)
 
 
-def _digest(data: bytes) -> int:
+def digest_of(data: bytes) -> int:
+    """64 bits, the same in all processes; of what is secret they give nothing away."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
