@@ -73,7 +73,7 @@ def test_clipping_is_that_of_a_naive_reference(
 
 
 @examples(25)
-@given(world_sizes(), st.lists(st.integers(0, 5), min_size=4, max_size=4), seeds())
+@given(world_sizes(), st.lists(st.integers(0, 5), min_size=8, max_size=8), seeds())
 def test_workers_divide_sums_by_the_expected_batch(
     world_size: int, counts: list[int], seed: int
 ) -> None:

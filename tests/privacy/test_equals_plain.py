@@ -38,7 +38,7 @@ def optimizer_of(member: Any) -> Any:
 @examples(12)
 @given(
     world_size=world_sizes(),
-    counts=st.lists(st.integers(0, 5), min_size=4, max_size=4),
+    counts=st.lists(st.integers(0, 5), min_size=8, max_size=8),
     observer=st.sampled_from(["messages", "sum"]),
     seed=seeds(),
 )
