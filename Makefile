@@ -19,7 +19,9 @@ DION ?=
 BENCH_FLAGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint $(CONSTRAINTS)
+# pip compiles what it has installed on one core. Here it leaves that to the second command, on all.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(PIP_FLAGS) --constraint $(CONSTRAINTS)
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages have files for other versions
 SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d docs/_build/doctrees
 
 .DEFAULT_GOAL := help
@@ -209,7 +211,7 @@ bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of w
 	$(BENCH).report
 
 .PHONY: venv
-venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-frameworks $(VENV)/.with-docs ## make the virtual environment with everything that the other targets use
+venv: $(VENV)/.with-all ## make the virtual environment with everything that the other targets use
 
 .PHONY: clean
 clean: ## remove what the other targets made, except the virtual environment
@@ -222,7 +224,14 @@ clean: ## remove what the other targets made, except the virtual environment
 
 $(VENV)/.with-%: $(VENV)/.with-torch setup.cfg pyproject.toml
 	$(INSTALL) --editable ".[$*]"
+	$(COMPILE)
 	@touch $@
+
+# Each call of pip finds versions and builds efsgd anew: one call is much faster than four.
+$(VENV)/.with-all: $(VENV)/.with-torch setup.cfg pyproject.toml
+	$(INSTALL) --editable ".[docs,examples,frameworks,test]"
+	$(COMPILE)
+	@touch $(addprefix $(VENV)/.with-,docs examples frameworks test) $@
 
 $(VENV)/.with-torch: $(VENV)/.with-python $(CONSTRAINTS)
 	$(INSTALL) torch

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import multiprocessing, nn
+from torch import nn
 
-from examples.distributed import Workers, join_workers
+from examples.distributed import Workers, join_workers, start_workers
 from examples.history import History
 from examples.optimizers import Optimizer, Scheduler
 from examples.reporting import comparison_table, markdown, plot_runs, progress_bar, save_json
@@ -59,7 +59,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every method on every subject, some seeds each. It is pickled to start the workers.
+    """Every method on every subject, some seeds each. Workers that are not forked get it pickled.
 
     Attributes:
         name: of the files with results.
@@ -93,7 +93,7 @@ class Comparison:
             return
         with tempfile.TemporaryDirectory() as folder:
             given = (arguments.workers, f"{folder}/meeting-point", arguments)
-            multiprocessing.spawn(self._spawned, given, nprocs=arguments.workers)
+            start_workers(self._spawned, given, arguments.workers)
 
     def _spawned(
         self, worker: int, world_size: int, meeting: str, arguments: argparse.Namespace

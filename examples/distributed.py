@@ -1,7 +1,8 @@
 """The group of workers a script runs in: many under torchrun, one without it."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,22 @@ def join_workers(
         yield Workers(worker, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+def start_workers(work: Callable[..., None], given: tuple[Any, ...], world_size: int) -> None:
+    """Runs a function in that many processes of this machine, and waits for all of them.
+
+    Loading torch takes each of them seconds of a core, more than a short training. So they are
+    forked from this process, which has loaded it, where that is safe: on Linux, as long as this
+    process has computed nothing itself.
+
+    Args:
+        work: called with the number of the worker, and `given`.
+        given: further arguments.
+        world_size: number of workers.
+    """
+    method = "spawn"
+    if sys.platform == "linux":
+        method = "fork"
+        import torch._dynamo  # noqa: F401 (else the first optimizer in each would load it)
+    start_processes(work, given, nprocs=world_size, start_method=method)

@@ -26,11 +26,12 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 
 from efsgd import SymmetricQuantized, TopK, UniformQuantized
 from efsgd.pipeline import CompressedStage, Link
+from examples.distributed import start_workers
 from examples.pipeline_tasks import StagedTask, digits_in_stages, topics_in_stages, whole_batches
 from examples.reporting import look, markdown, save_figure, save_json
 
@@ -217,7 +218,7 @@ def main() -> None:
     for stages in arguments.stages:
         with tempfile.TemporaryDirectory() as folder:
             given = (arguments, stages, f"file://{folder}/meeting-point")
-            multiprocessing.spawn(work, given, nprocs=stages)
+            start_workers(work, given, stages)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ MODULES = (
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.algorithms.join",
+    "torch.distributed.pipelining",
     "efsgd.checkpoint",
     "efsgd.privacy",
     "efsgd.rank",
@@ -19,6 +20,7 @@ MODULES = (
     "accelerate",
     "lightning",
     "transformers",
+    "transformers.models.gpt2.modeling_gpt2",
 )
 
 with warnings.catch_warnings():

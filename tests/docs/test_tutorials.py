@@ -49,7 +49,28 @@ def test_the_change_from_ddp_is_the_difference_of_the_two_scripts() -> None:
     assert shown == [line for line in lines if not line.startswith("@@")]
 
 
+def with_restarts() -> list[tuple[str, str]]:
+    return [each for each in commands() if "--max-restarts" in each[0]]
+
+
+def split(command: str) -> tuple[dict[str, str], list[str]]:
+    """Variables that are set before a command, and its words."""
+    words = shlex.split(command)
+    variables = [word for word in words if re.fullmatch(r"[A-Z_]+=\w+", word)]
+    words = words[len(variables) :]
+    words = [str(ROOT / each) if each.startswith("docs/") else each for each in words]
+    return dict(each.split("=") for each in variables), words
+
+
+def assert_as_shown(printed: str, output: str) -> None:
+    expected = (TUTORIALS / output).read_text()
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
+    measured, shown = (list(map(float, NUMBER.findall(text))) for text in (printed, expected))
+    assert measured == pytest.approx(shown, rel=0.05, abs=0.5)
+
+
 @pytest.mark.parametrize(("command", "output"), commands(), ids=lambda each: each.split()[-1])
+@pytest.mark.xdist_group("processes")
 def test_a_command_prints_what_its_page_shows(
     command: str,
     output: str,
@@ -57,35 +78,45 @@ def test_a_command_prints_what_its_page_shows(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = shlex.split(command)
-    variables = [word for word in words if re.fullmatch(r"[A-Z_]+=\w+", word)]
-    program, *arguments = words[len(variables) :]
-    arguments = [str(ROOT / each) if each.startswith("docs/") else each for each in arguments]
-    two_workers = ["--standalone", "--nproc-per-node", "2"]
+    _, (program, *arguments) = split(command)
     if program == "python":
         (script,) = arguments
         monkeypatch.syspath_prepend(str(TUTORIALS))
         runpy.run_path(script, run_name="__main__")  # here, where torch is loaded already
         printed = capsys.readouterr().out
-    elif arguments[:4] == [*two_workers, str(ROOT / shlex.split(command)[-1])]:
-        done = run_programs(arguments[3:], 2, folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout
-    else:  # torchrun starts them anew
-        assert program == "torchrun"
-        environment = {**os.environ, **dict(each.split("=") for each in variables)}
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout
-    expected = (TUTORIALS / output).read_text()
-    assert NUMBER.sub("#", printed) == NUMBER.sub("#", expected)
-    measured, shown = (list(map(float, NUMBER.findall(text))) for text in (printed, expected))
-    assert measured == pytest.approx(shown, rel=0.05, abs=0.5)
+    else:
+        assert (program, *arguments[:3]) == ("torchrun", "--standalone", "--nproc-per-node", "2")
+        printed = as_torchrun_does(arguments[3:], tmp_path)
+    assert_as_shown(printed, output)
+
+
+def as_torchrun_does(arguments: list[str], folder: Path) -> str:
+    """What two workers print that are forked here, and again once one of them has died."""
+    lives, printed = 1, ""
+    if arguments[0] == "--max-restarts":
+        lives, arguments = 1 + int(arguments[1]), arguments[2:]
+    for life in range(lives):
+        variables = {"TORCHELASTIC_RESTART_COUNT": str(life)}
+        done = run_programs(arguments, 2, variables=variables, folder=folder)
+        printed += done.stdout
+        if done.returncode == 0:
+            return printed
+    raise AssertionError(done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "output"), with_restarts())
+def test_torchrun_itself_starts_workers_anew(command: str, output: str, tmp_path: Path) -> None:
+    """Each of its processes, of all lives, loads torch."""
+    variables, words = split(command)
+    environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words[1:]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_as_shown(done.stdout, output)

@@ -11,6 +11,7 @@ from tests.privacy import private_worker as script
 from tests.privacy.teams import backward
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_compute_what_lockstep_computes(world_size: int, tmp_path: Path) -> None:
     reports = launch(script.__file__, world_size, tmp_path)

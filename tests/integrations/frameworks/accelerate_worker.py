@@ -90,8 +90,9 @@ def main() -> None:
     results: dict[str, Any] = {"accelerate": fit(accelerator, folder, is_resumed=task == "resume")}
     if task == "train":
         results["overflow"] = overflow(accelerator.process_index)
-        plain = common.plain_digits(order, precision=torch.bfloat16, clip=common.CLIP)
-        results["plain"] = {"accelerate": plain}
+        if accelerator.is_main_process:  # it has what both workers are compared with
+            plain = common.plain_digits(order, precision=torch.bfloat16, clip=common.CLIP)
+            results["plain"] = {"accelerate": plain}
     common.write(folder, accelerator.process_index, results)
     accelerator.end_training()
 

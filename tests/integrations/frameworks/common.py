@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ EXAMPLES = 192  # of which two workers make three steps in an epoch
 RATES = [0.1] * 3 + [0.05] * 3 + [0.025] * 3  # of each step, by every framework's scheduler
 
 
+@cache  # it is read from a compressed table of all digits
 def digits() -> TensorDataset:
     found = load_digits()
     inputs = torch.tensor(found.data[:EXAMPLES] / 16, dtype=torch.float32)

@@ -153,7 +153,9 @@ def main() -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"trainer": fit(folder, is_resumed=task == "resume")}
     if task == "train":
-        results["best"], results["plain"] = best(folder), {"trainer": plain()}
+        results["best"] = best(folder)
+        if dist.get_rank() == 0:  # it has what both workers are compared with
+            results["plain"] = {"trainer": plain()}
     common.write(folder, dist.get_rank(), results)
     dist.destroy_process_group()
 
