@@ -243,7 +243,7 @@ class FieldMachine(RuleBasedStateMachine):
 TestField = FieldMachine.TestCase
 TestField.settings = settings(
     settings.get_profile("ci"),
-    max_examples=int(os.environ.get("FIELD_RUNS", "120")),
+    max_examples=int(os.environ.get("FIELD_RUNS", "200")),
     stateful_step_count=int(os.environ.get("FIELD_RULES", "20")),
     phases=[Phase.generate, *([Phase.shrink] if "FIELD_RUNS" in os.environ else [])],
     suppress_health_check=list(HealthCheck),
