@@ -49,6 +49,8 @@ class Plan:
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
         signature: of the groups and the state that the buckets were made for; None: make them anew.
+        prepared_with: what gradients are made with, where a `Preparation` makes them; part of the
+            signature.
 
     Args:
         method: how the optimizer treats its groups.
@@ -69,6 +71,7 @@ class Plan:
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
+        self.prepared_with: Hashable = None
         names = ("error_feedback", "start_compressing_at", "check_every")
         self._signed = (*method.compressor.settings(), *names)
         self._prepared: list[Hashable] = []
@@ -99,7 +102,7 @@ class Plan:
 
     def sign(self, groups: Groups, state: Mapping[Tensor, State]) -> Signature:
         """All that a plan of these groups depends on, as it is now."""
-        signed: list[Hashable] = []
+        signed: list[Hashable] = [self.prepared_with]
         for group in groups:
             signed.append(id(group))
             for name in self._signed:

@@ -2,9 +2,11 @@
 
 import functools
 import math
+import secrets
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from opacus.accountants import PRVAccountant, RDPAccountant
@@ -23,55 +25,70 @@ _ORDERS = [*RDPAccountant.DEFAULT_ALPHAS, *(2**power for power in range(6, 11))]
 
 @dataclass(frozen=True)
 class Release:
-    """Steps of one kind.
+    """A step of some kind.
 
     Attributes:
         noise: the standard deviation of each worker's noise in multiples of the clipping norm.
         world_size: the number of workers.
         sample_rate: the probability with which a record takes part in a step.
         averages: whether what is sent is only averaged: see `efsgd.Claims`.
-        steps: how many.
+        lineage: a random number of those who have taken it: workers that train together.
     """
 
     noise: float
     world_size: int
     sample_rate: float
     averages: bool
-    steps: int = 1
+    lineage: int
 
 
-def record(releases: list[Release], step: Release) -> None:
-    """Adds a step to those before it (in place)."""
-    if releases and replace(releases[-1], steps=1) == step:
-        releases[-1] = replace(step, steps=releases[-1].steps + 1)
-    else:
-        releases.append(step)
+class Ledger:
+    """All that has been released. Nothing that was sent is forgotten, nor counted twice.
 
-
-def restored(own: Sequence[Release], loaded: Sequence[Release]) -> list[Release]:
-    """What has been released once a checkpoint is loaded: nothing that was sent is forgotten.
-
-    What an optimizer has released is kept where it goes back to an earlier checkpoint of its own.
+    Attributes:
+        steps: the number of steps of each kind.
+        lineage: of the steps to come. It ends with the optimizer: one that loads a checkpoint does
+            not go on with that of the steps in it, as others may do the same.
     """
-    before = [step for release in own for step in _single_steps(release)]
-    saved = [step for release in loaded for step in _single_steps(release)]
-    goes_back = before[: len(saved)] == saved
-    return list(own) if goes_back else [*loaded, *own]
 
+    def __init__(self) -> None:
+        self.lineage, self.steps = secrets.randbits(62), Counter[Release]()
+        self._last: Release | None = None
 
-def _single_steps(release: Release) -> list[Release]:
-    return [replace(release, steps=1)] * release.steps
+    def record(self, noise: float, world_size: int, sample_rate: float, averages: bool) -> None:
+        """Adds a step."""
+        self._last = Release(noise, world_size, sample_rate, averages, self.lineage)
+        self.steps[self._last] += 1
+
+    def join(self, lineage: int) -> None:
+        """Other workers take the step that was recorded last as well, and those to come."""
+        if lineage != self.lineage and self._last is not None:
+            self.lineage, joint = lineage, replace(self._last, lineage=lineage)
+            self.steps = self.steps + Counter([joint]) - Counter([self._last])
+            self._last = joint
+
+    def saved(self) -> list[tuple[Any, ...]]:
+        """The fields of each release, and the number of steps, in a state_dict."""
+        return [(*astuple(release), steps) for release, steps in self.steps.items()]
+
+    def load(self, saved: Iterable[Sequence[Any]]) -> None:
+        """Takes in what `saved` has returned, here or elsewhere.
+
+        Of one lineage the larger number has been seen: the other is of a moment before, in the same
+        training. Those of several lineages were all seen, and add up.
+        """
+        self.steps = Counter({Release(*fields): steps for *fields, steps in saved}) | self.steps
 
 
 def guarantees(
-    releases: Sequence[Release], delta: float, *, averages: bool
+    steps: Mapping[Release, int], delta: float, *, averages: bool
 ) -> dict[str, dict[str, float]]:
     """ε by observer and accountant; see `PrivateOptimizer.guarantees`.
 
     `averages` is of the steps to come.
     """
     _require_delta(delta)
-    multiples = {"messages": [1.0 for _ in releases]}
+    releases, multiples = list(steps), {"messages": [1.0 for _ in steps]}
     if averages and all(release.averages for release in releases):
         workers = [release.world_size for release in releases]
         multiples["sum"] = [math.sqrt(count) for count in workers]
@@ -80,7 +97,7 @@ def guarantees(
     found = {}
     for observer, own in multiples.items():
         history = [
-            (release.noise * multiple, release.sample_rate, release.steps)
+            (release.noise * multiple, release.sample_rate, steps[release])
             for release, multiple in zip(releases, own, strict=True)
         ]
         found[observer] = {name: _epsilon(history, delta, name) for name in ACCOUNTANTS}
@@ -198,7 +215,10 @@ def _require_delta(delta: object) -> None:
 
 
 def _epsilon(history: Iterable[tuple[float, float, int]], delta: float, accountant: str) -> float:
-    taken = [each for each in history if each[2] > 0]
+    counted = Counter[tuple[float, float]]()  # PRV takes seconds where there are many kinds
+    for noise, rate, steps in history:
+        counted[noise, rate] += steps
+    taken = [(noise, rate, steps) for (noise, rate), steps in counted.items() if steps > 0]
     if not taken:
         return 0.0
     if any(noise == 0.0 for noise, *_ in taken):

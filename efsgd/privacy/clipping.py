@@ -1,6 +1,7 @@
 """Sums of clipped gradients: Opacus computes gradients for each record, here they become one."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from efsgd.privacy.requirements import require_probable
 
 
 class Records:
-    """Sums of clipped gradients of the records in a step, from one or several backward passes.
+    """Sums of clipped gradients of the records in a step, of one backward pass or in several parts.
 
     Opacus leaves gradients of single records in `p.grad_sample`; with ghost clipping the sum of
     clipped ones in `p.grad`, and norms in `p._norm_sample`.
@@ -38,12 +39,14 @@ class Records:
             max_grad_norm: C.
 
         Raises:
-            ValueError: names the parameter; nothing has changed.
+            ValueError: names the parameter.
         """
         if self._is_ghost:
             count, sums = self._ghost_sums(named)
         else:
-            found = {p: own for p in named if (own := per_sample_gradients(p)) is not None}
+            found = {
+                p: own for p in named if (own := per_sample_gradients(p, named[p])) is not None
+            }
             count = require_per_sample(named, found, self.written)
             sums = clipped_sums(found, max_grad_norm) if found else {}
         for parameter, own in sums.items():
@@ -101,6 +104,12 @@ class Records:
         self._sums.clear()
         self._in_batch = 0
 
+    def drop(self, parameters: Iterable[Tensor]) -> None:
+        """The same, of a step that failed, and what was not collected for it."""
+        self.clear()
+        for parameter in parameters:
+            _drop(parameter)
+
     def zero_grad(self, parameters: Iterable[Tensor]) -> None:
         """Clears gradients of records; norms stay between the two passes of ghost clipping."""
         self.written.clear()
@@ -121,13 +130,21 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def per_sample_gradients(parameter: Tensor) -> Tensor | None:
+def per_sample_gradients(parameter: Tensor, name: str) -> Tensor | None:
     """Those that Opacus has left in `p.grad_sample`, [records, *shape]; None where there are none.
 
-    Of several backward passes they are in a list, one after the other.
+    Raises:
+        ValueError: they are of several backward passes, a list: a record that takes part in two of
+            them would be clipped twice, and move the sum by twice the clipping norm.
     """
-    found = getattr(parameter, "grad_sample", None)
-    gradients: Tensor | None = torch.cat(found) if isinstance(found, list) else found
+    found: Any = getattr(parameter, "grad_sample", None)
+    if isinstance(found, list):
+        raise ValueError(
+            f"{name} has gradients of records from {len(found)} backward passes: a record that is "
+            f"in two of them would count twice. Take a step after each backward pass; a batch that "
+            f"is too large for one is split by Opacus's BatchMemoryManager. The batch is used up."
+        )
+    gradients: Tensor | None = found
     return gradients
 
 
@@ -192,10 +209,9 @@ def require_per_sample(
     counts: dict[int, str] = {}
     is_stale = False
     for parameter, name in named.items():
-        own, gradient = getattr(parameter, "grad_sample", None), parameter.grad
+        gradient = parameter.grad
         if parameter in found:
-            parts = own if isinstance(own, list) else [own]
-            if any(getattr(part, "_processed", False) for part in parts):
+            if getattr(found[parameter], "_processed", False):
                 raise ValueError(
                     f"The gradients of {name} have been clipped by an optimizer of Opacus already. "
                     f"PrivateOptimizer clips and adds noise itself: do without "

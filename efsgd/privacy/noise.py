@@ -1,6 +1,8 @@
-"""Noise that nobody else can know: generators, and how equal ones are found."""
+"""Noise that nobody else can know, and how equal noise of two workers is found."""
 
-import os
+import math
+import secrets
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,68 +12,75 @@ from torch import Tensor
 from efsgd.wire.collectives import AllGather, Exchange
 from efsgd.wire.compare import digest_of
 
-# torch's generator on the CPU is a Mersenne Twister: 624 words of 32 bits, from the fourth on.
-_WORDS, _FIRST, _STATE_BYTES = 624, 3, 5056
+#: So many values are drawn at a time: they stay in a core's cache.
+_PIECE = 1 << 15
 
 
-def secret_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that the operating system has seeded.
+def secret_uniforms(count: int) -> Tensor:
+    """Uniform on the multiples of 2⁻⁵³ above 0 and up to 1, float64 [count], on the CPU.
 
-    A seed would not do on the CPU: of it torch uses 32 bits, which anybody can try one by one
-    beside a message. Here all 19,968 bits of the state are random.
+    They are OpenSSL's, which the operating system seeds: unlike torch's generators, whose state
+    can be computed from some of what they draw, it gives away nothing of what else it has drawn.
 
     Args:
-        device: where the noise is drawn.
+        count: at least 1.
 
     Example:
-        >>> from efsgd.privacy.noise import secret_generator
-        >>> first, second = secret_generator(), secret_generator()
-        >>> torch.equal(torch.randn(4, generator=first), torch.randn(4, generator=second))
+        >>> from efsgd.privacy.noise import secret_uniforms
+        >>> bool((secret_uniforms(1000) == secret_uniforms(1000)).any())
         False
     """
-    generator = torch.Generator(device).manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)
-    state = generator.get_state()
-    if generator.device.type == "cpu" and state.numel() == _STATE_BYTES:
-        words = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.int32)
-        state.view(torch.int64)[_FIRST : _FIRST + _WORDS] = words.to(torch.int64) & 0xFFFFFFFF
-        generator.set_state(state)
-    return generator
+    words = torch.frombuffer(bytearray(ssl.RAND_bytes(8 * count)), dtype=torch.int64)
+    return words.bitwise_and_((1 << 53) - 1).double().add_(1).mul_(2.0**-53)
+
+
+def secret_normals(count: int) -> Tensor:
+    """Independent standard normal values, float64 [count], on the CPU; none is beyond 8.6.
+
+    Source: Box, Muller: "A Note on the Generation of Random Normal Deviates", 1958.
+    """
+    first, second = secret_uniforms(count + count % 2).view(2, -1)
+    radii, angles = first.log_().mul_(-2).sqrt_(), second.mul_(2 * math.pi)
+    return torch.cat([radii * angles.cos(), radii * angles.sin()])[:count]
 
 
 class NoiseSource:
     """Gaussian noise of one worker, on any device.
 
-    `generator` is None for secret ones.
+    `generator` is None for secret noise.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
         self._given = generator
-        self._generators: dict[torch.device, torch.Generator] = {}
-
-    def _of(self, device: torch.device) -> torch.Generator:
-        if self._given is not None:
-            return self._given
-        if device not in self._generators:
-            self._generators[device] = secret_generator(device)
-        return self._generators[device]
 
     def add_(self, tensor: Tensor, deviation: float) -> None:
         """Adds noise of this standard deviation, in the tensor's dtype (modified in place)."""
         if deviation > 0:
-            kind: Any = {"dtype": tensor.dtype, "device": tensor.device}
-            drawn = torch.randn(tensor.shape, generator=self._of(tensor.device), **kind)
-            tensor.add_(drawn, alpha=deviation)
+            tensor.add_(self._drawn(tensor), alpha=deviation)
 
-    def digests(self, device: torch.device) -> list[int]:
-        """Of what is about to be drawn, and of what was drawn from the seed on, if it is given."""
-        now = self._of(device)
-        seeded = None if self._given is None else self._given.initial_seed()
-        first = now if seeded is None else torch.Generator(now.device).manual_seed(seeded)
-        return [stream_digest(now), stream_digest(first)]
+    def _drawn(self, like: Tensor) -> Tensor:
+        kind: Any = {"dtype": like.dtype, "device": like.device}
+        if self._given is not None:
+            return torch.randn(like.shape, generator=self._given, **kind)
+        drawn = torch.empty(like.shape, **kind)
+        for piece in drawn.view(-1).split(_PIECE) if drawn.numel() else ():
+            piece.copy_(secret_normals(len(piece)))
+        return drawn
+
+    def digests(self) -> list[int]:
+        """Two numbers, one of which is another worker's where that draws the same noise.
+
+        Of a generator they are digests of what it is about to draw, and of what it drew from its
+        seed on. A seed can be found by them, by trying all: on the CPU it has 32 bits.
+        """
+        if self._given is None:
+            return [secrets.randbits(62), secrets.randbits(62)]
+        first = torch.Generator(self._given.device).manual_seed(self._given.initial_seed())
+        return [stream_digest(self._given), stream_digest(first)]
 
 
 def stream_digest(generator: torch.Generator) -> int:
-    """64 bits, equal where generators are about to draw the same, which give away nothing of it.
+    """64 bits, equal where generators are about to draw the same.
 
     The generator does not move on.
     """

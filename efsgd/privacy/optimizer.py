@@ -1,7 +1,7 @@
 """Noise between gradients and compression: the optimizer that private training steps."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import astuple
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,12 +12,13 @@ from efsgd.checks import plain
 from efsgd.engine.parameters import device_of, list_parameters
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.privacy import requirements
-from efsgd.privacy.accounting import Release, guarantees, record, restored
+from efsgd.privacy.accounting import Ledger, guarantees
 from efsgd.privacy.clipping import Records
 from efsgd.privacy.noise import NoiseSource, require_different
+from efsgd.privacy.protection import Protection
 from efsgd.privacy.requirements import SETTINGS
 from efsgd.privacy.wrapper import Wrapper
-from efsgd.wire.collectives import Exchange
+from efsgd.wire.collectives import Broadcast, Exchange
 from efsgd.wire.compare import compare
 
 
@@ -47,8 +48,10 @@ class PrivateOptimizer(Wrapper):
         averager: exchanges gradients for an optimizer that does not.
         module: the `GradSampleModule` whose gradients are read. It is checked; with ghost clipping
             it is needed.
-        generator: of this worker's noise, on the device of the parameters; never the same on two
-            workers. None, the default, is seeded by the operating system.
+        generator: of this worker's noise, on the device of the parameters, for tests; never the
+            same on two workers. It protects less: the state of torch's generators can be computed
+            from noise that is sent where gradients are zero, and seeds can be tried. None, the
+            default, draws from a cryptographic generator that the operating system seeds.
 
     Raises:
         TypeError: of `optimizer`, `averager` or `module`, one cannot be protected: says what can.
@@ -98,19 +101,20 @@ class PrivateOptimizer(Wrapper):
         is_ghost = requirements.require_module(module)
         self.loss_reduction = getattr(module, "loss_reduction", "mean")
         self._records, self._noise = Records(is_ghost), NoiseSource(generator)
-        self._releases: list[Release] = []
+        self._ledger = Ledger()
         self._failure: Exception | None = None
         self._skips: list[bool] = []
         self._is_skipped = False
         self._exchanger.engine.preparations.append(self)
+        self._protection = Protection(optimizer, self._exchanger, self._ledger)
 
     # ---- a step ---------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clips, sums, adds noise, and takes the wrapped optimizer's step.
 
-        Every worker must call it the same number of times, with an empty batch as well. The batch
-        is used up, whether the step succeeds or not.
+        Every worker must call it the same number of times, with an empty batch as well. The batch,
+        one backward pass, is used up, whether the step succeeds or not.
 
         Args:
             closure: computes the loss and gradients of records; called once, before anything else.
@@ -124,40 +128,64 @@ class PrivateOptimizer(Wrapper):
             RuntimeError: a GradScaler steps it.
             CollectiveError: a worker could not take part; parameters and state are as they were.
         """
-        if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "A GradScaler multiplies losses, and gradients would be clipped with its factor in "
-                "them. Train in float32 or bfloat16, without a scaler."
-            )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._is_skipped = bool(self._skips) and self._skips.pop(0)
-        if self._is_skipped:
-            try:
-                self._collect()
-            except Exception as error:  # the other workers learn of it in the step that follows
-                self._failure = error
-        elif self.averager is None or self.averager.average_():
-            self.original_optimizer.step()
+        with self._used_up():
+            if getattr(self, "grad_scale", None) is not None:
+                raise RuntimeError(
+                    "A GradScaler multiplies losses, and gradients would be clipped with its "
+                    "factor in them. Train in float32 or bfloat16, without a scaler."
+                )
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._is_skipped = bool(self._skips) and self._skips.pop(0)
+            if self._is_skipped:
+                self._collect_part()
+            elif self.averager is None or self.averager.average_():
+                with self._protection.stepping():
+                    self.original_optimizer.step()
         return loss
 
     def exchange(self, world_size: int = 1, worker: int = 0) -> Exchange[bool]:
         """The step as an exchange; see `ErrorFeedbackSGD.exchange`."""
-        applied = yield from self._exchanger.exchange(world_size, worker)
-        if applied and self.averager is not None:
-            self.original_optimizer.step()
+        with self._used_up():
+            applied = yield from self._exchanger.exchange(world_size, worker)
+            if applied and self.averager is not None:
+                with self._protection.stepping():
+                    self.original_optimizer.step()
         return applied
+
+    @contextlib.contextmanager
+    def _used_up(self) -> Iterator[None]:
+        """Where a step fails nothing of its batch is left that a later one would add to."""
+        try:
+            yield
+        except BaseException:
+            self._records.drop(self._parameters())
+            self._failure = None
+            raise
+
+    def _collect_part(self) -> None:
+        """A step that is skipped; the other workers learn of an error in the one that follows."""
+        try:
+            with self._used_up():
+                self._collect()
+        except Exception as error:
+            self._failure = error
 
     def prepare(self, world_size: int, worker: int) -> None:
         """Sets `p.grad` to the noisy mean over this worker's records. Part of every step."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            self._records.clear()
-            raise failure
-        self._validate()
-        self._collect()
+        with self._used_up():
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
+            self._validate()
+            # All workers must change them before the same step, which then begins with `agree`.
+            self._exchanger.engine.plan.prepared_with = tuple(self._settings().items())
+            self._collect()
+            self._make_gradients(world_size)
+
+    def _make_gradients(self, world_size: int) -> None:
         expected = self.expected_batch_size / world_size
         most = min(2 * expected, self.expected_batch_size)
         self._records.end_batch(most)
@@ -165,7 +193,7 @@ class PrivateOptimizer(Wrapper):
         noise, rate = self.noise_multiplier * share, self.sample_rate or 1.0
         averages = self._exchanger.compressor.claims().averages
         # Before anything is sent: messages of a step that fails have been seen, too.
-        record(self._releases, Release(noise, world_size, rate, averages))
+        self._ledger.record(noise, world_size, rate, averages)
         for parameter in self._trained():
             total = self._records.take(parameter)
             self._noise.add_(total, noise * self.max_grad_norm)
@@ -175,18 +203,26 @@ class PrivateOptimizer(Wrapper):
     def agree(self, world_size: int, worker: int) -> Exchange[None]:
         """Workers compare settings, which must be equal, and noise, which must not be."""
         device = device_of(self._exchanger.param_groups)
-        yield from compare([f"{name}={getattr(self, name)}" for name in SETTINGS], device)
+        yield from compare([f"{name}={value}" for name, value in self._settings().items()], device)
         if self.noise_multiplier > 0:
-            yield from require_different(self._noise.digests(device), device)
+            yield from require_different(self._noise.digests(), device)
+        lineage = torch.tensor([self._ledger.lineage], dtype=torch.int64, device=device)
+        self._ledger.join(int((yield Broadcast(lineage, "whose steps these are", 0))))
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def _validate(self) -> None:
         """Checks everything before a step: users and schedulers change settings."""
-        requirements.require_settings({name: getattr(self, name) for name in SETTINGS})
+        requirements.require_settings(self._settings())
         requirements.require_averaging(self.observer, self._exchanger)
         requirements.require_dtypes(self._exchanger.param_groups)
         requirements.require_same_norm(self._module, self.max_grad_norm)
         if self.averager is not None:
             requirements.require_all_averaged(self.original_optimizer, self.averager)
+
+    def _parameters(self) -> list[Tensor]:
+        return [info.parameter for info in list_parameters(self._exchanger.param_groups)]
 
     def _trained(self) -> dict[Tensor, str]:
         infos = list_parameters(self._exchanger.param_groups)
@@ -205,7 +241,7 @@ class PrivateOptimizer(Wrapper):
         Args:
             set_to_none: makes no difference: they become None.
         """
-        self._records.zero_grad(self._trained())
+        self._records.zero_grad(self._parameters())
         if not self._is_skipped:
             self._records.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
@@ -232,36 +268,29 @@ class PrivateOptimizer(Wrapper):
             sent, also where they failed.
         """
         averages = self._exchanger.compressor.claims().averages
-        return guarantees(self._releases, delta, averages=averages)
+        return guarantees(self._ledger.steps, delta, averages=averages)
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """That of the wrapped optimizer, and under "privacy" what has been released so far.
 
-        The state of the generator is not in it: noise that is drawn again for other records cancels
-        in the difference. What an averager keeps is saved by itself, as always.
+        The state of the noise is not in it: noise that is drawn again for other records cancels in
+        the difference. An averager's is saved by itself, and has "privacy" as well.
         """
-        privacy = {"releases": [astuple(release) for release in self._releases]}
-        return {**self.original_optimizer.state_dict(), "privacy": privacy}
+        return self.original_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads what `state_dict` or `efsgd.checkpoint.consolidated_state_dict` has returned.
 
-        Steps that were taken after the checkpoint was saved and are taken again count twice only
-        where this very optimizer has taken them: those of a process that died are not known.
+        What was released before it was saved is counted: once, where this very optimizer has
+        released it, or has loaded it before. Steps that a process took after its last checkpoint
+        are not known to another one.
 
         Raises:
             ValueError: it is of an optimizer whose errors hold gradients without noise.
         """
-        own = dict(state_dict)
-        privacy = own.pop("privacy", None)
-        if privacy is None and self._exchanger is self.original_optimizer:
-            states = own.get("state", {}).values()
-            requirements.require_no_errors(states, self._exchanger, "is given errors of training")
-        self.original_optimizer.load_state_dict(own)
-        loaded = [] if privacy is None else privacy["releases"]
-        self._releases = restored(self._releases, [Release(*each) for each in loaded])
+        self.original_optimizer.load_state_dict(dict(state_dict))
 
     def __repr__(self) -> str:
         settings = f"noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}"

@@ -61,15 +61,19 @@ def exchanger_of(optimizer: object, averager: GradientAverager | None) -> ErrorF
             f"This {type(exchanger).__name__} belongs to a PrivateOptimizer already, which adds "
             f"noise. Construct another one."
         )
-    require_no_errors(exchanger.state.values(), exchanger, "has taken steps without noise")
+    require_no_errors(exchanger.state, exchanger, "has taken steps without noise")
     return exchanger
 
 
-def require_no_errors(states: Iterable[Any], exchanger: ErrorFeedbackOptimizer, why: str) -> None:
-    """Raises ValueError where errors hold gradients to which nobody has added noise."""
-    for own in states:
+def require_no_errors(states: Any, exchanger: ErrorFeedbackOptimizer, why: str) -> None:
+    """Raises ValueError where errors hold gradients to which nobody has added noise.
+
+    `states` are those of parameters by some key, or what a state_dict has in their place.
+    """
+    for own in states.values() if isinstance(states, Mapping) else ():
         for name in ("error", *exchanger.compressor.local_state):
-            if name in own and bool(own[name].any()):
+            value = own.get(name) if isinstance(own, Mapping) else None
+            if isinstance(value, torch.Tensor) and bool(value.any()):
                 raise ValueError(
                     f"This {type(exchanger).__name__} {why}: what it has yet to send, its error "
                     f"feedback or local momentum, holds gradients of single records, and later "
@@ -157,16 +161,17 @@ def require_same_norm(module: nn.Module | None, max_grad_norm: float) -> None:
 
 def require_all_averaged(optimizer: Optimizer, averager: GradientAverager) -> None:
     """Raises ValueError where an optimizer would apply gradients without noise."""
-    averaged = {p for group in averager.param_groups for p in group["params"]}
+    averaged = {p for p in _parameters(averager.param_groups) if p.requires_grad}
     missing = [
         position
         for position, parameter in enumerate(_parameters(optimizer.param_groups))
-        if parameter.requires_grad and parameter not in averaged
+        if (parameter.requires_grad or parameter.grad is not None) and parameter not in averaged
     ]
     if missing:
         raise ValueError(
-            f"Parameters {missing} of {type(optimizer).__name__} are not in the averager: their "
-            f"gradients would be applied without noise. Give both the same parameters."
+            f"Parameters {missing} of {type(optimizer).__name__} are not in the averager, or were "
+            f"frozen with a gradient: it would be applied without noise. Give both the same "
+            f"parameters, and call zero_grad() where one is frozen."
         )
 
 

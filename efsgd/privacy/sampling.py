@@ -1,6 +1,6 @@
 """Poisson sampling of each worker's shard, with the same number of steps on every worker."""
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from efsgd.checks import plain, require_integer
 from efsgd.privacy.accounting import require_sample_rate
-from efsgd.privacy.noise import secret_generator
+from efsgd.privacy.noise import secret_uniforms
 
 
 def poisson_batches(
@@ -31,8 +31,8 @@ def poisson_batches(
         shard: this worker's records, and no other worker's: a data set with a length.
         rate: the probability, above 0 and at most 1; the same on every worker.
         steps: the number of batches; the same on every worker.
-        generator: decides who takes part, on the CPU. None, the default, is seeded by the operating
-            system: who took part must stay unknown.
+        generator: decides who takes part, on the CPU; for tests. None, the default, draws as noise
+            is drawn: who took part must stay unknown.
         options: of `torch.utils.data.DataLoader`, such as `num_workers` and `collate_fn`.
 
     Returns:
@@ -65,10 +65,17 @@ def poisson_batches(
         raise ValueError("Invalid shard: it has no records. Give every worker at least one.")
     collate = wrap_collate_with_empty(collate_fn=options.pop("collate_fn", None) or default_collate)
     collate([shard[0]])  # shows it what an empty batch looks like
-    sampler = UniformWithReplacementSampler(
-        num_samples=len(shard),
-        sample_rate=plain(rate),
-        steps=plain(steps),
-        generator=secret_generator() if generator is None else generator,
+    kind = _SecretSampler if generator is None else UniformWithReplacementSampler
+    sampler = kind(
+        num_samples=len(shard), sample_rate=plain(rate), steps=plain(steps), generator=generator
     )
     return DataLoader(shard, batch_sampler=sampler, collate_fn=collate, **options)
+
+
+class _SecretSampler(UniformWithReplacementSampler):  # type: ignore[misc]
+    """Opacus's, which knows how to be split, with draws that cannot be computed from others."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self.steps):
+            takes_part = secret_uniforms(self.num_samples) <= self.sample_rate
+            yield takes_part.nonzero().flatten().tolist()

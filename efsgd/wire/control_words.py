@@ -261,6 +261,6 @@ def describe_change(workers: Iterable[int], step: int) -> str:
     return (
         f"Step {step} was abandoned: worker {who} has changed what it trains since the last step, "
         f"and the others have not. Nothing has changed on any worker. Ranks and other settings of "
-        f"the compressor, frozen parameters, parameter groups and loaded state_dicts must change "
-        f"on all workers before the same step."
+        f"the compressor, frozen parameters, parameter groups, loaded state_dicts and settings of "
+        f"private training must change on all workers before the same step."
     )

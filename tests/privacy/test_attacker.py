@@ -19,6 +19,7 @@ from tests.privacy.teams import (
     made_records,
     power_sgd,
     private_team,
+    seeded,
     step_with,
     uncompressed,
 )
@@ -40,10 +41,12 @@ def neighbours() -> tuple[Records, Records]:
     return without, [without[0], [torch.cat([without[1][0], target])]]
 
 
-def drawn(records: Records, number: int = DRAWS) -> Tensor:
+def drawn(
+    records: Records, number: int = DRAWS, generators: list[torch.Generator] | None = None
+) -> Tensor:
     """Messages of each worker without compression, [draws, workers, elements]."""
     start = [torch.zeros(SHAPE, dtype=torch.float64)]
-    team = private_team(WORKERS, uncompressed, start, noise_multiplier=SIGMA)
+    team = private_team(WORKERS, uncompressed, start, generators, noise_multiplier=SIGMA)
     found = []
     for _ in range(number):  # what is sent does not depend on the steps before
         found.append(torch.stack([own[-1][-12:] for own in step_with(team, records)]))
@@ -126,13 +129,7 @@ def test_equal_noise_cancels_in_the_difference(monkeypatch: pytest.MonkeyPatch) 
         yield
 
     monkeypatch.setattr("efsgd.privacy.optimizer.require_different", without_comparison)
-    made: dict[int, torch.Generator] = {}
-
-    def equal(self: NoiseSource, device: object) -> torch.Generator:
-        return made.setdefault(id(self), torch.Generator().manual_seed(3))
-
-    monkeypatch.setattr(NoiseSource, "_of", equal)
-    found = [drawn(records, 50) for records in neighbours()]
+    found = [drawn(records, 50, seeded(3, 3)) for records in neighbours()]
     assert area(*(each[:, 1, 0] - each[:, 0, 0] for each in found)) == 1.0
 
 

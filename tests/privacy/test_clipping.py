@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from efsgd.privacy import PrivateOptimizer
 from efsgd.privacy.clipping import clipped_sums
 from efsgd.testing.strategies import Shape, seeds, shape_lists, world_sizes
 from tests.privacy.teams import (
@@ -89,14 +90,11 @@ def test_workers_divide_sums_by_the_expected_batch(
     assert (start - flat(parameters_of(team[0])) - update).abs().max() < 1e-12
 
 
-def test_several_backward_passes_are_one_batch() -> None:
-    """Opacus keeps a list of them; skipped steps collect sums."""
+def test_parts_of_a_batch_are_one_batch() -> None:
+    """Skipped steps collect sums."""
     whole = made_records(SHAPES, [6])
-    once, listed, collected = (private_team(1, generators=seeded(1)) for _ in range(3))
+    once, collected = (private_team(1, generators=seeded(1)) for _ in range(2))
     step_with(once, whole)
-    for p, own in zip(parameters_of(listed[0]), whole[0], strict=True):
-        p.grad_sample = [own[:1], own[1:4], own[4:]]
-    take_step(listed)
     for part in (slice(0, 4), slice(4, 5)):
         collected[0].signal_skip_step()
         give(collected, [[own[part] for own in whole[0]]])
@@ -105,9 +103,8 @@ def test_several_backward_passes_are_one_batch() -> None:
         assert bits(parameters_of(collected[0])) == before
         collected[0].zero_grad()  # as loops do between backward passes
     step_with(collected, [[own[5:] for own in whole[0]]])
-    for other in (listed, collected):
-        difference = flat(gradients_of(once[0])) - flat(gradients_of(other[0]))
-        assert difference.abs().max() < 1e-14  # sums in another order
+    difference = flat(gradients_of(once[0])) - flat(gradients_of(collected[0]))
+    assert difference.abs().max() < 1e-14  # sums in another order
     # What a step that is not taken has collected is forgotten.
     collected[0].signal_skip_step(do_skip=False)
     give(collected, whole)
@@ -127,6 +124,100 @@ def test_a_batch_is_used_up() -> None:
     assert all(p.grad_sample is None for p in parameters_of(team[0]))
     with pytest.raises(ValueError, match=r"no gradients of records since the last step.*zero_grad"):
         take_step(team)
+
+
+@pytest.mark.parametrize("is_part", [False, True], ids=["step", "part"])
+def test_a_record_of_several_backward_passes_does_not_count_twice(is_part: bool) -> None:
+    """Opacus keeps a list, of which each is clipped by itself: one record would add up to 2 C."""
+    team = private_team(1)
+    before = bits(parameters_of(team[0]))
+    records = made_records(SHAPES, [1], scale=100.0)[0]
+    for parameter, own in zip(parameters_of(team[0]), records, strict=True):
+        parameter.grad_sample = [own, own.clone()]
+    if is_part:
+        team[0].signal_skip_step()
+        team[0].step()
+    with pytest.raises(ValueError, match=r"records from 2 backward passes.*BatchMemoryManager"):
+        team[0].step()
+    assert bits(parameters_of(team[0])) == before
+    assert team[0].guarantees(1e-5)["messages"]["rdp"] == 0.0
+    assert_nothing_is_left(team[0])
+
+
+def assert_nothing_is_left(optimizer: PrivateOptimizer) -> None:
+    """Of the last batch: a step without noise, and without another one, changes nothing."""
+    assert all(getattr(p, "grad_sample", None) is None for p in parameters_of(optimizer))
+    before = bits(parameters_of(optimizer))
+    optimizer.noise_multiplier = 0.0
+    optimizer.step()
+    assert bits(parameters_of(optimizer)) == before
+
+
+FAILURES: dict[str, tuple[type[Exception], dict[str, Any], dict[str, Any]]] = {
+    "a setting of privacy": (ValueError, {"noise_multiplier": -1.0}, {}),
+    "a setting of the optimizer": (ValueError, {}, {"nonfinite": "ignore"}),
+    "far too many records": (ValueError, {"expected_batch_size": 1e-3}, {}),
+    "a scaler": (RuntimeError, {"grad_scale": 2.0}, {}),
+}
+
+
+@pytest.mark.parametrize("has_part", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_batch_is_used_up_where_its_step_fails(failure: str, has_part: bool) -> None:
+    """Records of it would be in the next sum a second time."""
+    expected, settings, of_group = FAILURES[failure]
+    team = private_team(1)
+    optimizer = team[0]
+    if has_part:
+        optimizer.signal_skip_step()
+        give(team, made_records(SHAPES, [2]))
+        optimizer.step()
+    give(team, made_records(SHAPES, [3]))
+    kept = {name: getattr(optimizer, name, None) for name in settings}
+    group, kept_group = optimizer.param_groups[0], dict(optimizer.param_groups[0])
+    for name, value in settings.items():
+        setattr(optimizer, name, value)
+    group.update(of_group)
+    with pytest.raises(expected):
+        optimizer.step()
+    for name, value in kept.items():
+        setattr(optimizer, name, value)
+    group.update(kept_group)
+    assert_nothing_is_left(optimizer)
+
+
+def test_a_batch_is_used_up_where_its_closure_fails() -> None:
+    team = private_team(1)
+
+    def closure() -> float:
+        give(team, made_records(SHAPES, [3]))
+        raise KeyError("a loss")
+
+    with pytest.raises(KeyError):
+        team[0].step(closure)
+    assert_nothing_is_left(team[0])
+
+
+def test_a_batch_is_used_up_where_the_wrapped_optimizer_is_stepped_and_fails() -> None:
+    team = private_team(1)
+    give(team, made_records(SHAPES, [3]))
+    team[0].noise_multiplier = -1.0
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        team[0].original_optimizer.step()
+    assert_nothing_is_left(team[0])
+
+
+def test_gradients_of_frozen_parameters_are_not_kept() -> None:
+    """Until they are trained again, and another batch is there."""
+    team = private_team(1, noise_multiplier=0.0)
+    parameter = parameters_of(team[0])[1]
+    before = bits(parameter)
+    give(team, made_records(SHAPES, [3]))
+    parameter.requires_grad_(False)
+    team[0].zero_grad()
+    parameter.requires_grad_(True)
+    team[0].step()
+    assert bits(parameter) == before
 
 
 # ---- a poisoned record --------------------------------------------------------------------------

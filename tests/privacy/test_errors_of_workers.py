@@ -22,6 +22,8 @@ from tests.privacy.teams import (
     start_of,
     step_with,
     take_step,
+    top_k,
+    uncompressed,
 )
 from tests.privacy.test_refusals import assert_unchanged, middle_of_training, values_of
 from tests.simulation import bits, parameters_of
@@ -183,6 +185,54 @@ def test_settings_must_be_equal_on_all_workers(name: str, value: Any) -> None:
     assert bits([parameters_of(o) for o in team]) == before
 
 
+@pytest.mark.parametrize("make", [uncompressed, adamw])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("noise_multiplier", 2.0), ("max_grad_norm", 0.5), ("expected_batch_size", 17),
+        ("observer", "sum"), ("sample_rate", 0.1),
+    ],
+)  # fmt: skip
+def test_settings_must_change_on_all_workers_before_the_same_step(
+    name: str, value: Any, make: Make
+) -> None:
+    """Nothing with other noise, or divided otherwise, is sent or applied."""
+    make = top_k if make is uncompressed and name != "observer" else make
+    team = private_team(3, make)
+    step_with(team, made_records(SHAPES, [3, 3, 3]))
+    before, kept = bits([parameters_of(o) for o in team]), getattr(team[1], name)
+    setattr(team[1], name, value)
+    for _ in range(2):
+        give(team, made_records(SHAPES, [3, 3, 3]))
+        with pytest.raises(WorkerMismatchError, match=r"worker 1 has changed .* private training"):
+            take_step(team)
+        assert bits([parameters_of(o) for o in team]) == before
+    setattr(team[0], name, value)
+    setattr(team[2], name, "messages" if name == "observer" else 3 * value / 4)
+    give(team, made_records(SHAPES, [3, 3, 3]))
+    with pytest.raises(WorkerMismatchError, match="worker 2"):
+        take_step(team)
+    assert bits([parameters_of(o) for o in team]) == before
+    for optimizer in team:
+        setattr(optimizer, name, value)
+    step_with(team, made_records(SHAPES, [3, 3, 3]))
+    for optimizer in team:
+        setattr(optimizer, name, kept)
+        optimizer.plan_change()  # as a schedule would, for fewer bytes
+    step_with(team, made_records(SHAPES, [3, 3, 3]))
+    assert all(bits(parameters_of(o)) == bits(parameters_of(team[0])) for o in team)
+
+
+def test_a_setting_that_is_set_back_needs_no_other_worker() -> None:
+    team, twins = middle_of_training(), middle_of_training()
+    give(team, made_records(SHAPES, [3, 3]))
+    team[1].noise_multiplier = 2.0
+    with pytest.raises(WorkerMismatchError, match="worker 1"):
+        take_step(team)
+    team[1].noise_multiplier = 1.0
+    assert_unchanged(team, twins)
+
+
 # ---- scalers, and batches -----------------------------------------------------------------------
 
 
@@ -228,3 +278,38 @@ def test_the_wrapped_optimizer_takes_no_step_without_noise() -> None:
     before = parameters_of(inner)[0].detach().clone()
     inner.step()
     assert bool((parameters_of(inner)[0] != before).any())
+
+
+def test_an_optimizer_beside_an_averager_takes_no_step_without_noise() -> None:
+    """It knows nothing of noise, and is stepped by PrivateOptimizer alone."""
+    optimizer = private_team(1, adamw)[0]
+    inner = optimizer.original_optimizer
+    for _ in range(2):
+        before = bits(parameters_of(inner))
+        for parameter in parameters_of(inner):
+            parameter.grad = torch.ones_like(parameter)
+        for step in (inner.step, lambda: torch.amp.GradScaler("cpu", enabled=False).step(inner)):
+            with pytest.raises(
+                RuntimeError, match=r"AdamW belongs to a PrivateOptimizer.*step\(\)"
+            ):
+                step()
+        assert bits(parameters_of(inner)) == before
+        optimizer.zero_grad()
+        give([optimizer], made_records(SHAPES, [2]))
+        optimizer.step()
+        assert bits(parameters_of(inner)) != before
+
+
+def test_a_parameter_that_is_frozen_with_a_gradient() -> None:
+    """The other optimizer would apply it, and the averager makes no other one."""
+    optimizer = private_team(1, adamw)[0]
+    parameter = parameters_of(optimizer)[2]
+    parameter.grad = torch.ones_like(parameter)
+    parameter.requires_grad_(False)
+    before = bits(parameters_of(optimizer))
+    with pytest.raises(ValueError, match=r"Parameters \[2\] of AdamW .* call zero_grad\(\)"):
+        optimizer.step()
+    assert bits(parameters_of(optimizer)) == before
+    optimizer.zero_grad()
+    optimizer.step()
+    assert bits(parameter) == before[2]

@@ -129,7 +129,7 @@ def test_settings_that_change_count_as_they_were() -> None:
     team[0].noise_multiplier = 0.25 * SIGMA
     steps(team, 1)
     releases = team[0].state_dict()["privacy"]["releases"]
-    assert [(each[0] / SIGMA, each[2], each[4]) for each in releases] == [
+    assert [(each[0] / SIGMA, each[2], each[-1]) for each in releases] == [
         (1.0, RATE, 2), (2.0, RATE / 2, 1), (0.25, RATE / 2, 1),
     ]  # fmt: skip
     assert found(team[0])["messages"] > rdp(0.25, 1, RATE / 2)
@@ -203,11 +203,65 @@ def test_loading_forgets_nothing() -> None:
     steps(other, 1)
     other[0].load_state_dict(early)
     releases = other[0].state_dict()["privacy"]["releases"]
-    assert [(each[2], each[4]) for each in releases] == [(RATE, 2), (2 * RATE, 1)]
+    assert [(each[2], each[-1]) for each in releases] == [(RATE, 2), (2 * RATE, 1)]
     # That of an optimizer without privacy, whose errors are empty, brings nothing.
     plain = uncompressed(copied(parameters_of(other[0])))[0]
     other[0].load_state_dict(plain.state_dict())
     assert other[0].state_dict()["privacy"]["releases"] == releases
+
+
+def test_steps_of_another_training_count_though_they_are_like_its_own() -> None:
+    """They were seen as well; the same ones are counted once, however often they are loaded."""
+    first, second = team_of(1), team_of(1)
+    steps(first, 5)
+    early = through_a_file(first[0].state_dict())
+    steps(first, 3)
+    steps(second, 10)
+    for saved, number in ((early, 15), (first[0].state_dict(), 18), (early, 18)):
+        second[0].load_state_dict(saved)
+        assert found(second[0])["messages"] == approximately(rdp(1.0, number))
+    # Two runs that go on from the same checkpoint: what they took by themselves adds up.
+    runs = [team_of(1) for _ in range(2)]
+    for run in runs:
+        run[0].load_state_dict(early)
+        steps(run, 2)
+    runs[0][0].load_state_dict(through_a_file(runs[1][0].state_dict()))
+    assert found(runs[0][0])["messages"] == approximately(rdp(1.0, 5 + 2 + 2))
+
+
+def test_a_checkpoint_of_another_worker_is_of_the_same_steps() -> None:
+    """Workers that train together agree on whose steps these are."""
+    team = team_of(3)
+    steps(team, 3)
+    saved = [through_a_file(optimizer.state_dict()) for optimizer in team]
+    steps(team, 1)
+    for own in saved:
+        for optimizer in team:
+            optimizer.load_state_dict(own)
+            assert found(optimizer)["messages"] == approximately(rdp(1.0, 4))
+    steps(team[:2], 1)  # without one of them, from where they are
+    assert found(team[0])["messages"] == approximately(rdp(1.0, 5))
+
+
+@pytest.mark.parametrize("make", [uncompressed, adamw])
+def test_what_the_wrapped_optimizer_or_its_averager_load_counts(make: Make) -> None:
+    team, others = team_of(2, make), team_of(2, make)
+    steps(team, 3)
+    for optimizer, own in zip(others, team, strict=True):
+        sender, saved = optimizer.averager or optimizer.original_optimizer, own.averager or own
+        sender.load_state_dict(through_a_file(saved.state_dict()))
+        optimizer.original_optimizer.load_state_dict(through_a_file(own.state_dict()))
+        assert found(optimizer) == found(own)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_counts_nothing() -> None:
+    team, other = team_of(1), team_of(1, lambda p: uncompressed(p[:1]))
+    steps(other, 3)
+    with pytest.raises(ValueError):
+        team[0].load_state_dict(other[0].state_dict())
+    assert found(team[0])["messages"] == 0.0
+    team[0].load_state_dict(team[0].state_dict())
+    assert found(team[0])["messages"] == 0.0
 
 
 def test_a_worker_without_a_step_has_released_nothing() -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from efsgd import PowerSGDOptimizer
-from efsgd.privacy import PrivateOptimizer
-from efsgd.privacy.noise import secret_generator, stream_digest
+from efsgd.privacy import PrivateOptimizer, poisson_batches
+from efsgd.privacy import noise as noise_module
+from efsgd.privacy.noise import NoiseSource, secret_normals, secret_uniforms
 from efsgd.testing import Traced
 from tests.privacy.teams import (
     ERROR_RATE,
@@ -109,17 +112,74 @@ def test_noise_does_not_depend_on_the_seed_of_the_compressor() -> None:
     assert not (made_by(secret[0]) == made_by(secret[1])).any()
 
 
-def test_secret_generators_differ_in_more_than_a_seed_of_32_bits() -> None:
-    generators = [secret_generator() for _ in range(3)]
-    assert len(set(map(stream_digest, generators))) == 3
-    for generator in generators:
-        digest = stream_digest(generator)
-        assert stream_digest(generator) == digest  # it has not moved on
-        same_seed = torch.Generator().manual_seed(generator.initial_seed())
-        assert stream_digest(same_seed) != digest
-        drawn = torch.randn(20_000, generator=generator)
-        assert_variance(drawn, 1.0)
-        assert abs(float(drawn.sum())) < 6.2 * math.sqrt(drawn.numel())
+@pytest.mark.parametrize("count", [1, 2, 3, 200_001])
+def test_secret_values_are_normal(count: int) -> None:
+    """By the distance from the distribution, which 20 % of another variance would show."""
+    found = [secret_normals(count) for _ in range(2)]
+    assert not bool((found[0] == found[1]).any())
+    for drawn in found:
+        assert drawn.shape == (count,)
+        assert drawn.dtype == torch.float64
+        assert stats.kstest(drawn.numpy(), "norm").pvalue > ERROR_RATE
+    if count > 3:  # the values of a pair are independent, and so are their squares
+        for one, other in (found[0][:-1].chunk(2), found[0][:-1].square().sub(1).chunk(2)):
+            correlation = float(one @ other / (one.norm() * other.norm()))
+            assert abs(correlation) < 6.2 / math.sqrt(one.numel())
+
+
+def test_secret_values_end_where_their_bits_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest of 2⁵³ uniform values is not 0, whose logarithm would be infinite."""
+    for byte, value in ((b"\0", 2.0**-53), (b"\xff", 1.0)):
+        monkeypatch.setattr(noise_module.ssl, "RAND_bytes", lambda size, byte=byte: byte * size)
+        assert set(secret_uniforms(4).tolist()) == {value}
+        assert float(secret_normals(4).abs().max()) < 8.6
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (0, 3), (1,), (3, 1, 5), (noise_module._PIECE + 3,)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_secret_noise_of_every_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.full(shape, 5.0, dtype=dtype)
+    NoiseSource(None).add_(tensor, 0.5)
+    assert tensor.shape == shape
+    assert tensor.dtype == dtype
+    assert bool((tensor != 5.0).all())
+    assert bool(((tensor - 5.0).abs() < 0.5 * 8.6).all())
+
+
+def test_no_generator_of_torch_is_behind_secret_noise_and_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of them can be computed from some of what they draw, or have a seed that can be tried."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a generator of torch")
+
+    team = private_team(2)
+    shard = TensorDataset(torch.arange(50.0))
+    for name in ("randn", "rand", "randint", "normal", "Generator"):
+        monkeypatch.setattr(torch, name, refuse)
+    step_with(team, empty_records(team))
+    assert bool((made_by(team) != 0).all())
+    sampler = poisson_batches(shard, 0.5, 3).batch_sampler
+    assert sampler is not None
+    assert len(set(map(tuple, sampler))) == 3
+
+
+def test_a_message_says_nothing_of_other_noise() -> None:
+    """Of the top bits of uniform values behind normal ones, given the twin of torch's generator."""
+    generator = torch.Generator().manual_seed(7)
+    team = private_team(1, start=[torch.zeros(2048)], generators=[generator], **OPTIONS)
+    twin = torch.Generator()
+    twin.set_state(generator.get_state())
+    step_with(team, empty_records(team))
+    sent = -parameters_of(team[0])[0].detach().double() * BATCH / (SIGMA * CLIP)
+    one, other = sent.view(-1, 2, 8).unbind(1)
+    angles = (torch.atan2(other, one) / (2 * math.pi)) % 1
+    true = torch.rand(2048, generator=twin).double().view(-1, 2, 8)[:, 1]
+    agreeing = float(((angles * 2**16).floor() == (true * 2**16).floor()).double().mean())
+    assert agreeing > 0.9  # which is why a given generator protects less
 
 
 # ---- empty batches ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
@@ -51,9 +52,10 @@ def ghost_backward(module: nn.Module, optimizer: PrivateOptimizer, *data: Tensor
     backward(module, *data, DPLossFastGradientClipping(module, optimizer, criterion))
 
 
-def expected_sum(count: int) -> Tensor:
+def expected_sum(count: int, plain: nn.Module | None = None) -> Tensor:
     """Of clipped gradients, by one backward pass for each record."""
-    plain, total = model(), torch.zeros(75, dtype=torch.float64)
+    plain = model() if plain is None else plain
+    total = torch.zeros_like(flat(list(plain.parameters())))
     for inputs, target in zip(*batch(count), strict=True):
         plain.zero_grad()
         nn.functional.cross_entropy(plain(inputs[None]), target[None]).backward()
@@ -115,12 +117,47 @@ def test_batches_in_parts(is_ghost: bool) -> None:
             sizes.append(len(own_inputs))
         assert optimizer.communication_stats()["steps"] == 12
         found.append((flat(parameters_of(optimizer)), sizes, optimizer.state_dict()["privacy"]))
-    (whole, whole_sizes, releases), (parts, part_sizes, part_releases) = found
+    (whole, whole_sizes, whole_privacy), (parts, part_sizes, part_privacy) = found
     assert min(whole_sizes) == 0
     assert max(part_sizes) <= 4 < max(whole_sizes)
     assert sum(part_sizes) == sum(whole_sizes)
     assert (whole - parts).abs().max() < 1e-12  # sums in another order, twelve steps
-    assert releases == part_releases
+    (released,), (part_released,) = whole_privacy["releases"], part_privacy["releases"]
+    assert released[-1] == part_released[-1] == 12
+
+
+class Tied(nn.Module):
+    """Uses one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.shared(self.shared(inputs).tanh()).tanh())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_that_are_used_twice(way: str) -> None:
+    """That is one backward pass: what a record has in both uses is clipped together."""
+    module = GradSampleModule(Tied().double(), **WAYS[way])
+    optimizer = private(module, noise_multiplier=0)
+    backward(module, *batch(5), nn.CrossEntropyLoss(reduction=module.loss_reduction))
+    optimizer.step()
+    expected = expected_sum(5, Tied().double())
+    assert (made_sum(optimizer) - expected).abs().max() < 1e-14  # float64 rounding
+
+
+def test_two_backward_passes_before_a_step_are_refused() -> None:
+    module = hooked()
+    optimizer = private(module)
+    for _ in range(2):
+        backward(module, *batch(3))
+    with pytest.raises(ValueError, match=r"records from 2 backward passes.*BatchMemoryManager"):
+        optimizer.step()
+    backward(module, *batch(3))  # the batch is used up
+    optimizer.step()
 
 
 # ---- ghost clipping that does not clip ----------------------------------------------------------

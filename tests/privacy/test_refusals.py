@@ -259,6 +259,21 @@ def test_checkpoints_whose_errors_hold_gradients_without_noise() -> None:
         PrivateOptimizer(Signum(own_parameters()), **SETTINGS).load_state_dict(local)
 
 
+@pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
+def test_errors_without_noise_are_loaded_by_nobody(make: Any) -> None:
+    """Neither by the wrapped optimizer, nor by its averager."""
+    saved = used(make)().state_dict()
+    team, twins = middle_of_training(make), middle_of_training(make)
+    sender: Any = team[0].averager or team[0].original_optimizer
+    with pytest.raises(ValueError, match="holds gradients of single records"):
+        sender.load_state_dict(saved)
+    assert_unchanged(team, twins)
+    own = copy.deepcopy(sender.state_dict())
+    sender.load_state_dict(own)  # its own have noise
+    other = private_team(1, make)[0]
+    (other.averager or other.original_optimizer).load_state_dict(own)
+
+
 # ---- sampling -----------------------------------------------------------------------------------
 
 
