@@ -137,7 +137,8 @@ def require_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, ErrorFeedbackOptimizer):
         raise TypeError(
             f"Invalid optimizer: {type(optimizer).__name__}. Must be an optimizer of efsgd, which "
-            f"keeps errors or local momenta. Save others with their own state_dict()."
+            f"keeps errors or local momenta. Save others with their own state_dict(), and beside "
+            f"them the GradientAverager that exchanges their gradients with this function."
         )
 
 

@@ -156,6 +156,9 @@ def noise_multiplier(
 ) -> float:
     """The least noise whose ε is not above a given one: the inverse of `epsilon`.
 
+    It is searched for: with "prv" that takes seconds, for many steps a minute. Plan once, and give
+    programs the number.
+
     Args:
         epsilon: above 0. The other arguments are those of `epsilon`.
         sample_rate: q.
@@ -203,10 +206,10 @@ def noise_multiplier(
 _MOST_NOISE, _TOLERANCE = 1e6, 0.005
 
 
-def require_sample_rate(sample_rate: object) -> None:
-    """Raises ValueError unless it is a probability above 0."""
+def require_sample_rate(sample_rate: object, name: str = "sample_rate") -> None:
+    """Raises ValueError unless it is a probability above 0; `name` is that of the argument."""
     remedy = "It is the probability with which a record takes part in a step."
-    require_number("sample_rate", sample_rate, above=0, most=1, remedy=remedy)
+    require_number(name, sample_rate, above=0, most=1, remedy=remedy)
 
 
 def _require_delta(delta: object) -> None:

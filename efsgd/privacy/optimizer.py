@@ -104,7 +104,7 @@ class PrivateOptimizer(Wrapper):
         self._ledger = Ledger()
         self._failure: Exception | None = None
         self._skips: list[bool] = []
-        self._is_skipped = False
+        self.is_skipped = False
         self._exchanger.engine.preparations.append(self)
         self._protection = Protection(optimizer, self._exchanger, self._ledger)
 
@@ -138,8 +138,8 @@ class PrivateOptimizer(Wrapper):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._is_skipped = bool(self._skips) and self._skips.pop(0)
-            if self._is_skipped:
+            self.is_skipped = bool(self._skips) and self._skips.pop(0)
+            if self.is_skipped:
                 self._collect_part()
             elif self.averager is None or self.averager.average_():
                 with self._protection.stepping():
@@ -232,7 +232,7 @@ class PrivateOptimizer(Wrapper):
         self._records.collect(self._trained(), self.max_grad_norm)
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Says whether the next `step()` only adds records; `BatchMemoryManager` calls it."""
+        """Says whether the next `step()` only adds records; after that `is_skipped` tells."""
         self._skips.append(do_skip)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -242,7 +242,7 @@ class PrivateOptimizer(Wrapper):
             set_to_none: makes no difference: they become None.
         """
         self._records.zero_grad(self._parameters())
-        if not self._is_skipped:
+        if not self.is_skipped:
             self._records.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
 

@@ -18,6 +18,7 @@ from efsgd.engine.parameters import list_parameters
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.optimizers.base import ErrorFeedbackOptimizer
 from efsgd.privacy.accounting import require_sample_rate
+from efsgd.privacy.wrapper import Wrapper
 
 OBSERVERS = ("messages", "sum")
 #: What a user chooses, equal on all workers.
@@ -40,6 +41,8 @@ def exchanger_of(optimizer: object, averager: GradientAverager | None) -> ErrorF
             f"uncompressed. Give the optimizer that is within it, and the plain model to "
             f"opacus.GradSampleModule."
         )
+    if isinstance(optimizer, Wrapper):
+        raise TypeError(f"Invalid optimizer: this {type(optimizer).__name__} is private already.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}. Must be an optimizer.")
     is_ours = isinstance(optimizer, ErrorFeedbackOptimizer)

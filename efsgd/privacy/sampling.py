@@ -59,8 +59,14 @@ def poisson_batches(
             f"batches, so that workers get out of step: give each worker its own part, for example "
             f"torch.utils.data.Subset(data, range(worker, len(data), world_size))."
         )
-    require_sample_rate(rate)
+    require_sample_rate(rate, "rate")
     require_integer("steps", steps, 1)
+    for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
+        if name in options:
+            raise TypeError(
+                f"Invalid {name}: {options[name]!r}. Poisson sampling decides who is in a batch, and "
+                f"how many are. Leave it out."
+            )
     if len(shard) == 0:
         raise ValueError("Invalid shard: it has no records. Give every worker at least one.")
     collate = wrap_collate_with_empty(collate_fn=options.pop("collate_fn", None) or default_collate)

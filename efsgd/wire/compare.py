@@ -17,7 +17,8 @@ from efsgd.errors import WorkerMismatchError, warn_user
 from efsgd.layout import is_fake, real_view
 from efsgd.wire.collectives import AllGather, Broadcast, Exchange
 
-# A cause that the difference itself does not show.
+# Causes that a difference itself does not show.
+_COMPILER = "With compile=True all of them need a compiler."
 _ZERO = (
     "torch's ZeroRedundancyOptimizer gives each worker other parameters: construct this optimizer "
     "directly, without it."
@@ -233,12 +234,15 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str | None:
             groups.setdefault(line, []).append(worker)
         if len(groups) > 1:
             held = "; ".join(f"{_workers(who)}: {line}" for line, who in groups.items())
-            return (
+            text = (
                 f"Workers disagree about what they train. {held}. All workers must construct the "
                 f"optimizer with the same parameters, in the same order, and the same settings, "
-                f"and change them in the same way; and with compile=True all of them need a "
-                f"compiler. {_ZERO}"
+                f"and change them in the same way."
             )
+            if any("compiled" in line for line in lines):
+                return f"{text} {_COMPILER}"
+            is_setting = all("=" in line.partition(" in the group of ")[0] for line in lines)
+            return text if is_setting else f"{text} {_ZERO}"
     return None
 
 

@@ -312,3 +312,20 @@ def test_models_are_given_as_they_are() -> None:
     module = hooked()
     optimizer = PowerSGDOptimizer(module.parameters(), lr=0.1)
     assert PrivateOptimizer(optimizer, **SETTINGS, module=module).loss_reduction == "mean"
+
+
+def test_a_private_optimizer_is_not_wrapped_again() -> None:
+    private = private_team(1)[0]
+    with pytest.raises(TypeError, match="is private already"):
+        PrivateOptimizer(private, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+
+
+@pytest.mark.parametrize("option", ["batch_size", "shuffle", "sampler", "drop_last"])
+def test_who_is_in_a_batch_is_not_for_others_to_decide(option: str) -> None:
+    with pytest.raises(TypeError, match=rf"Invalid {option}: .* Leave it out"):
+        poisson_batches(TensorDataset(torch.zeros(4)), 0.5, 2, **{option: 2})
+
+
+def test_a_rate_is_called_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"Invalid rate: 1\.5"):
+        poisson_batches(TensorDataset(torch.zeros(4)), 1.5, 2)
