@@ -207,7 +207,7 @@ def inference() -> dict[str, Any]:
             with mode():
                 pipeline.run(inputs, targets, pipeline.engine.eval)
         for own in (pipeline, other):
-            own.train(2, 1, announces=announces)
+            own.train(2, announces=announces)  # the same samples, and others
         found[name] = {
             "at_last": [pipeline.memories(), other.memories()],
             "values": [pipeline.values(), other.values()],
