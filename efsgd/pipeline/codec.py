@@ -17,7 +17,8 @@ DrawsOf: TypeAlias = Callable[[int, bool], Draws]
 
 def to_bytes(tensor: Tensor) -> Tensor:
     """The memory of a tensor, [nbytes] uint8."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.contiguous().view(-1).view(torch.uint8)
 
 
 def from_bytes(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -28,8 +29,8 @@ def from_bytes(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 class Codec:
     """Compresses tensors of any shape, each row by itself or all of them together.
 
-    What is not finite is sent as bytes that are all ones, which no payload of finite numbers is,
-    and decodes to NaN.
+    What is not finite is sent as bits that are all ones, and decodes to NaN. No payload with finite
+    floating-point numbers is like that; one without any has a byte of zeros besides.
 
     Args:
         compressor: of rows.
@@ -44,23 +45,27 @@ class Codec:
         """Whether a tensor is compressed; otherwise it goes as it is."""
         if not dtype.is_floating_point or len(shape) == 0 or shape.numel() == 0:
             return False
-        return self._compressor.compresses(self._rows(shape)[1])
+        if not self._compressor.compresses(self._rows(shape)[1]):
+            return False
+        # Of this class: where positions did not travel forwards, there are none to reuse.
+        return Codec.nbytes(self, shape, dtype) < shape.numel() * dtype.itemsize
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """The size of a payload."""
-        return self._formats(shape, compute_dtype(dtype)).nbytes
+        return self._formats(shape, compute_dtype(dtype)).nbytes + self._has_only_codes(shape)
 
     def encode(self, x: Tensor, draws: DrawsOf) -> Tensor:
         """The payload of a tensor that is compressed, [nbytes] uint8."""
         x = x.detach().to(compute_dtype(x.dtype)).contiguous()
         form = self._formats(x.shape, x.dtype)
-        buffer = torch.empty(form.nbytes, dtype=torch.uint8, device=x.device)
+        buffer = torch.zeros(self.nbytes(x.shape, x.dtype), dtype=torch.uint8, device=x.device)
         if not bool(x.isfinite().all()):
             return buffer.fill_(255)
         count, own = self._rows(x.shape)
         rows = x.view(count, *own)
         form.pack_(
-            [self._compressor.compress(rows[n], draws(n, True)) for n in range(count)], buffer
+            [self._compressor.compress(rows[n], draws(n, True)) for n in range(count)],
+            buffer[: form.nbytes],
         )
         return buffer
 
@@ -72,7 +77,8 @@ class Codec:
         out = torch.zeros((count, *own), dtype=compute_dtype(dtype), device=buffer.device)
         if bool((buffer == 255).all()):
             return out.fill_(torch.nan).view(shape)
-        payloads = self._formats(shape, out.dtype).unpack(buffer)
+        form = self._formats(shape, out.dtype)
+        payloads = form.unpack(buffer[: form.nbytes])
         for n, payload in enumerate(payloads):
             self._compressor.add_decompressed_(out[n], payload, draws(n, False), 1.0)
         return out.view(shape)
@@ -86,6 +92,15 @@ class Codec:
     def _format(self, shape: torch.Size, dtype: torch.dtype) -> Format:
         count, own = self._rows(shape)
         return Format([tuple(self._compressor.fields(own))] * count, dtype)
+
+    def _has_only_codes(self, shape: torch.Size) -> bool:
+        """Whether there are no floating-point numbers in a payload."""
+        kinds = (
+            field.dtype
+            for field in self._compressor.fields(self._rows(shape)[1])
+            if field.bits is None and field.count > 0
+        )
+        return all(kind is not None and not kind.is_floating_point for kind in kinds)
 
     def _rows(self, shape: torch.Size) -> tuple[int, torch.Size]:
         """How many are compressed by themselves, and the shape of each."""

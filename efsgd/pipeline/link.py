@@ -14,6 +14,8 @@ MEMORIES = ("none", "error", "difference", "samples")
 class Link:
     """How floating-point tensors are sent from one stage to a neighbor; all others go as they are.
 
+    So do those that the compressor would not make smaller.
+
     Attributes:
         compressor: any `TensorCompressor`; None or `Identity` sends tensors as they are.
         per: what is compressed by itself: each "sample" of a microbatch, along its first dimension,
@@ -27,7 +29,7 @@ class Link:
             * "samples": the same for each sample (AQ-SGD), whose first visit goes whole. Needs
               `CompressedStage.announce` before each step.
         reuse_mask: for gradients, with the same Top-K on both links: values alone travel, at the
-            positions that were sent forwards. All floating-point outputs must have gradients.
+            positions that were sent forwards. All outputs that are compressed must have gradients.
         capacity: how many samples are kept at most; None keeps all.
         file: where samples are kept in place of memory, a path to which stage and side are added;
             another one for each replica of the pipeline. Needs `capacity`.

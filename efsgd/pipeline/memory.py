@@ -1,7 +1,7 @@
-"""What the ends of a link keep between steps. What a step changes counts once it is over."""
+"""What the ends of a link keep between steps. What a step changes counts once both agree on it."""
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,14 +20,16 @@ class Memory:
 
     Attributes:
         is_shared: whether both ends keep the same.
+
+    Args:
+        codec: of what travels.
+        name: of the end, for errors.
     """
 
     is_shared = False
 
-    def __init__(self, codec: Codec) -> None:
-        self._codec = codec
-        self._kept: dict[Hashable, Tensor] = {}
-        self._new: dict[Hashable, Tensor] = {}
+    def __init__(self, codec: Codec, name: str) -> None:
+        self._codec, self._name = codec, name
 
     def nbytes(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> int:
         """The size of the next message."""
@@ -44,42 +46,74 @@ class Memory:
         return self._codec.decode(buffer, shape, dtype, draws)
 
     def commit(self) -> None:
-        """The step is over: what it has changed is kept."""
+        """What the last step has changed is kept."""
+
+    def discard(self) -> None:
+        """Nothing of it is kept."""
+
+    def state(self) -> dict[str, Any]:
+        """What is kept, and what the last step has changed, as plain data and tensors."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Keeps copies of what `state` has returned."""
+
+    def digest(self) -> int:
+        """The same for ends with the same state."""
+        return 0
+
+    def _require_same(self, what: str, kept: Sequence[int], given: Sequence[int]) -> None:
+        if tuple(kept) != tuple(given):
+            raise ValueError(
+                f"Memory of {self._name}: {what} has shape {list(given)}, and what is kept of it "
+                f"has {list(kept)}. Give all steps of one schedule's stages the same shapes, make "
+                f"new stages for others, or use memory='none'."
+            )
+
+
+class _MicrobatchMemory(Memory):
+    """One tensor for each microbatch and output."""
+
+    def __init__(self, codec: Codec, name: str) -> None:
+        super().__init__(codec, name)
+        self._kept: dict[Key, Tensor] = {}
+        self._new: dict[Key, Tensor] = {}
+
+    def _before(self, key: Key, shape: torch.Size) -> Tensor | None:
+        """What is kept."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._require_same(f"microbatch {key[0]}, output {key[1]}", found.shape, shape)
+        return found
+
+    def commit(self) -> None:
         self._kept |= self._new
         self._new = {}
 
     def discard(self) -> None:
-        """The step has failed: nothing of it is kept."""
         self._new = {}
 
     def state(self) -> dict[str, Any]:
-        """What is kept, as plain data and tensors."""
-        return {"keys": list(self._kept), "values": list(self._kept.values())}
+        found = self._kept | self._new
+        return {"keys": list(found), "values": list(found.values())}
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Keeps copies of what `state` has returned."""
         values = (value.to(device, copy=True) for value in state["values"])
-        self._kept = dict(zip(map(_hashable, state["keys"]), values, strict=True))
+        self._kept = dict(zip(map(tuple, state["keys"]), values, strict=True))
         self._new = {}
 
     def digest(self) -> int:
-        """The same for ends that keep the same."""
-        kept = sorted(self._kept.items(), key=lambda item: repr(item[0]))
-        found = [(key, checksum(value)) for key, value in kept]
+        found = [(key, checksum(value)) for key, value in sorted((self._kept | self._new).items())]
         return digest_of(repr(found).encode())
 
 
-def _hashable(key: Any) -> Hashable:
-    return tuple(key) if isinstance(key, list) else key
-
-
-class ErrorMemory(Memory):
+class ErrorMemory(_MicrobatchMemory):
     """EF: the sender adds what it has not sent of the same microbatch in the last step."""
 
     def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
-        delta = x.to(compute_dtype(x.dtype))
-        if key in self._kept:
-            delta = delta + self._kept[key]
+        delta, before = x.to(compute_dtype(x.dtype)), self._before(key, x.shape)
+        if before is not None:
+            delta = delta + before
         buffer = self._codec.encode(delta, draws)
         error = delta - self._codec.decode(buffer, x.shape, x.dtype, draws)
         if bool(error.isfinite().all()):
@@ -87,15 +121,19 @@ class ErrorMemory(Memory):
         return buffer
 
 
-class DifferenceMemory(Memory):
+class DifferenceMemory(_MicrobatchMemory):
     """EF21: both ends keep what has been sent of a microbatch, and the rest travels."""
 
     is_shared = True
 
+    def nbytes(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> int:
+        self._before(key, shape)  # an error at both ends, before anything is sent
+        return super().nbytes(key, shape, dtype)
+
     def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
-        delta = x.to(compute_dtype(x.dtype))
-        if key in self._kept:
-            delta = delta - self._kept[key]
+        delta, before = x.to(compute_dtype(x.dtype)), self._before(key, x.shape)
+        if before is not None:
+            delta = delta - before
         buffer = self._codec.encode(delta, draws)
         self.decode(key, buffer, x.shape, dtype, draws)
         return buffer
@@ -103,9 +141,9 @@ class DifferenceMemory(Memory):
     def decode(
         self, key: Key, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
     ) -> Tensor:
-        sent = self._codec.decode(buffer, shape, dtype, draws)
-        if key in self._kept:
-            sent = sent + self._kept[key]
+        sent, before = self._codec.decode(buffer, shape, dtype, draws), self._before(key, shape)
+        if before is not None:
+            sent = sent + before
         if bool(sent.isfinite().all()):
             self._new[key] = sent
         return sent
@@ -116,9 +154,10 @@ class SampleMemory(Memory):
 
     is_shared = True
 
-    def __init__(self, codec: Codec, store: SampleStore) -> None:
-        super().__init__(codec)
+    def __init__(self, codec: Codec, name: str, store: SampleStore) -> None:
+        super().__init__(codec, name)
         self._store = store
+        self._new: dict[tuple[int, int], Tensor] = {}  # by sample and output
         self._ids: list[list[int]] = []
 
     def announce(self, ids: list[list[int]]) -> None:
@@ -134,26 +173,33 @@ class SampleMemory(Memory):
         """What is kept of samples that are known, in the shape and on the device of a tensor."""
         return self._store.get(ids, output).to(like.device).view_as(like)
 
-    def _split(self, key: Key, count: int) -> tuple[list[int], list[int], list[int]]:
-        """Ids of a microbatch, and the rows of those that are new, and of those that are known."""
-        ids = self._ids[key[0]]
+    def _split(
+        self, key: Key, shape: torch.Size, dtype: torch.dtype
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a microbatch, and the rows of those that go whole, and of those that are known."""
+        ids, count = self._ids[key[0]], shape[0]
         if len(ids) != count:
             raise ValueError(
                 f"{len(ids)} samples were announced for a microbatch of {count}. Announce those of "
                 f"the whole batch, in its order, with the schedule's number of microbatches."
             )
         known = [row for row, sample in enumerate(ids) if self._store.has(sample, key[1])]
+        if known:
+            kept = self._store.numel(key[1])
+            self._require_same(f"a sample of output {key[1]}", [kept], [shape[1:].numel()])
+        if not self._codec.compresses(torch.Size((len(known), *shape[1:])), dtype):
+            known = []  # so few that their payload would not be smaller
         return ids, sorted(set(range(count)) - set(known)), known
 
     def nbytes(self, key: Key, shape: torch.Size, dtype: torch.dtype) -> int:
-        _, new, known = self._split(key, shape[0])
+        _, new, known = self._split(key, shape, dtype)
         whole = len(new) * shape[1:].numel() * dtype.itemsize
         coded = torch.Size((len(known), *shape[1:]))
         return whole + (self._codec.nbytes(coded, dtype) if known else 0)
 
     def encode(self, key: Key, x: Tensor, dtype: torch.dtype, draws: DrawsOf) -> Tensor:
         x = x.to(compute_dtype(x.dtype))
-        ids, new, known = self._split(key, len(x))
+        ids, new, known = self._split(key, x.shape, dtype)
         parts = [to_bytes(x[new].to(dtype))] if new else []
         if known:
             rest = x[known]
@@ -166,7 +212,7 @@ class SampleMemory(Memory):
     def decode(
         self, key: Key, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
     ) -> Tensor:
-        ids, new, known = self._split(key, shape[0])
+        ids, new, known = self._split(key, shape, dtype)
         own, kind = shape[1:], compute_dtype(dtype)
         result = torch.empty(shape, dtype=kind, device=buffer.device)
         head = len(new) * own.numel() * dtype.itemsize
@@ -187,15 +233,18 @@ class SampleMemory(Memory):
         self._store.keep(self._new)
         self._new = {}
 
+    def discard(self) -> None:
+        self._new = {}
+
     def state(self) -> dict[str, Any]:
-        return self._store.state()
+        return self._store.state(self._new)
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._store.load(state, device)
         self._new = {}
 
     def digest(self) -> int:
-        return self._store.digest()
+        return self._store.digest(self._new)
 
 
 def split_ids(ids: Tensor | Sequence[int], n_microbatches: int) -> list[list[int]]:

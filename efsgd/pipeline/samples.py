@@ -31,6 +31,10 @@ class SampleStore:
         places = self._places[output]
         return self._rows[output][[places[sample] for sample in samples]]
 
+    def numel(self, output: int) -> int:
+        """How many numbers are kept of a sample."""
+        return self._rows[output].shape[1]
+
     def require_room(self, samples: Iterable[int]) -> None:
         """Raises ValueError unless these can be kept as well."""
         if self._capacity is None:
@@ -75,12 +79,20 @@ class SampleStore:
         self._rows[output] = rows
         return rows
 
-    def state(self) -> dict[str, Any]:
-        """Samples and their rows, by output."""
-        return {
-            str(output): {"samples": list(places), "rows": self.get(list(places), output)}
-            for output, places in self._places.items()
+    def state(self, changes: Mapping[Any, Tensor]) -> dict[str, Any]:
+        """Samples and their rows, by output, after changes like those that `keep` is given."""
+        copy = SampleStore(None, None)
+        copy._places = {output: dict(places) for output, places in self._places.items()}
+        copy._rows = {
+            output: self.get(list(places), output) for output, places in self._places.items()
         }
+        copy.keep(changes)
+        found = {}
+        for output, places in copy._places.items():
+            rows = copy._rows[output]  # a part of them would be saved with the others
+            rows = rows if len(rows) == len(places) else rows[: len(places)].clone()
+            found[str(output)] = {"samples": list(places), "rows": rows}
+        return found
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Keeps copies of what `state` has returned, and nothing else."""
@@ -92,10 +104,11 @@ class SampleStore:
             kept = zip(own["samples"], rows, strict=True)
             self.keep({(sample, int(output)): row for sample, row in kept})
 
-    def digest(self) -> int:
-        """The same for stores that keep the same, in whichever order."""
+    def digest(self, changes: Mapping[Any, Tensor]) -> int:
+        """The same for stores with the same state, in whichever order."""
         found = []
-        for output, places in sorted(self._places.items()):
-            samples = sorted(places)
-            found.append((output, tuple(samples), checksum(self.get(samples, output))))
+        for output, own in sorted(self.state(changes).items()):
+            order = sorted(range(len(own["samples"])), key=own["samples"].__getitem__)
+            samples = tuple(own["samples"][place] for place in order)
+            found.append((output, samples, checksum(own["rows"][order])))
         return digest_of(repr(found).encode())

@@ -1,20 +1,24 @@
 """A stage of torch's pipeline engine whose links carry payloads."""
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from efsgd.pipeline.ends import End, Masks
-from efsgd.pipeline.handshake import Handshake
+from efsgd.pipeline.handshake import Handshake, Said
 from efsgd.pipeline.link import Link
 from efsgd.pipeline.memory import SampleMemory, split_ids
+from efsgd.wire.compare import digest_of
 
-#: How long a stage waits for its neighbors to begin their first step.
-PATIENCE = timedelta(minutes=5)
+#: The ends of the links to the stage before, and to the one after.
+_SIDES = {
+    -1: ("activations received", "gradients sent"),
+    1: ("activations sent", "gradients received"),
+}
 
 
 class CompressedStage(PipelineStage):
@@ -24,8 +28,10 @@ class CompressedStage(PipelineStage):
     it is handed to a send, and decoded into the buffer that torch receives into. All stages must
     have the same links. Between stages in one process nothing is compressed.
 
-    A step that fails leaves memories as they were on all stages that have not come to its end. Make
-    a new schedule of the same stages after it, since torch's keeps losses of what has failed.
+    Each step begins with a handshake of neighbors, by the store in which the processes have met.
+    What a step changes in memories counts once both ends of a link have come to its end; of a step
+    that has failed at one of them nothing is kept at either. Make a new schedule of the same stages
+    after it, since torch's keeps losses of what has failed.
 
     Args:
         submodule: of this stage.
@@ -69,49 +75,48 @@ class CompressedStage(PipelineStage):
     ) -> None:
         super().__init__(submodule, stage_index, num_stages, device, **options)
         forwards, backwards = activations or Link(), gradients or Link()
-        self._masks: list[Masks | None] = [None, None]
+        self._masks: list[Masks | None] = [None, None]  # of the links before and after this stage
         if backwards.reuse_mask:
             _require_same_top_k(forwards, backwards)
             self._masks = [{}, {}]
         elif forwards.reuse_mask:
             raise ValueError("reuse_mask is for gradients: activations come first.")
-        before, after = self._masks  # of the links to the stage before, and to the one after
-        number = stage_index
-        self._ends = {
-            "activations sent": End(forwards, 2 * number, f"{number}.sent", after),
-            "activations received": End(forwards, 2 * number - 2, f"{number}.received", before),
-            "gradients sent": End(backwards, 2 * number - 1, f"{number}.back.sent", before),
-            "gradients received": End(backwards, 2 * number + 1, f"{number}.back.received", after),
-        }
+        # Replicas of a pipeline draw different numbers, so that their average has less noise.
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        self._ends = {}
+        for side, names in _SIDES.items():
+            boundary = first * num_stages + stage_index + min(side, 0)
+            for name, link, number in zip(
+                names, (forwards, backwards), (2 * boundary, 2 * boundary + 1), strict=True
+            ):
+                masks = self._masks[side > 0]
+                self._ends[name] = End(link, number, f"stage {stage_index}, {name}", masks)
         self.scaler, self._step, self._scale = scaler, 0, 1.0
         self._announced: list[list[int]] | None = None
-        self._handshake = Handshake(self.group, stage_index)
-        self._is_compared = self._is_running = self._trains = False
-        self._done = [0, 0]  # microbatches of this step that were computed forwards, backwards
+        self._inferred: Any = None  # what torch has made of the shapes that it has inferred
+        # Of the last step: whether it trains, how many microbatches were computed forwards, and
+        # whether the last one was computed backwards.
+        self._trains, self._forwards, self._is_over = False, 0, False
 
     # ---- what torch's schedules call ------------------------------------------------------------
 
     def clear_runtime_states(self) -> None:
-        """A step begins: what the last one has changed is kept, if it came to its end."""
-        self._settle()
+        """A step begins: what the last one has changed is kept, if both ends came to its end."""
         super().clear_runtime_states()
-        self._trains = self.has_backward
-        scaler = self.scaler if self._trains else None
-        self._scale = 1.0 if scaler is None else scaler.get_scale()  # of a disabled one it is 1
-        self._compare_ends()
+        self._step = self._agree()
+        trains, announced, self._announced = self.has_backward, self._announced, None
         for end in self._ends.values():
-            end.begin()
-            if self._trains and isinstance(end.memory, SampleMemory):
-                if self._announced is None:
+            if trains and isinstance(end.memory, SampleMemory):
+                if announced is None:
                     raise RuntimeError(
                         "memory='samples', but nobody has said which samples come next. Call "
                         "stage.announce(sample_ids, n_microbatches) before each step, on every "
                         "stage."
                     )
-                end.memory.announce(self._announced)
-        self._announced, self._is_running = None, True
-        self._step += 1
-        self._done = [0, 0]
+                end.memory.announce(announced)
+        scaler = self.scaler if trains else None
+        self._scale = 1.0 if scaler is None else scaler.get_scale()  # of a disabled one it is 1
+        self._trains, self._forwards, self._is_over = trains, 0, False
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
         """Sends of payloads to the next stage."""
@@ -137,66 +142,80 @@ class CompressedStage(PipelineStage):
         """Decodes what has arrived, and computes forwards."""
         self._unpack("activations received", fwd_chunk_id)
         output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
-        self._done[0] += 1
+        self._forwards += 1
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         """Decodes what has arrived, and computes backwards."""
         self._unpack("gradients received", bwd_chunk_id, self._scale)
         result = super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
-        self._done[1] += self._trains
+        self._is_over |= options.get("last_backward", False)
+        return result
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        """Computes the gradients of parameters, where a schedule does so by itself."""
+        result = super().backward_weight_one_chunk(bwd_chunk_id, *arguments, **options)
+        self._is_over |= options.get("last_backward", False)
         return result
 
     def _pack(self, name: str, ops: list[Any], chunk: int, scale: float = 1.0) -> list[Any]:
-        return self._ends[name].pack(ops, chunk, self._step, trains=self._trains, scale=scale)
+        if self._inferred is not self.act_send_info:
+            self._inferred = self.act_send_info
+            for end in self._ends.values():
+                end.forget_shapes()
+        return self._ends[name].pack(ops, chunk, trains=self._trains, scale=scale)
 
     def _unpack(self, name: str, chunk: int, scale: float = 1.0) -> None:
-        self._ends[name].unpack(chunk, self._step, trains=self._trains, scale=scale)
+        self._ends[name].unpack(chunk, trains=self._trains, scale=scale)
 
     # ---- between steps --------------------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Keeps what the last step has changed, or, where it has failed, nothing of it."""
-        chunks = len(self.args_recv_info)
-        is_whole = self._is_running and self._done == [chunks, chunks if self._trains else 0]
-        # Neighbors may have come to the end of a step that has failed here: compare once more.
-        self._is_compared = self._is_compared and (is_whole or not self._is_running)
-        for end in self._ends.values():
-            if end.memory is not None and is_whole and end.is_done(chunks):
-                end.memory.commit()
-            elif end.memory is not None:
-                end.memory.discard()
-        self._is_running = False
+    def _is_whole(self) -> bool:
+        """Whether the last step has come to its end here; one that only evaluates always has."""
+        is_done = all(end.is_done(self._forwards) for end in self._ends.values())
+        return not self._trains or (self._is_over and is_done)
 
-    def _compare_ends(self) -> None:
-        """Before the first step, and after loading: neighbors must have the same links."""
-        if self._is_compared:
-            return
-        sides = {
-            "previous": ("activations received", "gradients sent"),
-            "next": ("activations sent", "gradients received"),
-        }
+    def _agree(self) -> int:
+        """Settles with neighbors what the last step has changed, and the number of this one.
+
+        Raises:
+            WorkerMismatchError: the ends of a link differ in what must be equal.
+            CollectiveError: a neighbor does not take part.
+        """
         ranks, own = self.stage_index_to_group_rank, self.stage_index
-        neighbors = {"previous": own - 1, "next": own + 1}
-        for side, neighbor in neighbors.items():
-            if neighbor not in ranks or ranks[neighbor] == ranks[own]:
-                del sides[side]  # there is none, or it is in this process
-        said = {side: self._describe(names) for side, names in sides.items()}
-        for side, lines in said.items():
-            self._handshake.tell(side, lines)
-        for side, lines in said.items():
-            self._handshake.compare(side, lines, PATIENCE)
-        self._is_compared = True
+        begun = []
+        for side, names in _SIDES.items():
+            neighbor = own + side
+            if neighbor in ranks and ranks[neighbor] != ranks[own]:  # not in this process
+                handshake = Handshake(self.group, own, neighbor)
+                said = Said(self._step + 1, self._is_whole(), self._describe(names))
+                handshake.tell(said)
+                begun.append((handshake, said, names))
+        heard = [handshake.hear() for handshake, *_ in begun]
+        step = self._step + 1
+        for (_, said, names), theirs in zip(begun, heard, strict=True):
+            step = max(step, theirs.step)  # one stage may have begun a step that others have not
+            for name in names:
+                self._ends[name].settle(is_kept=said.is_whole and theirs.is_whole)
+                self._ends[name].begin(max(said.step, theirs.step))
+        for (handshake, said, _), theirs in zip(begun, heard, strict=True):
+            handshake.compare(said, theirs)
+        return step
 
     def _describe(self, names: Sequence[str]) -> list[str]:
         """What a neighbor must have as well."""
-        lines = []
-        for name in names:
-            direction, end = name.partition(" ")[0], self._ends[name]
+        lines, ends = [], [self._ends[name] for name in names]
+        for name, end in zip(names, ends, strict=True):
+            direction = name.partition(" ")[0]
             is_scaled = self.scaler is not None and self.scaler.is_enabled()
             if is_scaled and direction == "gradients" and end.codec is not None:
                 direction += " with a scaler"
-            lines.append(f"{direction}: {', '.join(end.describe())}")
+            lines.append(f"{direction}: {end.description}")
+        lines.append("training" if self.has_backward else "evaluation")
+        if self.has_backward and any(isinstance(end.memory, SampleMemory) for end in ends):
+            ids = self._announced
+            said = "none" if ids is None else f"digest {digest_of(repr(ids).encode()):x}"
+            lines.append(f"samples announced: {said}")
         return lines
 
     def announce(self, sample_ids: Tensor | Sequence[int], n_microbatches: int) -> None:
@@ -216,7 +235,7 @@ class CompressedStage(PipelineStage):
         Returns:
             `forward_bytes_sent` and `backward_bytes_sent`; `forward_bytes_uncompressed` and
             `backward_bytes_uncompressed`, what they would have been; `steps` that were begun.
-            What torch sends once, to infer shapes, is not in them.
+            What torch sends to infer shapes is not in them.
         """
         forwards, backwards = self._ends["activations sent"], self._ends["gradients sent"]
         return {
@@ -228,8 +247,13 @@ class CompressedStage(PipelineStage):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The memories of this stage's ends, as plain data and tensors; not the submodule's."""
-        self._settle()
+        """The memories of this stage's ends, as plain data and tensors.
+
+        The last step is counted if it has come to its end here. Save `submod` apart.
+        """
+        if not self._is_whole():
+            for end in self._ends.values():
+                end.settle(is_kept=False)
         ends = {name: end.memory.state() for name, end in self._ends.items() if end.memory}
         return {"step": self._step, "ends": ends}
 
@@ -239,15 +263,15 @@ class CompressedStage(PipelineStage):
         Raises:
             ValueError: it is of other links.
         """
-        own = {name: end.memory for name, end in self._ends.items() if end.memory is not None}
+        own = {name: end for name, end in self._ends.items() if end.memory is not None}
         if set(own) != set(state_dict["ends"]):
             raise ValueError(
                 f"The state_dict has memories of {sorted(state_dict['ends'])}, and this stage has "
                 f"{sorted(own)}. Load it with the links that it was saved with."
             )
-        for name, memory in own.items():
-            memory.load(state_dict["ends"][name], self.device)
-        self._step, self._is_running, self._is_compared = state_dict["step"], False, False
+        self._step, self._trains = state_dict["step"], False
+        for name, end in own.items():
+            end.load(state_dict["ends"][name], self._step, self.device)
 
 
 def _require_same_top_k(forwards: Link, backwards: Link) -> None:

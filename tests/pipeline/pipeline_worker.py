@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 
-from efsgd import PowerSGDOptimizer, RandomK, TopK, UniformQuantized
+from efsgd import PowerSGDOptimizer, RandomK, UniformQuantized
 from efsgd.pipeline import CompressedStage, Link
-from tests.pipeline import training
+from tests.pipeline import training, troubles
 from tests.pipeline.training import MICROBATCHES, Pipeline, batches, compressed, plain_data
-from tests.wire.process_worker import error_of, join
+from tests.wire.process_worker import join
 
 IN_ORDER = ("GPipe", "1F1B")  # one stage in a process, and microbatches one after the other
 
@@ -46,7 +46,8 @@ def schedules() -> dict[str, Any]:
             names += ["Q4/Q8", *(("top", "memories") if schedule in IN_ORDER else ())]
         for name in names:
             done = Pipeline(compressed(name), schedule).train(3)
-            own[name] = {"values": done.values(), "sent": done.sent()}
+            is_whole = all(stage._is_whole() for stage in done.stages)
+            own[name] = {"values": done.values(), "sent": done.sent(), "is_whole": is_whole}
     return found
 
 
@@ -108,51 +109,6 @@ def several_outputs() -> dict[str, Any]:
     return found
 
 
-def disagreements() -> dict[str, Any]:
-    """The stages are made with different links, scalers, or checkpoints."""
-    rank = dist.get_rank()
-    inputs, targets, ids = next(batches(1))
-
-    def error(pipeline: Pipeline) -> dict[str, Any]:
-        return error_of(partial(pipeline.run, inputs, targets))
-
-    bits = Link(UniformQuantized(4 + rank))
-    per = Link(UniformQuantized(4), per="microbatch" if rank else "sample")
-    scaler = torch.amp.GradScaler("cpu") if rank else None
-    found = {
-        "bits": error(Pipeline(partial(CompressedStage, activations=bits))),
-        "per": error(Pipeline(partial(CompressedStage, gradients=per))),
-        "scaler": error(Pipeline(compressed("memories", scaler=scaler))),
-        "none": error(Pipeline(compressed("memories" if rank else "identity"))),
-    }
-    pipeline = Pipeline(compressed("memories")).train(1)
-    saved = [pipeline.stages[0].state_dict()]
-    saved.append(pipeline.train(1, 1).stages[0].state_dict())
-    pipeline.stages[0].load_state_dict(saved[rank])
-    found["checkpoint"] = error(pipeline)
-    pipeline.stages[0].load_state_dict(saved[1])
-    pipeline.run(inputs, targets)  # the remedy
-
-    other = Pipeline(compressed("identity")).stages[0]
-    found["other_links"] = error_of(partial(other.load_state_dict, saved[0]))
-    found["no_samples"] = error(Pipeline(compressed("samples")))
-    short = Pipeline(
-        partial(
-            CompressedStage, activations=Link(UniformQuantized(4), memory="samples", capacity=9)
-        )
-    )
-    short.stages[0].announce(ids, MICROBATCHES)
-    found["capacity"] = error(short)
-    mask = {
-        "activations": Link(TopK(density=0.1)),
-        "gradients": Link(TopK(density=0.2), reuse_mask=True),
-    }
-    found["masks"] = error_of(partial(Pipeline, partial(CompressedStage, **mask)))
-    forwards = {"activations": Link(TopK(density=0.1), reuse_mask=True)}
-    found["forwards"] = error_of(partial(Pipeline, partial(CompressedStage, **forwards)))
-    return found
-
-
 def saving() -> dict[str, Any]:
     """Five steps, and five of which the last two go on from a file."""
     random = {
@@ -178,46 +134,6 @@ def saving() -> dict[str, Any]:
         found[name] = {
             "values": [own.values() for own in pair],
             "memories": [own.memories() for own in pair],
-        }
-    return found
-
-
-class Failing(nn.Module):
-    """Raises at a microbatch, once it is told to."""
-
-    def __init__(self, number: int, count: int) -> None:
-        super().__init__()
-        self.linear, self.left = training.block(number, count), -1
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            dist.barrier()  # what a stage has sent would be lost where it fails before it arrives
-            raise ArithmeticError("this microbatch is not to be computed")
-        return self.linear(x)
-
-
-def failures() -> dict[str, Any]:
-    """A step that fails between two that do not, beside a run without it."""
-    found = {}
-    for name in ("mask", "memories", "samples"):
-        announces = name == "samples"
-        pipeline, other = (Pipeline(compressed(name), make_block=Failing) for _ in range(2))
-        for own in (pipeline, other):
-            own.train(2, announces=announces)
-        before = pipeline.memories()
-        # Stage 0 has sent two microbatches by then, and stage 1 has received them.
-        pipeline.stages[0].submod.left = 3 - dist.get_rank()
-        error = error_of(partial(pipeline.train, 1, 3, announces=announces))
-        after = pipeline.memories()
-        pipeline.renew_schedule()
-        for own in (pipeline, other):
-            own.train(2, 2, announces=announces)
-        found[name] = {
-            "error": error["text"],
-            "memories": [before, after],
-            "at_last": [pipeline.memories(), other.memories()],
-            "values": [pipeline.values(), other.values()],
         }
     return found
 
@@ -249,7 +165,7 @@ def long_run() -> dict[str, Any]:
 
 def links() -> dict[str, Any]:
     join()
-    tasks = (evaluation, several_outputs, saving, failures, scaling, long_run, disagreements)
+    tasks = (evaluation, several_outputs, saving, scaling, long_run, *troubles.TASKS)
     return {task.__name__: task() for task in tasks}
 
 
@@ -268,7 +184,12 @@ def mesh() -> dict[str, Any]:
     )
     for step in range(4):
         pipeline.train(1, 2 * step + replica)
+    noisy = []
+    for compressor in (UniformQuantized(1, stochastic=True), RandomK(density=0.25)):
+        link = partial(CompressedStage, activations=Link(compressor))
+        noisy.append(Pipeline(link, group=found.get_group("stage")).train(1).values())
     return {
+        "noisy": noisy,
         "coordinate": [replica, found.get_local_rank("stage")],
         "start": start,
         "values": pipeline.values(),

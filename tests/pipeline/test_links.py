@@ -6,6 +6,7 @@ import pytest
 
 from efsgd import Identity, PowerSGD, RandomK, TopK, UniformQuantized
 from efsgd.pipeline import Link
+from efsgd.pipeline.ends import End
 
 Q4 = UniformQuantized(bits=4)
 
@@ -62,3 +63,12 @@ def test_nothing_is_compressed_by_default() -> None:
     assert Link().codes is None
     assert Link(Identity()).codes is None
     assert Link(Q4).codes is Q4
+
+
+def test_ends_that_do_the_same_describe_it_alike() -> None:
+    links = [Link(), Link(Identity())]
+    assert len({End(link, 0, "sent").description for link in links}) == 1
+    files = [Link(Q4, memory="samples", capacity=2, file=file) for file in ("a", "b", None)]
+    assert len({End(link, 0, "sent").description for link in files}) == 1
+    others = [Link(Q4), Link(Q4, memory="error"), Link(Q4, per="microbatch"), Link()]
+    assert len({End(link, 0, "sent").description for link in others}) == 4

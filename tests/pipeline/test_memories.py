@@ -5,13 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efsgd import RandomK, SymmetricQuantized, TensorCompressor, TopK, UniformQuantized
+from efsgd import (
+    RandomK,
+    SpectralAtomo,
+    SymmetricQuantized,
+    TensorCompressor,
+    TopK,
+    UniformQuantized,
+)
 from efsgd.pipeline import Link
 from efsgd.testing.strategies import seeds
-from tests.pipeline.pair import COMPRESSORS, DTYPES, Pair, activation_shapes, made
+from tests.pipeline.pair import COMPRESSORS, DTYPES, Operation, Pair, activation_shapes, made
 from tests.strategies import examples
 
 MEMORIES = ["none", "error", "difference", "samples"]
@@ -47,10 +55,10 @@ def test_errors_telescope(
 
 def test_errors_belong_to_microbatches_and_outputs() -> None:
     pair = make("error", TopK(density=0.5))
-    first, second = torch.tensor([[2.0, 1.0]]), torch.tensor([[8.0, 16.0]])
+    first, second = torch.tensor([[[2.0, 1.0]], [[8.0, 16.0]]], dtype=torch.float64)
     for step in range(2):
-        pair.begin()
-        found = [pair.carry([first, second], chunk=chunk, step=step) for chunk in range(2)]
+        pair.begin(step)
+        found = [pair.carry([first, second], chunk=chunk) for chunk in range(2)]
         pair.end()
     # Of the second step: what was left out in the first has doubled, or equals the largest.
     for own, other in found:
@@ -86,9 +94,9 @@ def test_differences_are_those_of_the_formula(
     """h ← h + C(x − h), where C is a link without memory."""
     pair, plain = make("difference", compressor, per=per), make("none", compressor, per=per)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    h = torch.zeros(3, 8, dtype=wide)
+    h = torch.zeros(3, 40, dtype=wide)
     for step in range(4):
-        x = made((3, 8), dtype, seed, step)
+        x = made((3, 40), dtype, seed, step)
         h = h + plain.step(x.to(wide) - h, step)
         assert torch.equal(pair.step(x, step), h.to(dtype))
     assert pair.digests()[0] == pair.digests()[1]
@@ -158,3 +166,63 @@ def test_memories_are_in_units_of_the_loss(memory: str) -> None:
         expected = pair.step(x, step)
         assert torch.equal(scaled.step(x * scale, step, scale=scale), expected * scale)
         assert scaled.digests() == pair.digests()
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_state_counts_the_last_step_which_can_still_be_undone(memory: str) -> None:
+    pair, other = make(memory), make(memory)
+    for step in range(3):
+        ids = ids_of(pair, [step, step + 1, 9])
+        before = pair.digests()
+        pair.begin(step, ids)
+        (found,) = pair.carry([made((3, 4), torch.float32, step)])
+        pending, states = pair.digests(), [end.memory.state() for end in pair.ends if end.memory]
+        pair.end(is_kept=False)
+        assert pair.digests() == before
+        assert torch.equal(pair.step(made((3, 4), torch.float32, step), step, ids), found)
+        assert pair.digests() == pending
+        assert pending[0] != before[0] or memory == "none"
+    for end, state in zip(other.ends, states, strict=True):
+        assert end.memory is not None
+        end.memory.load(state, torch.device("cpu"))
+    assert other.digests() == pending
+    x = made((3, 4), torch.float32, 3)
+    ids = ids_of(pair, [0, 9, 7])
+    assert torch.equal(other.step(x, 3, ids), pair.step(x, 3, ids))
+
+
+@pytest.mark.parametrize("memory", ["error", "difference", "samples"])
+def test_a_tensor_of_another_shape_than_what_is_kept_is_an_error(memory: str) -> None:
+    """Before anything is sent, and at both ends where both keep something."""
+    pair = make(memory)
+    pair.step(torch.ones(1, 4), 0, ids_of(pair, [5]))  # one row would do for all
+    before = pair.digests()
+    x = torch.ones(1, 8) if memory == "samples" else torch.ones(3, 4)
+    pair.begin(1, ids_of(pair, [5]))
+    for end in pair.ends if memory != "error" else [pair.sender]:
+        is_sender = end is pair.sender
+        operation = Operation(dist.isend if is_sender else dist.irecv, x)
+        what = "output 0 has shape .*kept of it has .*memory='none'"
+        with pytest.raises(
+            ValueError, match=f"Memory of {'sent' if is_sender else 'received'}: .*{what}"
+        ):
+            if is_sender:
+                end.pack([operation], 0, trains=True, scale=1.0)
+            else:
+                end.expect([operation], 0, trains=True)
+    assert pair.digests() == before
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_modes_of_the_caller_change_nothing(memory: str) -> None:
+    compressor = SpectralAtomo(rank=1)  # has products of matrices, which autocast would round
+    pair, other = (
+        make(memory, compressor, per="microbatch"),
+        make(memory, compressor, per="microbatch"),
+    )
+    for step in range(4):
+        x, ids = made((8, 6), torch.float32, step), ids_of(pair, [1, 2, 3, 4, 5, 6, 7, step])
+        with torch.inference_mode(step % 2 == 0), torch.autocast("cpu", enabled=step > 1):
+            found = pair.step(x, step, ids)
+        assert torch.equal(found, other.step(x, step, ids))
+    assert pair.digests() == other.digests()

@@ -56,6 +56,7 @@ def test_without_compression_it_is_torchs_own_stage(
         for schedule, own in worker.items():
             assert own["identity"]["values"] == own["torch"]["values"], schedule
             assert own["mask"]["values"] != own["torch"]["values"], schedule
+            assert own["identity"]["is_whole"] and own["mask"]["is_whole"], schedule
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -154,6 +155,10 @@ def test_several_outputs_of_any_dtype(links: list[dict[str, Any]]) -> None:
         ("scaler", ["gradients: ", "gradients with a scaler: "]),
         ("none", ["activations: Link(compressor=None", "activations: Link(compressor=Uniform"]),
         ("checkpoint", ["activations: ", "memory ", "load the same checkpoint"]),
+        ("one_has_loaded", ["activations: ", "loaded after step 1"]),
+        ("one_has_samples", ["samples announced: none", "samples announced: digest "]),
+        ("ids", ["samples announced: digest ", "announce the same samples"]),
+        ("mode", ["Stage 0: training", "stage 1: evaluation"]),
     ],
 )
 def test_stages_that_disagree_both_name_the_link(
@@ -203,6 +208,41 @@ def test_a_step_that_fails_leaves_memories_as_they_were(
         assert found["at_last"][0] == found["at_last"][1] != before
 
 
+@pytest.mark.parametrize("name", ["identity", "mask", "samples"])
+def test_of_a_step_that_fails_on_one_stage_nothing_is_kept_on_the_other(
+    links: list[dict[str, Any]], name: str
+) -> None:
+    first, second = (worker["failures_of_one"][name] for worker in links)
+    assert "Failed to run stage backward" in first["error"] and second["error"] == ""
+    assert first["memories"][0] == first["memories"][1]
+    # Stage 1 does not know of it yet, and what it would save has the step.
+    assert (second["memories"][0] != second["memories"][1]) == (name != "identity")
+    for found in (first, second):  # what follows is as if it had not been
+        assert found["values"][0] == found["values"][1]
+        assert found["at_last"][0] == found["at_last"][1]
+    assert first["waited"] == "CollectiveError"
+
+
+@pytest.mark.parametrize("name", ["memories", "samples"])
+def test_a_schedule_of_more_microbatches_leaves_memories_at_work(
+    links: list[dict[str, Any]], name: str
+) -> None:
+    for found in (worker["other_schedules"][name] for worker in links):
+        between, *after = found["memories"]
+        assert between != after[0] != after[1]
+        assert found["values"][0] == found["values"][1]
+        assert found["at_last"][0] == found["at_last"][1]
+
+
+@pytest.mark.parametrize("name", ["memories", "samples"])
+def test_evaluation_in_inference_mode_changes_nothing(
+    links: list[dict[str, Any]], name: str
+) -> None:
+    for found in (worker["inference"][name] for worker in links):
+        assert found["values"][0] == found["values"][1]
+        assert found["at_last"][0] == found["at_last"][1]
+
+
 @pytest.mark.parametrize("name", ["memories", "mask"])
 def test_a_scale_of_the_loss_that_changes_changes_nothing(
     links: list[dict[str, Any]], name: str
@@ -233,6 +273,10 @@ def test_replicas_of_each_stage_are_averaged_by_powersgd(tmp_path: Path) -> None
         assert first["start"] == second["start"]
         assert first["memories"] != second["memories"]  # of different batches
         assert first["collectives"] == 2
+    for stage in (0, 1):  # of equal batches, but what is drawn differs between replicas
+        assert by_place[0, stage]["start"] == by_place[1, stage]["start"]
+        for one, other in zip(*(by_place[n, stage]["noisy"] for n in (0, 1)), strict=True):
+            assert one != other
     for replica in (0, 1):
         (sender,), (receiver,) = (by_place[replica, stage]["memories"] for stage in (0, 1))
         assert sender["activations sent"] == receiver["activations received"]
