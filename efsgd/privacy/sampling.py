@@ -64,8 +64,8 @@ def poisson_batches(
     for name in ("batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"):
         if name in options:
             raise TypeError(
-                f"Invalid {name}: {options[name]!r}. Poisson sampling decides who is in a batch, and "
-                f"how many are. Leave it out."
+                f"Invalid {name}: {options[name]!r}. Poisson sampling decides who is in a batch, "
+                f"and how many are. Leave it out."
             )
     if len(shard) == 0:
         raise ValueError("Invalid shard: it has no records. Give every worker at least one.")
