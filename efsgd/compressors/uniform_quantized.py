@@ -70,7 +70,7 @@ class UniformQuantized(TensorCompressor):
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The codes, [numel] uint8 or int32, and [min, max]."""
-        low, high = torch.aminmax(delta)
+        low, high = _bounds(*torch.aminmax(delta))
         codes = torch.empty(delta.numel(), dtype=self._dtype, device=delta.device)
         generator = draws.private() if self.stochastic else None
         for chunk, place in chunks(delta, codes):
@@ -99,7 +99,7 @@ class UniformQuantized(TensorCompressor):
 
     def compress_rows(self, deltas: Tensor) -> Payload:
         rows = deltas.flatten(1)
-        low, high = torch.aminmax(rows, dim=1, keepdim=True)
+        low, high = _bounds(*torch.aminmax(rows, dim=1, keepdim=True))
         codes = self._levels(rows, low, high).round_().to(self._dtype)
         return codes, torch.cat([low, high], dim=1)
 
@@ -131,3 +131,8 @@ class UniformQuantized(TensorCompressor):
     @property
     def _last(self) -> int:
         return int(2**self.bits - 1)
+
+
+def _bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The same bounds, with no sign at zero, so that equal ones have equal bytes."""
+    return low + 0.0, high + 0.0
