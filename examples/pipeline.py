@@ -256,14 +256,13 @@ def plot(
             )  # fmt: skip
         panel.axvline(best, color="0.7", linewidth=0.8, zorder=0)
         if "perplexity" in task.quality:
-            panel.set_xlim(0.9 * best, 3 * best)  # what is beyond has not learned
+            panel.set_xlim(0.9 * best, min(3 * best, panel.get_xlim()[1]))  # beyond is no learning
         panel.set(xlabel=task.quality, yticks=range(len(of_task)), yticklabels=list(of_task))
         panel.set_title(f"{task.title}, {stages} stages", loc="left", fontsize=9)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    place = {"loc": "upper left", "bbox_to_anchor": (0, -0.09), "ncols": 2}
-    panels[0].legend(frameon=False, fontsize=8, **place)
+    panels[0].legend(frameon=False, fontsize=8, loc="best")
     save_figure(path, figure)
 
 
