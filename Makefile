@@ -63,12 +63,13 @@ demo-privacy-full: $(VENV)/.with-examples ## the same with three seeds, and a se
 	$(BIN)/python examples/private_training.py --full $(DEMO_FLAGS)
 
 .PHONY: demo-pipeline
-demo-pipeline: $(VENV)/.with-examples ## train in pipeline stages with compressed links, in 2 and in 4 processes
+demo-pipeline: $(VENV)/.with-examples ## train in pipeline stages with compressed links, in 2 and in 4 processes (about four minutes on two cores)
 	$(BIN)/python examples/pipeline.py $(DEMO_FLAGS)
+	@echo 'This was one seed of some methods. "make demo-pipeline-full" has all, and standard deviations.'
 
 .PHONY: demo-pipeline-full
-demo-pipeline-full: $(VENV)/.with-examples ## the same with all methods and three seeds (takes long)
-	$(BIN)/python examples/pipeline.py --all --seeds 3 $(DEMO_FLAGS)
+demo-pipeline-full: $(VENV)/.with-examples ## the same with all methods and three seeds; goes on where it was stopped (an hour)
+	$(BIN)/python examples/pipeline.py --all --seeds 3 --resume $(DEMO_FLAGS)
 
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about twelve minutes on two cores)

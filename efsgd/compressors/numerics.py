@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 # 1 MiB in float32: it stays in the cache from one operation to the next.
-_ELEMENTS_AT_ONCE = 2**18
+ELEMENTS_AT_ONCE = 2**18
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Cuts contiguous tensors with equally many elements into matching chunks, flat views."""
-    yield from zip(*(each.view(-1).split(_ELEMENTS_AT_ONCE) for each in tensors), strict=True)
+    yield from zip(*(each.view(-1).split(ELEMENTS_AT_ONCE) for each in tensors), strict=True)
 
 
 def power_of_two(low: Tensor, high: Tensor) -> Tensor:

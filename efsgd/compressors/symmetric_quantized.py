@@ -61,27 +61,52 @@ class SymmetricQuantized(TensorCompressor):
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The codes plus L, [numel] uint8 or int32, and [s]."""
-        low, high = torch.aminmax(delta)
-        largest = torch.maximum(-low, high)
-        divisor = torch.where(largest > 0, largest, 1.0)
-        dtype = torch.uint8 if self.bits <= 8 else torch.int32
-        codes = torch.empty(delta.numel(), dtype=dtype, device=delta.device)
+        largest = _largest(*torch.aminmax(delta))
+        codes = torch.empty(delta.numel(), dtype=self._dtype, device=delta.device)
         for chunk, place in chunks(delta, codes):
-            place.copy_((chunk / divisor).mul_(self._last).round_().add_(self._last))
+            place.copy_(self._codes(chunk, largest))
         return codes, largest.view(1)
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        codes, largest = payload
-        return codes.to(largest.dtype).sub_(self._last).div_(self._last).mul_(largest).view(shape)
+        return self._values(*payload).view(shape)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         for part, codes in chunks(out, payload[0]):
             part.add_(self.decompress((codes, payload[1]), part.shape, draws), alpha=alpha)
 
+    def takes_rows(self, shape: torch.Size) -> bool:
+        return True
+
+    def compress_rows(self, deltas: Tensor) -> Payload:
+        rows = deltas.flatten(1)
+        largest = _largest(*torch.aminmax(rows, dim=1, keepdim=True))
+        return self._codes(rows, largest).to(self._dtype), largest
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+        return self._values(*payload).view(-1, *shape)
+
     def claims(self) -> Claims:
         """The largest element is sent, and no other one is made worse than zero."""
         return Claims(self.averages, contraction=lambda shape: 1 / torch.Size(shape).numel())
 
+    def _codes(self, x: Tensor, largest: Tensor) -> Tensor:
+        """Codes plus L, in the dtype of the elements."""
+        divisor = torch.where(largest > 0, largest, 1.0)
+        return (x / divisor).mul_(self._last).round_().add_(self._last)
+
+    def _values(self, codes: Tensor, largest: Tensor) -> Tensor:
+        """What codes stand for."""
+        return codes.to(largest.dtype).sub_(self._last).div_(self._last).mul_(largest)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits <= 8 else torch.int32
+
     @property
     def _last(self) -> int:
         return int(2 ** (self.bits - 1) - 1)
+
+
+def _largest(low: Tensor, high: Tensor) -> Tensor:
+    """The largest magnitude between two bounds; zero has no sign, so that equal bytes mean it."""
+    return torch.maximum(-low, high).abs()

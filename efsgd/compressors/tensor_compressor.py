@@ -110,6 +110,32 @@ class TensorCompressor(Compressor):
             )
         out.add_(found, alpha=alpha)
 
+    def takes_rows(self, shape: torch.Size) -> bool:
+        """Whether `compress_rows` and `decompress_rows` work on tensors of this shape."""
+        return False
+
+    def compress_rows(self, deltas: Tensor) -> Payload:
+        """The payloads of several tensors, for those that can make them faster together.
+
+        Args:
+            deltas: [rows, ...], else as for `compress`.
+
+        Returns:
+            Each field [rows, count], to the bit what `compress` would return for each row.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define compress_rows(self, deltas).")
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+        """What payloads decode to, [rows, *shape], to the bit what `decompress` returns for each.
+
+        Args:
+            payload: each field [rows, count]. Not to be modified.
+            shape: of a row.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must define decompress_rows(self, payload, shape).")
+
     def claims(self) -> Claims:
         return Claims(self.averages)
 

@@ -181,6 +181,22 @@ class TopK(BudgetCompressor):
         positions = largest(flat, self.count(delta.shape))
         return flat[positions], positions.to(position_dtype(delta.numel()))
 
+    def takes_rows(self, shape: torch.Size) -> bool:
+        return self.scope == "tensor" and shape.numel() <= FEW  # `largest` takes longer ones
+
+    def compress_rows(self, deltas: Tensor) -> Payload:
+        rows = deltas.flatten(1)
+        positions = _top(rows, self.count(deltas.shape[1:]))
+        return rows.gather(1, positions), positions.to(position_dtype(rows.shape[1]))
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+        values, positions = payload
+        count, numel = len(values), shape.numel()
+        first = torch.arange(0, count * numel, numel, device=values.device).unsqueeze(1)
+        out = values.new_zeros(count * numel)
+        out.index_add_(0, (first + positions).view(-1), values.reshape(-1))
+        return out.view(count, *shape)
+
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         values, positions = payload
         out.view(-1).index_add_(0, positions, values, alpha=alpha)

@@ -70,9 +70,8 @@ class UniformQuantized(TensorCompressor):
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The codes, [numel] uint8 or int32, and [min, max]."""
-        low, high = torch.aminmax(delta)
-        dtype = torch.uint8 if self.bits <= 8 else torch.int32
-        codes = torch.empty(delta.numel(), dtype=dtype, device=delta.device)
+        low, high = _bounds(*torch.aminmax(delta))
+        codes = torch.empty(delta.numel(), dtype=self._dtype, device=delta.device)
         generator = draws.private() if self.stochastic else None
         for chunk, place in chunks(delta, codes):
             levels = self._levels(chunk, low, high)
@@ -88,14 +87,24 @@ class UniformQuantized(TensorCompressor):
         return codes, torch.stack([low, high])
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        codes, (low, high) = payload[0].view(shape), payload[1]
-        scale = power_of_two(low, high)
-        fractions = codes.to(low.dtype).div_(self._last)
-        return torch.lerp(low / scale, high / scale, fractions).mul_(scale)
+        low, high = payload[1]
+        return self._values(payload[0].view(shape), low, high)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         for part, codes in chunks(out, payload[0]):
             part.add_(self.decompress((codes, payload[1]), part.shape, draws), alpha=alpha)
+
+    def takes_rows(self, shape: torch.Size) -> bool:
+        return not self.stochastic
+
+    def compress_rows(self, deltas: Tensor) -> Payload:
+        rows = deltas.flatten(1)
+        low, high = _bounds(*torch.aminmax(rows, dim=1, keepdim=True))
+        codes = self._levels(rows, low, high).round_().to(self._dtype)
+        return codes, torch.cat([low, high], dim=1)
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+        return self._values(payload[0], *payload[1].split(1, dim=1)).view(-1, *shape)
 
     def claims(self) -> Claims:
         """Unbiased where stochastic. Whether it contracts depends on the length of a tensor."""
@@ -109,6 +118,21 @@ class UniformQuantized(TensorCompressor):
         levels = (x / scale).sub_(low / scale).div_(torch.where(span > 0, span, 1.0))
         return levels.mul_(self._last)
 
+    def _values(self, codes: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """What codes stand for."""
+        scale = power_of_two(low, high)
+        fractions = codes.to(low.dtype).div_(self._last)
+        return torch.lerp(low / scale, high / scale, fractions).mul_(scale)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits <= 8 else torch.int32
+
     @property
     def _last(self) -> int:
         return int(2**self.bits - 1)
+
+
+def _bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The same bounds, with no sign at zero, so that equal ones have equal bytes."""
+    return low + 0.0, high + 0.0

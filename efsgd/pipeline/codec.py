@@ -1,6 +1,7 @@
 """Tensors as payloads: what a link hands to the wire, in one buffer of bytes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efsgd.compressors import TensorCompressor
+from efsgd.compressors.numerics import ELEMENTS_AT_ONCE
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Format
 
@@ -63,10 +65,14 @@ class Codec:
             return buffer.fill_(255)
         count, own = self._rows(x.shape)
         rows = x.view(count, *own)
-        form.pack_(
-            [self._compressor.compress(rows[n], draws(n, True)) for n in range(count)],
-            buffer[: form.nbytes],
-        )
+        payload = buffer[: form.nbytes]
+        if self._together(x.shape):
+            parts = map(self._compressor.compress_rows, rows.split(_at_once(own)))
+            form.pack_([[torch.cat(field).view(-1) for field in zip(*parts, strict=True)]], payload)
+        else:
+            form.pack_(
+                [self._compressor.compress(rows[n], draws(n, True)) for n in range(count)], payload
+            )
         return buffer
 
     def decode(
@@ -79,19 +85,34 @@ class Codec:
             return out.fill_(torch.nan).view(shape)
         form = self._formats(shape, out.dtype)
         payloads = form.unpack(buffer[: form.nbytes])
-        for n, payload in enumerate(payloads):
-            self._compressor.add_decompressed_(out[n], payload, draws(n, False), 1.0)
+        if self._together(shape):
+            size = _at_once(own)
+            fields = [field.view(count, -1).split(size) for field in payloads[0]]
+            for part, *some in zip(out.split(size), *fields, strict=True):
+                part.add_(self._compressor.decompress_rows(some, own))
+        else:
+            for n, payload in enumerate(payloads):
+                self._compressor.add_decompressed_(out[n], payload, draws(n, False), 1.0)
         return out.view(shape)
 
     def positions(self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Where a message of Top-K has its values, [rows, k] int64."""
         payloads = self._formats(shape, compute_dtype(dtype)).unpack(buffer)
-        found = torch.stack([positions for _, positions in payloads]).long()
-        return found.clamp_(0, self._rows(shape)[1].numel() - 1)  # of NaN there are none
+        count, own = self._rows(shape)
+        found = torch.cat([positions for _, positions in payloads]).long().view(count, -1)
+        return found.clamp_(0, own.numel() - 1)  # of NaN there are none
 
     def _format(self, shape: torch.Size, dtype: torch.dtype) -> Format:
         count, own = self._rows(shape)
-        return Format([tuple(self._compressor.fields(own))] * count, dtype)
+        fields = tuple(self._compressor.fields(own))
+        if self._together(shape):  # fields of one kind lie together: those are the same bytes
+            return Format([[replace(each, count=count * each.count) for each in fields]], dtype)
+        return Format([fields] * count, dtype)
+
+    def _together(self, shape: torch.Size) -> bool:
+        """Whether rows are compressed in one call. One row is not: it may be long."""
+        count, own = self._rows(shape)
+        return count > 1 and self._compressor.takes_rows(own)
 
     def _has_only_codes(self, shape: torch.Size) -> bool:
         """Whether there are no floating-point numbers in a payload."""
@@ -138,6 +159,11 @@ class MaskedCodec(Codec):
         if bool(values.isnan().all()):
             return out.fill_(torch.nan).view(shape)
         return out.scatter_(1, self.chosen, values).view(shape)
+
+
+def _at_once(own: torch.Size) -> int:
+    """So many rows of a shape stay in the cache from one operation to the next."""
+    return max(1, ELEMENTS_AT_ONCE // own.numel())
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

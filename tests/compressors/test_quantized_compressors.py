@@ -52,7 +52,7 @@ def test_adding_is_decompressing_whatever_the_chunks(
     delta, start = gaussian((3, 7, 11), 1), gaussian((3, 7, 11), 2)
     ends = []
     for elements in (1, 10, 231, 2**18):
-        monkeypatch.setattr("efsgd.compressors.numerics._ELEMENTS_AT_ONCE", elements)
+        monkeypatch.setattr("efsgd.compressors.numerics.ELEMENTS_AT_ONCE", elements)
         payload = compressor.compress(delta, Draws(0, 0, 0, worker=0))
         out = start.clone()
         compressor.add_decompressed_(out, payload, Draws(0, 0, 0, None), alpha=-0.3)
