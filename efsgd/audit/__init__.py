@@ -1,5 +1,35 @@
 """What do the messages of a worker give away?"""
 
+from efsgd.audit.attacks import DLG, INVERTING_GRADIENTS, Attack
+from efsgd.audit.inversion import Inversion, invert
+from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
 from efsgd.audit.observed import Message, Observed
+from efsgd.audit.scores import (
+    Separation,
+    best_match,
+    label_recovery,
+    psnr,
+    separation,
+    ssim,
+)
+from efsgd.audit.several_steps import combine
 
-__all__ = ["Message", "Observed"]
+__all__ = [
+    "DLG",
+    "INVERTING_GRADIENTS",
+    "Attack",
+    "Inversion",
+    "Message",
+    "Observed",
+    "Separation",
+    "auc_under_noise",
+    "best_match",
+    "combine",
+    "invert",
+    "label_recovery",
+    "loss_scores",
+    "psnr",
+    "separation",
+    "ssim",
+    "update_scores",
+]
