@@ -6,6 +6,7 @@ No step needs this. Each aggregator reads its own buffers, beside the code that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -89,19 +90,29 @@ def read_whole(layout: Layout, flat: Tensor) -> dict[int, Reading]:
     return {index: in_clear(view) for index, view in blocks.views.items()}
 
 
-def signs(is_positive: Tensor, shape: torch.Size, decompressed: Tensor, scale: Tensor) -> Reading:
-    """Of signs, [numel] bool, and the mean magnitude.
+def signs(is_positive: Tensor, decompressed: Tensor, scale: Tensor | None = None) -> Reading:
+    """Of signs, bool, each true for +1; and of the mean magnitude, [1], if that was sent.
 
-    What is compared with signs is tanh(J / mean |J|): it has their signs, and a gradient.
+    What is compared with signs is tanh(J / mean |J|), which has the signs of J and a gradient.
     """
-    sent = is_positive.to(decompressed.dtype).mul_(2).sub_(1).view(shape)
+    sent = is_positive.to(decompressed.dtype).mul_(2).sub_(1).view(decompressed.shape)
 
     def measure(candidate: Tensor) -> tuple[Tensor, ...]:
         mean = candidate.abs().mean()
-        smallest = torch.finfo(candidate.dtype).tiny
-        return torch.tanh(candidate / mean.clamp(min=smallest)), mean.view(1)
+        smooth = torch.tanh(candidate / mean.clamp(min=torch.finfo(candidate.dtype).tiny))
+        return (smooth,) if scale is None else (smooth, mean.view(1))
 
-    return Reading("signs", (sent, scale), measure, decompressed)
+    return Reading("signs", (sent,) if scale is None else (sent, scale), measure, decompressed)
+
+
+def part_of(reading: Reading, first: int, shape: tuple[int, ...]) -> Reading:
+    """Of a part, from this element on, of what was sent as one flat tensor, element by element."""
+    last = first + math.prod(shape)
+    decompressed = reading.decompressed.view(-1)[first:last].view(shape)
+    if reading.positions is None:
+        return in_clear(decompressed, reading.kind)
+    is_own = (reading.positions >= first) & (reading.positions < last)
+    return entries(decompressed, reading.positions[is_own] - first)
 
 
 def joined(
