@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,6 +56,27 @@ class Reading:
     measure: Measure
     decompressed: Tensor
     positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Packet:
+    """One tensor on its way to another process, not by a collective: over a link of a pipeline.
+
+    Attributes:
+        name: what it is.
+        step: the number of the step.
+        worker: who sends it.
+        shape: of the tensor.
+        buffer: what was handed over, [nbytes] uint8; to be copied.
+        read: reads a copy of it.
+    """
+
+    name: str
+    step: int
+    worker: int
+    shape: torch.Size
+    buffer: Tensor
+    read: Callable[[Tensor], Reading]
 
 
 def in_clear(tensor: Tensor, kind: str = "clear") -> Reading:
@@ -115,10 +136,8 @@ def part_of(reading: Reading, first: int, shape: tuple[int, ...]) -> Reading:
     return entries(decompressed, reading.positions[is_own] - first)
 
 
-def joined(
-    readings: Sequence[Reading], places: Sequence[tuple[int, ...]], decompressed: Tensor
-) -> Reading:
-    """Of a tensor that was sent in parts, at these places, each read by itself."""
+def joined(readings: Sequence[Reading], places: Sequence[Any], decompressed: Tensor) -> Reading:
+    """Of a tensor whose parts were read one by one; `places` are their indices in it."""
 
     def measure(candidate: Tensor) -> tuple[Tensor, ...]:
         parts = zip(readings, places, strict=True)

@@ -3,94 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.error_feedback import Outcome
-from efsgd.algorithms.interfaces import Aggregator
-from efsgd.algorithms.reading import Reading, Transcript, read_vectors
-from efsgd.audit.observed import Message, Observed
+from efsgd.algorithms.reading import Packet
+from efsgd.audit.observed import Message
+from efsgd.audit.records import BucketPart, PacketPart, Record
 from efsgd.checks import plain, require_integer
 from efsgd.engine.plan import Plan
-from efsgd.wire.collectives import AllReduceMean, Collective, Exchange, intercept, leave_modes
-
-
-@dataclass
-class _Part:
-    """What was sent for one bucket, and who can read it."""
-
-    aggregator: Aggregator
-    names: Mapping[int, str]
-    public: list[Tensor] = field(default_factory=list)
-    sent: list[Tensor] = field(default_factory=list)
-    answers: list[Tensor] = field(default_factory=list)
-    is_averaged: bool = True
-
-    def transcript(self, step: int) -> Transcript:
-        return Transcript(step, self.public, self.sent, self.answers)
-
-    def read(self, said: Transcript) -> Iterator[Observed]:
-        """What is said of each parameter of the bucket."""
-        if not said.sent:
-            return
-        layout = self.aggregator.layout
-        found: dict[int, Reading] = read_vectors(layout, said.sent[0])
-        if layout.batches:
-            found |= self.aggregator.read(said)
-        for entry in layout.entries:
-            own = found[entry.index]
-            yield Observed(
-                self.names[entry.index],
-                entry.index,
-                torch.Size(entry.shape),
-                own.kind,
-                own.values,
-                own.measure,
-                own.decompressed,
-            )
-
-
-@dataclass
-class _Record:
-    """What one worker sent in one step."""
-
-    step: int
-    worker: int
-    parts: list[_Part] = field(default_factory=list)
-    is_applied: bool = False
-    nbytes: int = 0
-    is_dropped: bool = False
-
-    @leave_modes()
-    def message(self) -> Message:
-        found = [each for part in self.parts for each in part.read(part.transcript(self.step))]
-        nbytes = sum(sent.nbytes for part in self.parts for sent in part.sent)
-        return self._message(self.worker, found, nbytes)
-
-    @leave_modes()
-    def averages(self) -> Message:
-        """What whoever sees answers alone has seen."""
-        found: list[Observed] = []
-        for part in self.parts:
-            if not part.is_averaged:
-                raise ValueError(
-                    "There are no averages: this compressor has payloads gathered, and every "
-                    "worker is sent those of all others. Use messages()."
-                )
-            said = part.transcript(self.step)
-            found += part.read(replace(said, sent=said.answers))
-        nbytes = sum(answer.nbytes for part in self.parts for answer in part.answers)
-        return self._message(None, found, nbytes)
-
-    def _message(self, worker: int | None, found: list[Observed], nbytes: int) -> Message:
-        found.sort(key=lambda each: each.index)
-        return Message(self.step, worker, tuple(found), self.is_applied, nbytes)
+from efsgd.wire.collectives import AllReduceMean, Collective, Exchange, intercept
 
 
 class Recording:
@@ -110,7 +36,7 @@ class Recording:
     ) -> None:
         self._workers, self._steps = workers, steps
         self.max_bytes, self.nbytes, self.dropped = max_bytes, 0, 0
-        self._kept: deque[_Record] = deque()
+        self._kept: deque[Record] = deque()
         self._ends: list[Callable[[], None]] = []
         self._failure: Exception | None = None
 
@@ -152,12 +78,12 @@ class Recording:
             RuntimeError: there was not enough memory for copies.
         """
         self._require_whole()
-        found: dict[tuple[int, int], _Record] = {}
+        found: dict[tuple[int, int], Record] = {}
         counts = Counter[tuple[int, int]]()
         for record in self._records(None, step):
             counts[record.step, record.worker] += 1
             found.setdefault((record.step, counts[record.step, record.worker]), record)
-        return [record.averages() for record in found.values()]
+        return [record.message(averages=True) for record in found.values()]
 
     def __iter__(self) -> Iterator[Message]:
         self._require_whole()
@@ -167,7 +93,7 @@ class Recording:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _records(self, worker: int | None, step: int | None) -> list[_Record]:
+    def _records(self, worker: int | None, step: int | None) -> list[Record]:
         return [
             record
             for record in self._kept
@@ -199,15 +125,15 @@ class Recording:
     ) -> None:
         self.close()
 
-    def begin(self, step: int, worker: int) -> _Record | None:
+    def begin(self, step: int, worker: int) -> Record | None:
         """A new record, if this worker's messages of this step are wanted."""
         is_wanted = self._workers is None or worker in self._workers
         if not is_wanted or not (self._steps is None or step in self._steps):
             return None
-        self._kept.append(_Record(step, worker))
+        self._kept.append(Record(step, worker))
         return self._kept[-1]
 
-    def keep(self, record: _Record, place: list[Tensor], tensor: Tensor) -> None:
+    def keep(self, record: Record, place: list[Tensor], tensor: Tensor) -> None:
         """Copies a tensor to a place in a record, and drops what is too much."""
         if record.is_dropped:
             return
@@ -224,29 +150,39 @@ class Recording:
             self.nbytes -= oldest.nbytes
             self.dropped += 1
 
-    def attach(self, optimizer: Any) -> None:
-        """Listens to an optimizer."""
-        listener = _Listener(self)
-        self._ends += [optimizer.listen(listener), optimizer.watch(listener.note_applied)]
+    def attach(self, sender: Any) -> None:
+        """Listens to an optimizer, or to a stage of a pipeline."""
+        if hasattr(sender, "watch"):
+            listener = _StepListener(self)
+            self._ends += [sender.listen(listener), sender.watch(listener.note_applied)]
+        elif hasattr(sender, "listen"):
+            self._ends.append(sender.listen(_LinkListener(self)))
+        else:
+            self.close()
+            raise TypeError(
+                f"Invalid optimizer: {type(sender).__name__} exchanges no gradients. Must be an "
+                f"optimizer of efsgd, a GradientAverager, a PrivateOptimizer, a CompressedStage, "
+                f"or a list of them; of a wrapper, pass what it wraps."
+            )
 
 
-class _Listener:
+class _StepListener:
     """Listens to one optimizer."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        self._record: _Record | None = None
+        self._record: Record | None = None
 
     def __call__(
         self, plan: Plan, bucket: Bucket, step: int, exchange: Exchange[Outcome]
     ) -> Exchange[Outcome]:
-        aggregator = bucket.aggregator
+        aggregator, keep = bucket.aggregator, self._recording.keep
         if bucket is plan.buckets[0]:
             self._record = self._recording.begin(step, aggregator.placement.worker)
-        record, keep = self._record, self._recording.keep
+        record = self._record
         if record is None:
             return exchange
-        part = _Part(aggregator, {info.index: info.name for info in plan.infos})
+        part = BucketPart(aggregator, {info.index: info.name for info in plan.infos})
         record.parts.append(part)
         for tensor in aggregator.public():
             keep(record, part.public, tensor)
@@ -258,8 +194,27 @@ class _Listener:
         return intercept(exchange, outgoing, lambda answer: keep(record, part.answers, answer))
 
     def note_applied(self, _: object) -> None:
+        """Is called for steps that are applied, each time before it is."""
         if self._record is not None:
             self._record.is_applied = True
+
+
+class _LinkListener:
+    """Listens to one stage of a pipeline."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording, self._step = recording, -1
+        self._record: Record | None = None
+
+    def __call__(self, packet: Packet) -> None:
+        if packet.step != self._step:
+            self._step = packet.step
+            self._record = self._recording.begin(packet.step, packet.worker)
+        if self._record is not None:
+            self._record.is_applied = True
+            part = PacketPart(packet)
+            self._record.parts.append(part)
+            self._recording.keep(self._record, part.sent, packet.buffer)
 
 
 def observe(
@@ -277,7 +232,8 @@ def observe(
 
     Args:
         optimizer: of this package, or a `GradientAverager` or `PrivateOptimizer`; a list of them
-            where the workers are in one thread (`efsgd.testing.lockstep`).
+            where the workers are in one thread (`efsgd.testing.lockstep`); or a
+            `CompressedStage`, whose messages are activations and gradients of activations.
         workers: whose messages are recorded, for example `{0}` or `range(2)`; a process sees its
             own alone. None: of all.
         steps: the numbers of the steps that are recorded, from 0; None: all.
@@ -307,14 +263,6 @@ def observe(
     """
     require_integer("max_bytes", max_bytes, 1, remedy="2**30 keeps 1 GiB.")
     recording = Recording(workers, steps, plain(max_bytes))
-    optimizers = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-    for each in optimizers:
-        if not hasattr(each, "listen"):
-            recording.close()
-            raise TypeError(
-                f"Invalid optimizer: {type(each).__name__} exchanges no gradients. Must be an "
-                f"optimizer of efsgd, a GradientAverager, a PrivateOptimizer, or a list of them; "
-                f"of a wrapper, pass what it wraps."
-            )
+    for each in optimizer if isinstance(optimizer, Sequence) else [optimizer]:
         recording.attach(each)
     return recording
