@@ -4,6 +4,7 @@ from efsgd.audit.attacks import DLG, INVERTING_GRADIENTS, Attack
 from efsgd.audit.inversion import Inversion, invert
 from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
 from efsgd.audit.observed import Message, Observed
+from efsgd.audit.recording import Recording, observe
 from efsgd.audit.scores import (
     Separation,
     best_match,
@@ -21,6 +22,7 @@ __all__ = [
     "Inversion",
     "Message",
     "Observed",
+    "Recording",
     "Separation",
     "auc_under_noise",
     "best_match",
@@ -28,6 +30,7 @@ __all__ = [
     "invert",
     "label_recovery",
     "loss_scores",
+    "observe",
     "psnr",
     "separation",
     "ssim",

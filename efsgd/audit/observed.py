@@ -41,8 +41,13 @@ class Message:
         step: the number of the step, from 0.
         worker: who sent it; None where only the averages were seen.
         parameters: what it says of each, in the order of their indices.
+        applied: whether the step was; messages of a step that was skipped or has failed have been
+            seen all the same.
+        nbytes: the size of the buffers that were handed over, control words included.
     """
 
     step: int
     worker: int | None
     parameters: tuple[Observed, ...]
+    applied: bool = True
+    nbytes: int = 0

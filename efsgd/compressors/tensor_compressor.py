@@ -17,6 +17,7 @@ from efsgd.algorithms.interfaces import (
     fields_of,
 )
 from efsgd.algorithms.operators import Payload, units
+from efsgd.algorithms.reading import Reading, in_clear
 from efsgd.algorithms.tensorwise import Tensorwise
 from efsgd.checks import plain
 from efsgd.layout import Layout
@@ -109,6 +110,13 @@ class TensorCompressor(Compressor):
                 f"{list(found.shape)} and must be {list(out.shape)}, the `shape` it was given."
             )
         out.add_(found, alpha=alpha)
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        """What an attacker reads from a payload; see `efsgd.audit`.
+
+        By default how each element was decompressed: what quantization leaves of it.
+        """
+        return in_clear(decompressed, "codes")
 
     def claims(self) -> Claims:
         return Claims(self.averages)

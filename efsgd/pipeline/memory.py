@@ -1,12 +1,13 @@
 """What the ends of a link keep between steps. What a step changes counts once it is over."""
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.reading import Reading, in_clear, joined
 from efsgd.pipeline.codec import Codec, DrawsOf, compute_dtype, from_bytes, to_bytes
 from efsgd.pipeline.samples import SampleStore
 from efsgd.wire.compare import checksum, digest_of
@@ -42,6 +43,12 @@ class Memory:
     ) -> Tensor:
         """The tensor that a message stands for."""
         return self._codec.decode(buffer, shape, dtype, draws)
+
+    def reader(
+        self, key: Key, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Callable[[Tensor], Reading]:
+        """Reads the message of the present step, of what was compressed: less or more than x."""
+        return self._codec.reader(shape, dtype, draws)
 
     def commit(self) -> None:
         """The step is over: what it has changed is kept."""
@@ -182,6 +189,29 @@ class SampleMemory(Memory):
             if bool(result[row].isfinite().all()):
                 self._new[sample, key[1]] = result[row].flatten()
         return result
+
+    def reader(
+        self, key: Key, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Callable[[Tensor], Reading]:
+        _, new, known = self._split(key, shape[0])
+        own, coded = shape[1:], torch.Size((len(known), *shape[1:]))
+        read_coded = self._codec.reader(coded, dtype, draws) if known else None
+        head = len(new) * own.numel() * dtype.itemsize
+
+        def read(buffer: Tensor) -> Reading:
+            result = torch.zeros(shape, dtype=compute_dtype(dtype), device=buffer.device)
+            found, rows = [], []
+            if new:
+                whole = from_bytes(buffer[:head].clone(), torch.Size((len(new), *own)), dtype)
+                result[new] = whole.to(result.dtype)
+                found, rows = [in_clear(result[new])], [new]
+            if read_coded is not None:
+                rest = read_coded(buffer[head:].clone())
+                result[known] = rest.decompressed
+                found, rows = [rest, *found], [known, *rows]
+            return joined(found, rows, result)
+
+        return read
 
     def commit(self) -> None:
         self._store.keep(self._new)

@@ -1,13 +1,16 @@
 """A stage of torch's pipeline engine whose links carry payloads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from efsgd.algorithms.reading import Packet
+from efsgd.pipeline.codec import Reader
 from efsgd.pipeline.ends import End, Masks
 from efsgd.pipeline.handshake import Handshake
 from efsgd.pipeline.link import Link
@@ -209,6 +212,30 @@ class CompressedStage(PipelineStage):
             n_microbatches: that of the schedule.
         """
         self._announced = split_ids(sample_ids, n_microbatches)
+
+    def listen(self, listener: Callable[[Packet], None]) -> Callable[[], None]:
+        """Shows all that this stage hands to sends to a function: see `efsgd.audit.observe`.
+
+        Returns a function that ends it.
+        """
+
+        def show(
+            direction: str, place: tuple[int, int], shape: torch.Size, buffer: Tensor, read: Reader
+        ) -> None:
+            name = f"{direction}, microbatch {place[0]}, output {place[1]}"
+            listener(Packet(name, self._step - 1, self.stage_index, shape, buffer, read))
+
+        ends = []
+        for direction in ("activations", "gradients"):
+            listeners, own = self._ends[f"{direction} sent"].listeners, partial(show, direction)
+            listeners.append(own)
+            ends.append(partial(listeners.remove, own))
+
+        def end() -> None:
+            for each in ends:
+                each()
+
+        return end
 
     def communication_stats(self) -> dict[str, int]:
         """What this stage has handed to sends since its construction, counted from the buffers.
