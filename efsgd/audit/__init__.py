@@ -5,6 +5,7 @@ from efsgd.audit.inversion import Inversion, invert
 from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
 from efsgd.audit.observed import Message, Observed
 from efsgd.audit.recording import Recording, observe
+from efsgd.audit.report import Report, Row, report
 from efsgd.audit.scores import (
     Separation,
     best_match,
@@ -23,6 +24,8 @@ __all__ = [
     "Message",
     "Observed",
     "Recording",
+    "Report",
+    "Row",
     "Separation",
     "auc_under_noise",
     "best_match",
@@ -32,6 +35,7 @@ __all__ = [
     "loss_scores",
     "observe",
     "psnr",
+    "report",
     "separation",
     "ssim",
     "update_scores",

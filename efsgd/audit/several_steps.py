@@ -18,7 +18,8 @@ def combine(messages: Sequence[Message], *, error_feedback: bool = True) -> Mess
     is g up to e_T / T, whatever the compressor.
 
     Args:
-        messages: of one worker, of all steps from one before which its errors were zero.
+        messages: of one worker, of all steps from one before which its errors were zero; all of
+            them applied.
         error_feedback: whether the worker keeps errors. Without them each Δ_t is g.
 
     Returns:
@@ -48,7 +49,11 @@ def combine(messages: Sequence[Message], *, error_feedback: bool = True) -> Mess
     by_index = [{seen.index: seen for seen in message.parameters} for message in messages]
     always = [index for index in by_index[0] if all(index in step for step in by_index)]
     combined = [_combined([step[index] for step in by_index], error_feedback) for index in always]
-    return Message(messages[-1].step, messages[0].worker, tuple(combined))
+    return replace(
+        messages[-1],
+        parameters=tuple(combined),
+        nbytes=sum(message.nbytes for message in messages),
+    )
 
 
 def _combined(steps: Sequence[Observed], error_feedback: bool) -> Observed:
@@ -77,8 +82,10 @@ def _measure(seen: Observed, times: int, sent: Tensor) -> Callable[[Tensor], tup
 def _require_steps_of_one(messages: Sequence[Message]) -> None:
     found = [message.step for message in messages]
     workers = {message.worker for message in messages}
-    if not found or len(workers) > 1 or found != list(range(found[0], found[0] + len(found))):
+    is_whole = found == list(range(found[0], found[0] + len(found))) if found else False
+    if len(workers) != 1 or not is_whole or not all(message.applied for message in messages):
         raise ValueError(
             f"Invalid messages: of steps {found} and workers {sorted(map(str, workers))}. They "
-            "must be of one worker, of all steps from one in which its errors were zero, in order."
+            "must be of one worker, and of all steps, each applied, in order, from one before "
+            "which its errors were zero."
         )

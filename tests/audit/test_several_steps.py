@@ -78,6 +78,11 @@ def test_of_signs_the_mean_is_compared() -> None:
 
 def test_steps_that_do_not_follow_each_other_are_refused() -> None:
     one = message([clear(0, torch.ones(2))])
-    for steps in ([], [one, one], [one, replace(one, step=1, worker=1)]):
-        with pytest.raises(ValueError, match="of one worker, of all steps"):
+    for steps in (
+        [],
+        [one, one],
+        [one, replace(one, step=1, worker=1)],
+        [replace(one, applied=False)],
+    ):
+        with pytest.raises(ValueError, match="of one worker, and of all steps"):
             combine(steps)
