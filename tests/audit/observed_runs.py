@@ -29,7 +29,7 @@ class Team:
     Attributes:
         optimizers: of the workers.
         handed_over: by worker the buffers of the last step's collectives, copied.
-        deltas: by worker what the last step has compressed: of a `Signum`, the momenta.
+        deltas: by worker what the last step was to compress: of a `Signum`, the momenta.
         own: by worker and index what workers made of their own messages in the last step.
     """
 
@@ -52,7 +52,9 @@ class Team:
         exchanges = []
         for worker, (optimizer, own) in enumerate(zip(self.optimizers, gradients, strict=True)):
             for parameter, gradient in zip(parameters_of(optimizer), own, strict=True):
-                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+                parameter.grad = (
+                    None if gradient is None else gradient.to(parameter.dtype, copy=True)
+                )
             self.handed_over[worker] = buffers = []
             self.own[worker].clear()
 
@@ -61,19 +63,24 @@ class Team:
 
             exchange = optimizer.exchange(len(self.optimizers), worker)
             exchanges.append(intercept(exchange, note))
+        self.deltas = self._deltas(errors)
         with warnings.catch_warnings():
             for expected in ("All workers have bitwise equal gradients", "Compression saves"):
                 warnings.filterwarnings("ignore", expected)
             lockstep(exchanges, **options)
-        self.deltas = [
+        if isinstance(self.optimizers[0], Signum):
+            self.deltas = self._deltas(errors)
+
+    def _deltas(self, errors: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
+        return [
             [self._delta(o, p, e) for p, e in zip(parameters_of(o), own, strict=True)]
             for o, own in zip(self.optimizers, errors, strict=True)
         ]
 
     @staticmethod
     def _delta(optimizer: Any, parameter: Tensor, error: Tensor | None) -> Tensor:
-        if isinstance(optimizer, Signum) and parameter.numel():  # nothing is voted on in empty ones
-            momentum: Tensor = optimizer.state[parameter]["local_momentum"]
+        momentum: Tensor | None = optimizer.state[parameter].get("local_momentum")
+        if momentum is not None:
             return momentum.clone()
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return gradient if error is None else error + gradient

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from efsgd import LQSGD, PowerSGD, Signum, SpectralAtomo, UniformQuantized
+from efsgd import LQSGD, GradientAverager, PowerSGD, Signum, SpectralAtomo, UniformQuantized
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.audit import Message, Observed, Recording, observe
 from efsgd.testing.strategies import Shape, seeds, shape_lists, world_sizes
@@ -23,8 +23,9 @@ COMPILED = [PowerSGD(rank=5, min_compression_rate=0.5)]  # columns of P one afte
 MAKERS: list[Callable[[list[Tensor]], Any]] = [
     *(error_feedback(each) for each in [*EVERY_COMPRESSOR, *STACKED, *COMPILED]),
     lambda parameters: Signum(parameters, lr=0.1),
+    lambda parameters: GradientAverager(parameters, PowerSGD(rank=2)),
 ]
-NAMES = [*map(repr, [*EVERY_COMPRESSOR, *STACKED, *COMPILED]), "Signum"]
+NAMES = [*map(repr, [*EVERY_COMPRESSOR, *STACKED, *COMPILED]), "Signum", "GradientAverager"]
 
 
 def slack(compressor: Any, observed: Observed) -> list[float]:
