@@ -54,7 +54,7 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[Case]]:
         found = {
             "Faces, MLP, 1 image": [Case("faces", "MLP", 1, method) for method in COMPRESSORS],
             "Faces, convolutions, 1 image": [
-                Case("faces", "convolutions", 1, method, iterations=150)
+                Case("faces", "convolutions", 1, method, iterations=160)
                 for method in ("SGD", "Rank 1", "Rank 4", "Top-K 1 %", "Sign")
             ],
             **{

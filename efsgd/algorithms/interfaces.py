@@ -153,9 +153,10 @@ class Aggregator(ABC):
         return ()
 
     def read(self, said: Transcript) -> Mapping[int, Reading]:
-        """What a message says of what is compressed, by parameter index. No step calls it.
+        """What a message says of each compressed parameter, by index; for `efsgd.audit` alone.
 
-        The answers of means may stand in for what was sent: it is then read what they say.
+        The answers may stand in for what was sent, if all are means: what they say is then read.
+        Where a step has failed, buffers at the end are missing.
         """
         raise NotImplementedError(
             f"{type(self).__name__} does not say how its messages are read. Define "

@@ -24,7 +24,7 @@ Measure: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 class Transcript:
     """What one worker handed to the collectives of a step for one bucket, and what came back.
 
-    All tensors are copies.
+    All tensors are copies. The vectors and control words are at the head of the first buffer.
 
     Attributes:
         step: the number of the step.
@@ -41,13 +41,13 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a message says of one tensor.
+    """What a message says of one tensor; the attributes are those of `efsgd.audit.Observed`.
 
     Attributes:
         kind: how it was sent, in a word.
         values: what was sent, as floats.
-        measure: the same of a candidate for what was compressed.
-        decompressed: what receivers make of it.
+        measure: the same of a candidate for what was compressed, differentiable.
+        decompressed: what receivers make of it, of the tensor's shape.
         positions: of `values`, in the flattened tensor, where elements were sent as they are.
     """
 
@@ -80,12 +80,22 @@ class Packet:
 
 
 def in_clear(tensor: Tensor, kind: str = "clear") -> Reading:
-    """Of a tensor that was sent as it is, or of which every element was."""
+    """Reads a tensor that was sent as it is, or nearly so.
+
+    Args:
+        tensor: as it arrives, of any shape.
+        kind: "clear"; "codes" where numbers were rounded.
+    """
     return Reading(kind, (tensor,), lambda candidate: (candidate,), tensor)
 
 
 def entries(decompressed: Tensor, positions: Tensor) -> Reading:
-    """Of elements at these positions of the flattened tensor, and zeros elsewhere."""
+    """Reads elements that were sent as they are.
+
+    Args:
+        decompressed: the tensor with these elements, zeros elsewhere, of any shape.
+        positions: of the elements in the flattened tensor, [k] int64.
+    """
     values = decompressed.reshape(-1)[positions]
 
     def measure(candidate: Tensor) -> tuple[Tensor, ...]:
@@ -112,9 +122,12 @@ def read_whole(layout: Layout, flat: Tensor) -> dict[int, Reading]:
 
 
 def signs(is_positive: Tensor, decompressed: Tensor, scale: Tensor | None = None) -> Reading:
-    """Of signs, bool, each true for +1; and of the mean magnitude, [1], if that was sent.
+    """Reads signs; what is compared with them is tanh(J / mean |J|), which has a gradient.
 
-    What is compared with signs is tanh(J / mean |J|), which has the signs of J and a gradient.
+    Args:
+        is_positive: the signs, [numel] bool, true for +1.
+        decompressed: the tensor, of any shape.
+        scale: the mean magnitude of all elements, [1]; None where it was not sent.
     """
     sent = is_positive.to(decompressed.dtype).mul_(2).sub_(1).view(decompressed.shape)
 

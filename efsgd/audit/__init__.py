@@ -1,5 +1,6 @@
 """What do the messages of a worker give away?"""
 
+from efsgd.audit.analytic import label_of, linear_inputs, mean_gradients, singular_inputs
 from efsgd.audit.attacks import DLG, INVERTING_GRADIENTS, Attack
 from efsgd.audit.inversion import Inversion, invert
 from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
@@ -31,12 +32,16 @@ __all__ = [
     "best_match",
     "combine",
     "invert",
+    "label_of",
     "label_recovery",
+    "linear_inputs",
     "loss_scores",
+    "mean_gradients",
     "observe",
     "psnr",
     "report",
     "separation",
+    "singular_inputs",
     "ssim",
     "update_scores",
 ]

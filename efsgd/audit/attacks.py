@@ -24,7 +24,7 @@ class Attack:
             it is on the wrong side of zero.
         search: "l-bfgs", with a line search after Wolfe, or "adam", with signs of gradients and
             steps that shrink to a tenth after 3/8, 5/8 and 7/8 of the iterations.
-        iterations: of each start.
+        iterations: of each start. Those of L-BFGS whose line searches are long count as several.
         restarts: how many random starts there are; the one with the least distance is taken. They
             matter: one start often ends far from the best.
         lr: of the search.

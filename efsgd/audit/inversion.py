@@ -17,6 +17,8 @@ from efsgd.audit.observed import Message
 
 #: Between two looks at the clock.
 _ITERATIONS_AT_ONCE = 10
+#: An iteration of L-BFGS has as many evaluations on average, or counts as several.
+_EVALUATIONS = 2
 _DECAY_AT, _DECAY = (3 / 8, 5 / 8, 7 / 8), 0.1
 #: A start that comes as near as this is not followed by another.
 _FOUND = {torch.float32: 1e-9, torch.float64: 1e-20}
@@ -163,8 +165,6 @@ class _Search:
             self._optimizer = torch.optim.LBFGS(
                 variables,
                 lr=attack.lr,
-                max_iter=_ITERATIONS_AT_ONCE,
-                max_eval=25 * _ITERATIONS_AT_ONCE,
                 history_size=30,
                 line_search_fn="strong_wolfe",
                 tolerance_grad=1e-12,
@@ -202,10 +202,12 @@ class _Search:
 
     def _lbfgs(self, count: int) -> int:
         group = self._optimizer.param_groups[0]
-        group["max_iter"] = count
-        before = self._counted()
+        group["max_iter"], group["max_eval"] = count, _EVALUATIONS * count
+        before, evaluations = self._counted(), 0
 
         def closure() -> float:
+            nonlocal evaluations
+            evaluations += 1
             self._optimizer.zero_grad()
             value = self._value()
             value.backward()
@@ -214,8 +216,8 @@ class _Search:
         self._optimizer.step(closure)
         done = self._counted() - before
         # It stops early where nothing changes any more, or where it has overflowed.
-        self.is_done = done < count
-        return done
+        self.is_done = done < count and evaluations < _EVALUATIONS * count
+        return max(done, math.ceil(evaluations / _EVALUATIONS))
 
     def _counted(self) -> int:
         state = self._optimizer.state[self._inputs]

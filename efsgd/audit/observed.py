@@ -11,17 +11,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Observed:
-    """What one message says of one parameter's Δ_w = g_w + e_w, gradient and error memory.
+    """What one message says of one parameter.
+
+    It is about Δ_w = g_w + e_w, what the worker has compressed: its gradient, times the weight and
+    the inverse loss scale if there are any, and its error memory, which holds parts of earlier
+    gradients. Of `Signum` it is about the worker's momentum; of a link of a pipeline about a tensor
+    of activations or of their gradients, or with a memory about what is added to or taken from it.
 
     Attributes:
-        name: of the parameter, as in errors: its own, or "group 0, parameter 1".
-        index: its position among the optimizer's parameters.
-        shape: of the parameter.
-        kind: how it was sent: "clear", "low rank", "entries", "signs", "codes" or "triplets".
-        values: what was sent, float tensors; of codes what they decode to.
-        measure: the same of a candidate gradient J of that shape, differentiable: of the true Δ_w
-            it gives `values`, but for rounding.
-        decompressed: what every receiver makes of the message, of that shape.
+        name: of the parameter, as in errors: "parameter 0 (weight)"; of a link what travels.
+        index: its position among the optimizer's parameters; of a link a running number.
+        shape: of the parameter; of a complex one, of its real view.
+        kind: how it was sent, which says what `values` and `measure` are. An M is a parameter
+            [n, m] (or a stack [..., n, m]), J a candidate:
+
+            * "clear": Δ itself, and J.
+            * "low rank": P_w = M Q [n, r] and Q_w = Mᵀ P̂ [m, r], where Q is known to all and P̂ is
+              made of the mean of all P; and J Q and Jᵀ P̂. One of the two where a step sends one, or
+              has failed in between. Of `LQSGD` the factors as their codes decode.
+            * "entries": elements [k] at positions that are known, and those of J.
+            * "signs": +1 and -1 in the parameter's shape, and the mean magnitude [1]; and tanh(J /
+              mean |J|), a smooth function with the signs of J, and mean |J|. `Signum` sends no
+              magnitude.
+            * "codes": Δ as it is decompressed, and J: they differ by at most half a step of the
+              quantizer, or a whole one where rounding is stochastic.
+            * "triplets": singular vectors u [n, s] and v [m, s], each times its weight; and the
+              directions of J v and Jᵀ u, times the same. What σ was is not known.
+
+            A parameter that is a stack of tensors, each compressed by itself, has the values of all
+            one after the other.
+        values: what was sent, floats.
+        measure: the same of a J of that shape, differentiable: of J = Δ_w it gives `values`, but
+            for rounding and what was said above.
+        decompressed: what every receiver makes of the message, of that shape: a naive attacker's
+            target. Zeros where a step failed too early for that.
     """
 
     name: str
@@ -39,10 +62,11 @@ class Message:
 
     Attributes:
         step: the number of the step, from 0.
-        worker: who sent it; None where only the averages were seen.
-        parameters: what it says of each, in the order of their indices.
+        worker: who sent it; None where only the averages were seen. Of a pipeline the stage.
+        parameters: what it says of each, in the order of their indices; of a step that failed
+            early, of those that had been sent.
         applied: whether the step was; messages of a step that was skipped or has failed have been
-            seen all the same.
+            seen all the same. Of a link it is not known, and True.
         nbytes: the size of the buffers that were handed over, control words included.
     """
 

@@ -28,7 +28,9 @@ def save_images(path: str | Path, rows: Mapping[str, Tensor]) -> None:
         for axes in axes_of_row:
             axes.axis("off")
         for axes, image in zip(axes_of_row, images, strict=False):
-            axes.imshow(image.cpu().clamp(0, 1).permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(
+                image.cpu().clamp(0, 1).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1
+            )
         axes_of_row[0].text(
             -0.1, 0.5, name, transform=axes_of_row[0].transAxes, ha="right", va="center", fontsize=8
         )

@@ -138,7 +138,7 @@ class Recording:
         if record.is_dropped:
             return
         try:
-            place.append(tensor.detach().clone())
+            place.append(self._copy(tensor))
         except RuntimeError as error:  # other workers are waiting, so it is raised afterwards
             self._failure = error
             return
@@ -149,6 +149,10 @@ class Recording:
             oldest.is_dropped = True
             self.nbytes -= oldest.nbytes
             self.dropped += 1
+
+    @staticmethod
+    def _copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()
 
     def attach(self, sender: Any) -> None:
         """Listens to an optimizer, or to a stage of a pipeline."""

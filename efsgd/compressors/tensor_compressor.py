@@ -112,9 +112,15 @@ class TensorCompressor(Compressor):
         out.add_(found, alpha=alpha)
 
     def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
-        """What an attacker reads from a payload; see `efsgd.audit`.
+        """What somebody who sees a payload reads from it; for `efsgd.audit` alone.
 
-        By default how each element was decompressed: what quantization leaves of it.
+        By default that every element is about what it was decompressed to, as if it had been
+        quantized. Functions that make a `Reading` are in `efsgd.algorithms.reading`.
+
+        Args:
+            payload: of one worker, or the mean of all.
+            decompressed: what it decodes to.
+            draws: shared random numbers.
         """
         return in_clear(decompressed, "codes")
 

@@ -39,8 +39,8 @@ def test_one_image_through_rank_one_is_given_away(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found.best.score > 0.999 > 0.9 > found.blind.score
     assert found.membership is not None and found.membership.auc == 1.0
-    # P and Q of 12x36 and 4x12, biases, and the words of four parameters.
-    assert found.message_bytes == 4 * (12 + 36 + 4 + 12 + 12 + 4 + 4)
+    # P and Q of 12x36 and 4x12, biases, and a word for each of four parameters and of the step.
+    assert found.message_bytes == 4 * (12 + 36 + 4 + 12 + 12 + 4 + 5)
     text = str(found)
     assert WARNING.rstrip() in text and "(best)" in text and "AUC 1.00" in text
     assert json.loads(json.dumps(found.to_dict()))["best"] == found.best.attack
@@ -70,10 +70,9 @@ def test_more_steps_give_away_more() -> None:
         )
 
     one, eight = (
-        report(model, sparse, images(0, 1), steps=steps, attacks={"adaptive": Attack(restarts=1)})
-        for steps in (1, 8)
+        report(model, sparse, images(0, 1), steps=steps, attacks=QUICK) for steps in (1, 8)
     )
-    assert one.best.score + 0.2 < eight.best.score
+    assert max(one.rows[-1].psnr) + 3 < max(eight.rows[-1].psnr)
     assert one.message_bytes == eight.message_bytes
 
 
@@ -91,7 +90,7 @@ def test_averagers_and_private_optimizers_are_observed_as_well() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
         noisy = report(lambda: GradSampleModule(model()), private, images(0, 1), attacks=QUICK)
-    assert noisy.best.score < 0.5
+    assert max(max(row.psnr) for row in noisy.rows[1:]) < 15
 
 
 def test_what_are_no_images_is_scored_but_not_drawn(tmp_path: Path) -> None:

@@ -169,7 +169,8 @@ class ScatteredMean(GatheredMean):
         count, head = len(self._matrix_of), self._parts.width * self._dtype.itemsize
         codes = [unpack(row, self._parts.size, self._quantizer.bits) for row in sent[:, head:]]
         scales = sent.new_empty(len(self._sizes) * self._dtype.itemsize).view(self._dtype)
-        scales[self._scales_of] = sent[:, :head].clone().view(self._dtype)
+        rows = sent[:, :head].clone(memory_format=torch.contiguous_format)  # to be aligned
+        scales[self._scales_of] = rows.view(self._dtype)
         return self.decode(Coded(torch.cat(codes)[:count], scales))
 
     def read_mean(self, answers: Sequence[Tensor]) -> Tensor | None:
