@@ -122,7 +122,7 @@ def read_whole(layout: Layout, flat: Tensor) -> dict[int, Reading]:
 
 
 def signs(is_positive: Tensor, decompressed: Tensor, scale: Tensor | None = None) -> Reading:
-    """Reads signs; what is compared with them is tanh(J / mean |J|), which has a gradient.
+    """Reads signs; what is compared with them is tanh(J / mean abs(J)), which has a gradient.
 
     Args:
         is_positive: the signs, [numel] bool, true for +1.

@@ -30,9 +30,9 @@ class Observed:
               made of the mean of all P; and J Q and Jᵀ P̂. One of the two where a step sends one, or
               has failed in between. Of `LQSGD` the factors as their codes decode.
             * "entries": elements [k] at positions that are known, and those of J.
-            * "signs": +1 and -1 in the parameter's shape, and the mean magnitude [1]; and tanh(J /
-              mean |J|), a smooth function with the signs of J, and mean |J|. `Signum` sends no
-              magnitude.
+            * "signs": +1 and -1 in the parameter's shape, and the mean magnitude [1]; and mean
+              abs(J), before it tanh(J / mean abs(J)), a smooth function with the signs of J.
+              `Signum` sends no magnitude.
             * "codes": Δ as it is decompressed, and J: they differ by at most half a step of the
               quantizer, or a whole one where rounding is stochastic.
             * "triplets": singular vectors u [n, s] and v [m, s], each times its weight; and the
