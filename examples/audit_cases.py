@@ -90,7 +90,8 @@ class Case:
     def attacks(self) -> dict[str, Attack]:
         """Naive and adaptive, with little and with much preference for smooth images.
 
-        Where everything is sent both are the same.
+        Where everything is sent both are the same. A gradient that was clipped has a length that
+        says nothing, so that only its direction is compared.
         """
         found = {}
         is_plain = self.method == "SGD" and self.steps == 1
@@ -101,6 +102,7 @@ class Case:
                 found[name] = Attack(
                     adaptive=adaptive, iterations=self.iterations, restarts=self.restarts,
                     total_variation=smooth,
+                    distance="l2" if self.noise_multiplier is None else "cosine",
                 )  # fmt: skip
         return found
 

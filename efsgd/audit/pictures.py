@@ -22,8 +22,9 @@ def save_images(path: str | Path, rows: Mapping[str, Tensor]) -> None:
             "width]. Use `found` for others."
         )
     figure, grid = pyplot.subplots(
-        len(rows), count, figsize=(1.1 * count + 1.6, 1.1 * len(rows)), squeeze=False
-    )
+        len(rows), count, figsize=(count, len(rows)), squeeze=False,
+        gridspec_kw={"wspace": 0.05, "hspace": 0.05},
+    )  # fmt: skip
     for axes_of_row, (name, images) in zip(grid, rows.items(), strict=True):
         for axes in axes_of_row:
             axes.axis("off")

@@ -66,6 +66,18 @@ def message_of(compressor: Any, x: Tensor, labels: Tensor) -> Message:
     return message
 
 
+def test_of_top_k_every_column_with_an_entry_gives_its_input_away() -> None:
+    x = images(1)
+    message = message_of(TopK(density=0.5), x, torch.tensor([3]))
+    weight, bias = (message.parameters[i].decompressed for i in (FIRST_WEIGHT, FIRST_BIAS))
+    is_known = ((weight != 0) & (bias != 0)[:, None]).any(0)
+    assert is_known.sum() > 0 and not (weight != 0).all()
+    found = linear_inputs(message, FIRST_WEIGHT, FIRST_BIAS)
+    expected = torch.where(is_known, x[0], 0.0)
+    # Quotients of sums over at most 32 rows.
+    torch.testing.assert_close(found, expected, rtol=32 * EPS, atol=0)
+
+
 @pytest.mark.parametrize(
     "compressor", [PowerSGD(rank=1), PowerSGD(rank=4), PowerSGD(rank=1, alternating=True)]
 )

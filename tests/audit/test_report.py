@@ -57,7 +57,11 @@ def test_labels_and_an_order_of_groups_are_found() -> None:
 
     # The last parameter is a matrix then, so labels are looked for along with the input.
     found = report(
-        model, reversed_groups, images(0, 1), attacks={"adaptive": Attack()}, labels_known=False
+        model,
+        reversed_groups,
+        images(0, 1),
+        labels_known=False,
+        attacks={"adaptive": Attack(iterations=150, restarts=1)},
     )
     assert found.best.score > 0.95 and found.best.labels == 1.0
     assert found.membership is None
