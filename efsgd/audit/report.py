@@ -171,14 +171,12 @@ def report(
         optimizer_factory: makes of the model an optimizer of this package, with or without
             `PrivateOptimizer`, or a `GradientAverager`.
         batch: inputs [samples, ...] and labels [samples] of one worker.
-        others: inputs and labels of the same kind that are not in the batch, as an attacker may
-            have them. Their mean is the blind guess, without them the middle of the bounds. With
-            them it is also asked how well the batch is told from them.
+        others: inputs and labels of the same kind, as an attacker may have them. Their mean is the
+            blind guess, else the middle of the bounds; and the batch is told from them.
         loss: of outputs and labels, a scalar.
         attacks: by name.
         labels_known: whether the attacker knows the labels; see `invert` for how it finds them.
-        steps: how many steps are taken with this batch, at the same weights: error feedback gives
-            later what it hid. See `combine`.
+        steps: that are taken with this batch, at the same weights; see `combine`.
         bounds: the least and the largest value of inputs.
         seed: of the model, and of the starts of attacks.
         seconds: for all attacks together, in equal parts.
