@@ -13,7 +13,9 @@ from efsgd.audit.observed import Message
 
 
 def infer_labels(message: Message, model: FrozenModel, inputs: Tensor) -> Tensor | None:
-    """Labels of a batch, ascending, int64; None where the last parameter is no vector of biases.
+    """Labels of a batch, ascending, int64; None where the last parameter's message has none.
+
+    It has none where it is no vector of biases, or nothing in it is negative.
 
     What is expected of softmax is taken from the model's outputs for `inputs`, made-up ones, [n,
     ...] with n the size of the batch. It is assumed that the loss is the mean of cross-entropies.
@@ -24,8 +26,10 @@ def infer_labels(message: Message, model: FrozenModel, inputs: Tensor) -> Tensor
     if biases is None or outputs.ndim != 2 or tuple(biases.shape) != (outputs.shape[1],):
         return None
     size, gradient = len(inputs), biases.decompressed.to(outputs.dtype)
-    # A negative entry is a label for certain, and the most negative one if there is one sample.
-    found = gradient.argsort()[:size][: max(int((gradient < 0).sum()), 1)]
+    # A negative entry is a label for certain; of one sample the most negative one.
+    found = gradient.argsort()[:size][: int((gradient < 0).sum())]
+    if not len(found):
+        return None
     # Of each class its count: what softmax gives, here a guess, less the gradient of the sum.
     counts = size * (outputs.softmax(1).mean(0) - gradient)
     counts[found] -= 1
