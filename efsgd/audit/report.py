@@ -95,7 +95,7 @@ class Report:
     @property
     def best(self) -> Row:
         """The attack that came closest; only who has the originals knows which it is."""
-        return max(self.rows[1:], key=lambda row: row.score)
+        return max(self.rows[1:] or self.rows, key=lambda row: row.score)
 
     def __str__(self) -> str:
         width = max(len(row.attack) for row in self.rows)
