@@ -66,10 +66,11 @@ class Outcome:
 def train_and_score(seed: int) -> Iterator[Outcome]:
     """One training with each method."""
     for method in METHODS:
-        yield _train(method, seed)
+        yield train(method, seed)
 
 
-def _train(method: str, seed: int, epochs: int = EPOCHS) -> Outcome:
+def train(method: str, seed: int, epochs: int = EPOCHS) -> Outcome:
+    """One training of records, batches and first values that are the same for all methods."""
     compressor, noise, lr = METHODS[method]
     digits = load_digits()
     order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(seed))

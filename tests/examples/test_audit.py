@@ -10,7 +10,7 @@ import pytest
 
 from examples.audit import file_name, main, parse_arguments, parts, scores, spread
 from examples.audit_cases import COMPRESSORS, Case, audit
-from examples.audit_membership import METHODS, Outcome, membership_table
+from examples.audit_membership import METHODS, Outcome, membership_table, train
 from examples.reporting import markdown
 from tests.launcher import ROOT
 
@@ -67,6 +67,12 @@ def test_the_table_of_membership() -> None:
     )
     assert lines[5].endswith("| 0.760 |") and len(lines) == 6
     assert set(METHODS) > {"SGD", "Sign", "SGD, σ = 4"}
+
+
+def test_a_training_says_who_was_in_its_batches() -> None:
+    plain, noisy = (train(method, 0, epochs=1) for method in ("Rank 4", "SGD, σ = 4"))
+    assert plain.batch_auc > 0.6 > noisy.batch_auc and plain.seed == 0
+    assert 0 < plain.loss_tpr + plain.loss_auc < 2 and 0 < plain.accuracy < 100
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
