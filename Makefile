@@ -71,6 +71,15 @@ demo-pipeline: $(VENV)/.with-examples ## train in pipeline stages with compresse
 demo-pipeline-full: $(VENV)/.with-examples ## the same with all methods and three seeds; goes on where it was stopped (an hour)
 	$(BIN)/python examples/pipeline.py --all --seeds 3 --resume $(DEMO_FLAGS)
 
+.PHONY: demo-audit
+demo-audit: $(VENV)/.with-examples ## attack what is sent, and see what it gives away (three minutes on two cores)
+	$(BIN)/python examples/audit.py $(DEMO_FLAGS)
+	@echo 'This was one table. "make demo-audit-full" has larger batches, noise, and membership.'
+
+.PHONY: demo-audit-full
+demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (long)
+	$(BIN)/python examples/audit.py --full $(DEMO_FLAGS)
+
 .PHONY: test
 test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about twelve minutes on two cores)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)

@@ -29,6 +29,7 @@ exclude_patterns = ["_build", "ext"]
 public_api = [
     *(
         "efsgd",
+        "efsgd.audit",
         "efsgd.checkpoint",
         "efsgd.compressors",
         "efsgd.pipeline",

@@ -18,6 +18,7 @@ multiplies by P_hat, sends Q and decodes to P_hat Q.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt_, views
+from efsgd.algorithms.low_rank.reading import Factor, read_factors
 from efsgd.algorithms.powersgd import orthogonalize
+from efsgd.algorithms.reading import Reading, Transcript
 from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
@@ -81,8 +84,7 @@ class AlternatingPowerIteration(LowRankAggregator):
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Multiplies from one side and sends the product: (P_w, Q̂) or (P̂, Q_w)."""
-        # Where nothing is compressed, and before that starts, all steps are the same.
-        self._from_right = not deltas.batches or (step - self._start) % 2 == 0
+        self._from_right = self._multiplies_from_right(step)
         if self._from_right:
             queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
             with self.phases("alternating: orthogonalize Q"):
@@ -132,6 +134,28 @@ class AlternatingPowerIteration(LowRankAggregator):
                 batch.split(queries), batch.split(lefts), strict=True
             )
         }
+
+    def public(self) -> Sequence[Tensor]:
+        """Q and P, unless each step draws its own."""
+        return (*self.queries, *self.lefts) if self.warm_start else ()
+
+    def read(self, said: Transcript) -> dict[int, Reading]:
+        """P_w = M Q̂ or Q_w = M^T P̂, where Q̂ and P̂ are of the last step's mean."""
+        sent, count = said.sent[0][self.layout.vector_floats :], len(self.layout.batches)
+        if self._multiplies_from_right(said.step):
+            queries = said.public[:count] or self._draw_queries(self.seed, said.step)
+            P, Q_hats = self._P_views(sent), [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
+            factor, product = Factor(P, [Q.mT for Q in Q_hats]), self._low_rank(P, Q_hats)
+        else:
+            lefts = said.public[count:] or self._draw_lefts(said.step)
+            Q, P_hats = views(sent, self._Q_shapes), [orthogonalize(P) for P in lefts]
+            factor = Factor([own.mT for own in Q], P_hats, is_of_transposed=True)
+            product = self._low_rank(P_hats, Q)
+        return read_factors(self.layout, self.placement, [factor], product)
+
+    def _multiplies_from_right(self, step: int) -> bool:
+        # Where nothing is compressed, and before that starts, all steps are the same.
+        return not self.layout.batches or (step - self._start) % 2 == 0
 
     def _draw_lefts(self, step: int) -> list[Tensor]:
         drawn = [torch.empty_like(left) for left in self.lefts]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.reading import Reading, Transcript
 from efsgd.checks import plain
 from efsgd.layout import Blocks, Elementwise, Entry, Layout
 from efsgd.profiling import Phases
@@ -54,6 +55,12 @@ class Compressed(ABC):
 
         They add up to that of all of these; a stack of matrices may have several.
         """
+
+
+def copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies each of `values` to its target (modified in place)."""
+    for value, target in zip(values, targets, strict=True):
+        target.copy_(value)
 
 
 def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
@@ -140,6 +147,21 @@ class Aggregator(ABC):
     def state(self) -> dict[int, dict[str, Tensor]]:
         """What is kept from step to step, by parameter index and name: live views."""
         return {entry.index: {} for batch in self.layout.batches for entry in batch.entries}
+
+    def public(self) -> Sequence[Tensor]:
+        """What all workers know before a step, and its messages are read with: live tensors."""
+        return ()
+
+    def read(self, said: Transcript) -> Mapping[int, Reading]:
+        """What a message says of each compressed parameter, by index; for `efsgd.audit` alone.
+
+        The answers may stand in for what was sent, if all are means: what they say is then read.
+        Where a step has failed, buffers at the end are missing.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how its messages are read. Define "
+            f"read(self, said): see efsgd.algorithms.interfaces.Aggregator."
+        )
 
 
 @dataclass(frozen=True)

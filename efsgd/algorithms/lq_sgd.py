@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from efsgd.algorithms.interfaces import Placement
-from efsgd.algorithms.low_rank.products import LowRank, rank_of
+from efsgd.algorithms.low_rank.products import LowRank, rank_of, views
 from efsgd.algorithms.powersgd import PowerIteration, normalize_columns, orthogonalize
 from efsgd.algorithms.quantization.coded_mean import GatheredMean, ScatteredMean
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
+from efsgd.algorithms.reading import Reading, Transcript
 from efsgd.layout import Blocks, Layout
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 
@@ -97,6 +98,17 @@ class QuantizedPowerIteration(PowerIteration):
                 mean_Q = yield from self._Q_mean.mean(received, what)
                 self.Q_buffer.copy_(mean_Q)  # line 7
         return self._low_rank(local.P_hat, self._Q)  # line 8
+
+    def read(self, said: Transcript) -> dict[int, Reading]:
+        """P_w and Q_w as their codes decode: M Q and M^T P̂ but for what codes miss."""
+        if len(said.sent) < 2:
+            return {}
+        after = 1 + self._P_mean.collectives
+        mean = self._P_mean.read_mean(said.answers[1:after])
+        P_mean = None if mean is None else self._P_views(mean)
+        Q_flat = self._Q_mean.read(said.sent[after]) if len(said.sent) > after else None
+        Q = None if Q_flat is None else views(Q_flat, self._Q_shapes)
+        return self._read_factors(said, self._P_views(self._P_mean.read(said.sent[1])), P_mean, Q)
 
 
 def factor_sizes(layout: Layout) -> tuple[list[int], list[int]]:

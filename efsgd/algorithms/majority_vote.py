@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement
+from efsgd.algorithms.reading import Reading, Transcript, signs
 from efsgd.layout import Blocks, Elementwise, Layout, is_fake
 from efsgd.wire.bits import majority, pack, unpack
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, InFlight, Start
@@ -104,6 +105,19 @@ class Voting(Aggregator):
                         bits = unpack(packed.view(torch.uint8)[_bytes(chunk)], len(votes), bits=1)
                         votes.add_(bits.view(torch.int8), alpha=value)
         return Votes(self.layout, self._votes, self._scratch)
+
+    def read(self, said: Transcript) -> dict[int, Reading]:
+        """The signs of the worker's momentum, as it was to be after the step."""
+        if len(said.sent) < 2:
+            return {}
+        total, dtype = self.layout.matrix_floats, self.placement.dtype
+        is_positive = unpack(said.sent[1], total, bits=1)
+        votes = is_positive.to(dtype).mul_(2).sub_(1)
+        bits, shown = (
+            Blocks(self.layout, flat.dtype, flat.device, flat=flat).views
+            for flat in (is_positive, votes)
+        )
+        return {index: signs(own, shown[index]) for index, own in bits.items()}
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the momenta those whose signs were sent, except for `absent` parameters."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efsgd.layout import Layout
+from efsgd.algorithms.reading import Reading, part_of
+from efsgd.layout import Layout, Matrix
 from efsgd.randomness import Draws
 from efsgd.wire.payload import Field
 
@@ -28,6 +29,8 @@ class Operator(Protocol):
         self, out: Tensor, payload: Payload, draws: Draws, alpha: float
     ) -> None: ...
 
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading: ...
+
     @property
     def seed_of_draws(self) -> int: ...
 
@@ -38,14 +41,19 @@ class Operator(Protocol):
 class Unit:
     """What is compressed as one tensor: one parameter, or all of one level, one after the other.
 
-    Of a stack it is one matrix. `slices` are where it lies in `Blocks.flat`, `number` is that of
-    the (first) matrix; see `Entry`.
+    Of a stack it is one matrix. `slices` are where its `matrices` lie in `Blocks.flat`, `number` is
+    that of the (first) matrix; see `Entry`.
     """
 
     def __init__(
-        self, operator: Operator, number: int, shape: tuple[int, ...], slices: Sequence[slice]
+        self,
+        operator: Operator,
+        matrices: Sequence[Matrix],
+        shape: tuple[int, ...],
+        slices: Sequence[slice],
     ) -> None:
-        self.operator, self.number, self.shape = operator, number, torch.Size(shape)
+        self.operator, self.matrices, self.shape = operator, tuple(matrices), torch.Size(shape)
+        self.number = matrices[0].number
         self._slices: list[slice] = []
         for own in slices:
             if self._slices and self._slices[-1].stop == own.start:
@@ -61,6 +69,19 @@ class Unit:
         parts = [flat[own] for own in self._slices]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
 
+    def read(
+        self, flat: Tensor, payload: Payload, draws: Draws
+    ) -> Iterator[tuple[Matrix, Reading]]:
+        """What a payload, which `add_` has added to zeros, says of each of the matrices."""
+        reading = self.operator.read(payload, self.of(flat), draws)
+        if not self.operator.takes_all_at_once:
+            yield self.matrices[0], reading
+            return
+        first = 0
+        for matrix in self.matrices:
+            yield matrix, part_of(reading, first, matrix.shape)
+            first += math.prod(matrix.shape)
+
     def add_(self, flat: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         """Adds alpha times the decompressed payload to its place (modified in place)."""
         out = self.of(flat)
@@ -74,17 +95,18 @@ class Unit:
 def units(layout: Layout) -> list[Unit]:
     """All units of a layout, whose levels are operators."""
     found, first = [], 0
-    together: dict[Any, tuple[int, list[slice]]] = {}
+    together: dict[Any, list[tuple[Matrix, slice]]] = {}
     for batch in layout.batches:
         operator: Any = batch.level
         for matrix in batch.matrices:
             own = slice(first, first + math.prod(matrix.shape))
             first = own.stop
             if operator.takes_all_at_once:
-                together.setdefault(operator, (matrix.number, []))[1].append(own)
+                together.setdefault(operator, []).append((matrix, own))
             else:
-                found.append(Unit(operator, matrix.number, matrix.shape, [own]))
-    for operator, (number, slices) in together.items():
+                found.append(Unit(operator, [matrix], matrix.shape, [own]))
+    for operator, pairs in together.items():
+        matrices, slices = [matrix for matrix, _ in pairs], [own for _, own in pairs]
         total = sum(own.stop - own.start for own in slices)
-        found.append(Unit(operator, number, (total,), slices))
+        found.append(Unit(operator, matrices, (total,), slices))
     return found

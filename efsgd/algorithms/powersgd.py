@@ -15,6 +15,7 @@ Legend. b matrices of equal shape lie in one batch; every line below serves the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt_, views
+from efsgd.algorithms.low_rank.reading import Factor, read_factors
+from efsgd.algorithms.reading import Reading, Transcript
 from efsgd.layout import Blocks, Layout
 from efsgd.wire.collectives import AllReduceMean, Exchange, Start
 
@@ -97,6 +100,35 @@ class PowerIteration(LowRankAggregator):
             for batch, queries in zip(self.layout.batches, self.queries, strict=True)
             for entry, query in batch.split(queries)
         }
+
+    def public(self) -> Sequence[Tensor]:
+        """Q, unless each step draws its own."""
+        return self.queries if self.warm_start else ()
+
+    def read(self, said: Transcript) -> dict[int, Reading]:
+        """P_w = M Q and Q_w = M^T P̂, where P̂ is of the mean of all P."""
+        head = self.layout.vector_floats
+        P = self._P_views(said.sent[0][head:])
+        P_mean = self._P_views(said.answers[0][head:]) if said.answers else None
+        Q = views(said.sent[1], self._Q_shapes) if len(said.sent) > 1 else None
+        return self._read_factors(said, P, P_mean, Q)
+
+    def _read_factors(
+        self,
+        said: Transcript,
+        P: Sequence[Tensor],
+        P_mean: Sequence[Tensor] | None,
+        Q: Sequence[Tensor] | None,
+    ) -> dict[int, Reading]:
+        """What a worker's P and Q say; of a step that has failed, P alone."""
+        queries = said.public or self._draw_queries(self.seed, said.step)
+        factors = [Factor(P, [normalize_columns(query.mT) for query in queries])]
+        product = None
+        if P_mean is not None and Q is not None:
+            P_hats = [orthogonalize(mean) for mean in P_mean]
+            factors.append(Factor([own.mT for own in Q], P_hats, is_of_transposed=True))
+            product = self._low_rank(P_hats, Q)
+        return read_factors(self.layout, self.placement, factors, product)
 
 
 def normalize_columns(matrices: Tensor) -> Tensor:

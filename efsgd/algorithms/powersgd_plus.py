@@ -23,6 +23,7 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.products import rank_of
 from efsgd.algorithms.powersgd import PowerIteration, normalize_columns, orthogonalize
+from efsgd.algorithms.reading import Reading, Transcript, read_whole
 from efsgd.algorithms.tensorwise import Dense
 from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
@@ -62,7 +63,7 @@ class RefreshedPowerIteration(PowerIteration):
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[Any]:
         """Algorithm 1, or a refresh: (P̂, Q_w), the mean Q in flight, or M as a whole."""
-        if not deltas.batches or (step - self._start) % self._every != 0:
+        if not self._refreshes(step):
             return (yield from super().compress(deltas, step))
         mean = yield from self._average(deltas)
         with self.phases("PowerSGD+: SVD"):
@@ -86,6 +87,15 @@ class RefreshedPowerIteration(PowerIteration):
         if isinstance(local, Whole):
             return Dense(local.mean)
         return (yield from super().aggregate(local))
+
+    def read(self, said: Transcript) -> dict[int, Reading]:
+        """P_w and Q_w, or at a refresh M itself, which says all that Q_w could say."""
+        if not self._refreshes(said.step):
+            return super().read(said)
+        return read_whole(self.layout, said.sent[0][self.layout.vector_floats :])
+
+    def _refreshes(self, step: int) -> bool:
+        return bool(self.layout.batches) and (step - self._start) % self._every == 0
 
     def _average(self, deltas: Blocks) -> Exchange[Blocks]:
         """The workers' mean of all matrices; that of the vectors, which ride along, is put back."""

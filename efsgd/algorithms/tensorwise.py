@@ -18,6 +18,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement
 from efsgd.algorithms.operators import Payload, Unit, units
+from efsgd.algorithms.reading import Reading, Transcript, joined
 from efsgd.layout import Blocks, Elementwise, Layout, Matrix
 from efsgd.randomness import Draws
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, Start
@@ -91,6 +92,31 @@ class Tensorwise(Aggregator):
                 self.add_(flat, self._format.unpack(own), local.step, alpha, local.drawn)
         return Dense(self._mean, is_finite=all_finite(flat))
 
+    def read(self, said: Transcript) -> dict[int, Reading]:
+        """What the payload of each tensor says, by its operator."""
+        if not self._averages and len(said.sent) < 2:
+            return {}
+        head, blocks = self.layout.vector_floats, self.zeros()
+        sent = said.sent[0][head:].view(torch.uint8) if self._averages else said.sent[1]
+        found: dict[int, list[tuple[Matrix, Reading]]] = {}
+        for unit, payload in zip(self._units, self._format.unpack(sent), strict=True):
+            draws = self._draws(unit, said.step, None)
+            unit.add_(blocks.flat, payload, draws, 1.0)
+            for matrix, reading in unit.read(blocks.flat, payload, draws):
+                found.setdefault(matrix.owner, []).append((matrix, reading))
+        return {
+            index: joined(
+                [reading for _, reading in own],
+                [matrix.place for matrix, _ in own],
+                blocks.views[index],
+            )
+            for index, own in found.items()
+        }
+
+    def zeros(self) -> Blocks:
+        """Memory for all compressed tensors."""
+        return Blocks(self.layout, self.placement.dtype, self.placement.device)
+
     def add_(
         self,
         flat: Tensor,
@@ -139,8 +165,7 @@ class Sent(Compressed):
         return self._decompressed().squared_norms(wanted)
 
     def _decompressed(self) -> Dense:
-        layout, placement = self.aggregator.layout, self.aggregator.placement
-        blocks = Blocks(layout, placement.dtype, placement.device)
+        blocks = self.aggregator.zeros()
         self.aggregator.add_(blocks.flat, self.payloads, self.step, drawn=self.drawn)
         return Dense(blocks)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.reading import Reading, entries
 from efsgd.compressors.budget import DrawnCompressor
 from efsgd.layout import is_fake
 from efsgd.randomness import Draws
@@ -48,6 +49,11 @@ class RandomBlock(DrawnCompressor):
         block, wrapped = self._block(out.shape, draws)
         flat[block].add_(values[: block.stop - block.start], alpha=alpha)
         flat[wrapped].add_(values[block.stop - block.start :], alpha=alpha)
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        everywhere = torch.arange(decompressed.numel(), device=decompressed.device)
+        positions = [everywhere[part] for part in self._block(decompressed.shape, draws)]
+        return entries(decompressed, torch.cat(positions))
 
     def _block(self, shape: torch.Size, draws: Draws) -> tuple[slice, slice]:
         """Where the block lies: its part up to the end of the tensor, and the rest at the front."""

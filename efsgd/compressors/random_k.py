@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.reading import Reading, entries
 from efsgd.compressors.budget import DrawnCompressor
 from efsgd.layout import is_fake
 from efsgd.randomness import Draws
@@ -85,6 +86,9 @@ class RandomK(DrawnCompressor):
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         out.view(-1).index_add_(0, self._positions(out, draws), payload[0], alpha=alpha)
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        return entries(decompressed, self._positions(decompressed, draws))
 
     def _positions(self, tensor: Tensor, draws: Draws) -> Tensor:
         numel, k, device = tensor.numel(), self.count(tensor.shape), tensor.device

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.reading import Reading, signs
 from efsgd.compressors.numerics import chunks
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.randomness import Draws
@@ -55,6 +56,9 @@ class SignNorm(TensorCompressor):
         scale = alpha * payload[1]
         for part, is_positive in chunks(out, payload[0]):
             part.add_(self.decompress((is_positive, scale), part.shape, draws))
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        return signs(payload[0], decompressed, payload[1])
 
     def claims(self) -> Claims:
         """‖Δ‖₁ is at least ‖Δ‖, so that at least a d-th of the squared norm is sent."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.reading import Reading
 from efsgd.checks import require_choice, require_integer
 from efsgd.compressors.numerics import power_of_two
 from efsgd.compressors.tensor_compressor import TensorCompressor
@@ -181,6 +182,25 @@ class SpectralAtomo(TensorCompressor):
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         left, right = self._factors(payload)
         out.view(left.shape[1], right.shape[1]).addmm_(left.mT, right, alpha=alpha)
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        """Directions: M v is a multiple of u, and M^T u of v. The weight is σ / p, and p unknown.
+
+        Where σ is small rounding spoils them, so each is multiplied by its weight.
+        """
+        left, weights, right = payload
+        count = len(weights)
+        u, v = left.view(count, -1).mT, right.view(count, -1).mT
+
+        def measure(candidate: Tensor) -> tuple[Tensor, ...]:
+            dtype = torch.promote_types(candidate.dtype, u.dtype)
+            M = candidate.to(dtype).reshape(len(u), len(v))
+            products = M @ v.to(dtype), M.mT @ u.to(dtype)
+            lengths = [torch.linalg.vector_norm(product, dim=0) for product in products]
+            safe = [torch.where(length > 0, length, 1.0) for length in lengths]
+            return products[0] * (weights / safe[0]), products[1] * (weights / safe[1])
+
+        return Reading("triplets", (u * weights, v * weights), measure, decompressed)
 
     def claims(self) -> Claims:
         """Random; unbiased with ATOMO's own sampling."""

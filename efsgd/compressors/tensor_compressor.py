@@ -17,6 +17,7 @@ from efsgd.algorithms.interfaces import (
     fields_of,
 )
 from efsgd.algorithms.operators import Payload, units
+from efsgd.algorithms.reading import Reading, in_clear
 from efsgd.algorithms.tensorwise import Tensorwise
 from efsgd.checks import plain
 from efsgd.layout import Layout
@@ -135,6 +136,19 @@ class TensorCompressor(Compressor):
         """
         name = type(self).__name__
         raise NotImplementedError(f"{name} must define decompress_rows(self, payload, shape).")
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        """What somebody who sees a payload reads from it; for `efsgd.audit` alone.
+
+        By default that every element is about what it was decompressed to, as if it had been
+        quantized. Functions that make a `Reading` are in `efsgd.algorithms.reading`.
+
+        Args:
+            payload: of one worker, or the mean of all.
+            decompressed: what it decodes to.
+            draws: shared random numbers.
+        """
+        return in_clear(decompressed, "codes")
 
     def claims(self) -> Claims:
         return Claims(self.averages)

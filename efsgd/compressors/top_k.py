@@ -10,6 +10,7 @@ from torch import Tensor
 
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
+from efsgd.algorithms.reading import Reading, entries
 from efsgd.checks import require_choice, require_number
 from efsgd.compressors.budget import BudgetCompressor, floats_of_rank
 from efsgd.layout import is_fake
@@ -200,3 +201,6 @@ class TopK(BudgetCompressor):
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         values, positions = payload
         out.view(-1).index_add_(0, positions, values, alpha=alpha)
+
+    def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
+        return entries(decompressed, payload[1].long())

@@ -1,4 +1,4 @@
-"""What one worker brings to a step: who makes it within the step, and who is shown it."""
+"""What one worker brings to a step and sends: who makes it, and who is shown it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +34,10 @@ class Observation:
 
 #: Is shown each step of an optimizer.
 Watcher: TypeAlias = Callable[[Observation], None]
+
+#: Is given the exchange of one bucket in a step of this number, and returns the same one, watched:
+#: what it asks for must stay what it is. All that a step sends of gradients passes here.
+Listener: TypeAlias = Callable[[Plan, Bucket, int, Exchange[Outcome]], Exchange[Outcome]]
 
 
 class Preparation(Protocol):

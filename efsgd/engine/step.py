@@ -13,7 +13,7 @@ from torch import Tensor
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
 from efsgd.engine.consistency import digest_of, drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
-from efsgd.engine.observation import Preparation, Watcher, show
+from efsgd.engine.observation import Listener, Preparation, Watcher, show
 from efsgd.engine.parameters import (
     PER_PARAMETER,
     GroupNotes,
@@ -42,6 +42,7 @@ class Step:
         notes: what groups say about the optimizer as a whole.
         plan: the buckets of the present parameter groups.
         watchers: are shown each step that is applied, of each bucket.
+        listeners: are shown what each step sends, of each bucket, and what comes back.
         preparations: make the gradients of each step.
 
     Args:
@@ -55,6 +56,7 @@ class Step:
         self.plan = Plan(method, self.notes, self.phases, self.traffic)
         self.handshake = Handshake(method, self.notes, self.plan, self.traffic)
         self.watchers: list[Watcher] = []
+        self.listeners: list[Listener] = []
         self._savings = Savings(method.compressor)
         self.preparations: list[Preparation] = []
         self._has_loaded = False
@@ -126,6 +128,8 @@ class Step:
                         is_scaled=scaling is not None,
                         digest=self._digest,
                     )
+                    for listener in self.listeners:
+                        exchange = listener(self.plan, bucket, step, exchange)
                     outcomes.append((yield from exchange))
             except CollectiveError:
                 raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.checks import plain, require_integer
 from efsgd.engine.consistency import broadcast_parameters, compare_all
-from efsgd.engine.observation import Watcher
+from efsgd.engine.observation import Listener, Watcher
 from efsgd.engine.parameters import device_of
 from efsgd.engine.update import LossScaling
 from efsgd.errors import CollectiveError
@@ -226,6 +226,15 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
         watchers = self.engine.watchers
         watchers.append(watcher)
         return lambda: watchers.remove(watcher)
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Shows what steps send, and what comes back, to a function: see `efsgd.audit.observe`.
+
+        Returns a function that ends it.
+        """
+        listeners = self.engine.listeners
+        listeners.append(listener)
+        return lambda: listeners.remove(listener)
 
     def plan_change(self) -> None:
         """To be called by every worker before the same step, if all change settings for it.

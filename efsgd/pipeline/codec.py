@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.reading import Reading, entries, in_clear, joined
 from efsgd.compressors import TensorCompressor
 from efsgd.compressors.numerics import ELEMENTS_AT_ONCE
 from efsgd.randomness import Draws
@@ -15,6 +16,9 @@ from efsgd.wire.payload import Format
 
 #: Random numbers for a row, on one worker or (False) on both.
 DrawsOf: TypeAlias = Callable[[int, bool], Draws]
+
+#: What the buffer of a message says.
+Reader: TypeAlias = Callable[[Tensor], Reading]
 
 
 def to_bytes(tensor: Tensor) -> Tensor:
@@ -26,6 +30,11 @@ def to_bytes(tensor: Tensor) -> Tensor:
 def from_bytes(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The tensor whose memory it is."""
     return buffer.view(dtype).view(shape)
+
+
+def plain_reader(shape: torch.Size, dtype: torch.dtype) -> Reader:
+    """Reads the memory of a tensor."""
+    return lambda buffer: in_clear(from_bytes(buffer, shape, dtype))
 
 
 class Codec:
@@ -95,6 +104,23 @@ class Codec:
                 self._compressor.add_decompressed_(out[n], payload, draws(n, False), 1.0)
         return out.view(shape)
 
+    def reader(self, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf) -> Reader:
+        """Reads the payload of a tensor of this shape, for somebody who sees it."""
+        form, (count, own) = self._formats(shape, compute_dtype(dtype)), self._rows(shape)
+        places = [(n,) for n in range(count)] if len(own) < len(shape) else [()]
+
+        def read(buffer: Tensor) -> Reading:
+            whole, rows = self.decode(buffer, shape, dtype, draws), []
+            payloads = form.unpack(buffer[: form.nbytes])
+            if self._together(shape):
+                fields = [field.view(count, -1) for field in payloads[0]]
+                payloads = [tuple(field[n] for field in fields) for n in range(count)]
+            for n, payload in enumerate(payloads):
+                rows.append(self._compressor.read(payload, whole[places[n]], draws(n, False)))
+            return joined(rows, places, whole)
+
+        return read
+
     def positions(self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Where a message of Top-K has its values, [rows, k] int64."""
         payloads = self._formats(shape, compute_dtype(dtype)).unpack(buffer)
@@ -153,12 +179,25 @@ class MaskedCodec(Codec):
     def decode(
         self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
     ) -> Tensor:
+        return self._decode(buffer, shape, dtype, self.chosen)
+
+    @staticmethod
+    def _decode(buffer: Tensor, shape: torch.Size, dtype: torch.dtype, chosen: Tensor) -> Tensor:
         kind = compute_dtype(dtype)
-        out = torch.zeros(shape, dtype=kind, device=buffer.device).view(len(self.chosen), -1)
-        values = buffer.view(kind).view_as(self.chosen)
+        out = torch.zeros(shape, dtype=kind, device=buffer.device).view(len(chosen), -1)
+        values = buffer.view(kind).view_as(chosen)
         if bool(values.isnan().all()):
             return out.fill_(torch.nan).view(shape)
-        return out.scatter_(1, self.chosen, values).view(shape)
+        return out.scatter_(1, chosen, values).view(shape)
+
+    def reader(self, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf) -> Reader:
+        chosen, (count, own) = self.chosen, self._rows(shape)
+        first = torch.arange(count, device=chosen.device).unsqueeze(-1) * own.numel()
+
+        def read(buffer: Tensor) -> Reading:
+            return entries(self._decode(buffer, shape, dtype, chosen), (first + chosen).view(-1))
+
+        return read
 
 
 def _at_once(own: torch.Size) -> int:

@@ -1,14 +1,23 @@
 """One end of a link: what it sends or receives in a step, message by message."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efsgd.pipeline.codec import Codec, MaskedCodec, compute_dtype, from_bytes, to_bytes
+from efsgd.pipeline.codec import (
+    Codec,
+    MaskedCodec,
+    Reader,
+    compute_dtype,
+    from_bytes,
+    plain_reader,
+    to_bytes,
+)
 from efsgd.pipeline.link import Link
 from efsgd.pipeline.memory import DifferenceMemory, ErrorMemory, Memory, SampleMemory
 from efsgd.pipeline.samples import SampleStore
@@ -23,6 +32,11 @@ _ROWS, _CHUNKS = 1 << 24, 1 << 20
 Masks: TypeAlias = dict[tuple[int, int], Tensor]
 
 
+#: Is shown what is handed to a send: which microbatch and output it is, the shape of the tensor,
+#: the buffer that stands for it, and what reads the buffer.
+EndListener: TypeAlias = Callable[[tuple[int, int], torch.Size, Tensor, Reader], None]
+
+
 class End:
     """The sender or the receiver of a link between two stages.
 
@@ -33,6 +47,7 @@ class End:
         description: what must be the same at both ends.
         sent: bytes that were handed to sends.
         plain: what they would have been uncompressed.
+        listeners: are shown what is handed to sends.
 
     Args:
         link: what travels.
@@ -43,6 +58,7 @@ class End:
 
     def __init__(self, link: Link, number: int, name: str, masks: Masks | None = None) -> None:
         self.link, self.sent, self.plain = link, 0, 0
+        self.listeners: list[EndListener] = []
         self._number, self._name, self._masks = number, name, masks
         self.codec: Codec | None = None
         self.memory: Memory | None = None
@@ -111,16 +127,23 @@ class End:
         packed, number = [], 0
         for output, op in enumerate(ops):
             tensor = op.tensor.detach()
+            shape, dtype = tensor.shape, tensor.dtype
             self._require_agreed(chunk, output, tensor)
-            if self._compresses(tensor.shape, tensor.dtype):
-                x = tensor if scale == 1.0 else tensor.to(compute_dtype(tensor.dtype)) / scale
+            if is_compressed := self._compresses(shape, dtype):
+                x = tensor if scale == 1.0 else tensor.to(compute_dtype(dtype)) / scale
                 draws, key = self._draws(chunk, number), (chunk, number)
                 self._read_mask(key)
-                buffer = self._memory(trains).encode(key, x, tensor.dtype, draws)
+                buffer = self._memory(trains).encode(key, x, dtype, draws)
                 self._note_mask(key, buffer, tensor)
                 number += 1
             else:
                 buffer = to_bytes(tensor)
+            if self.listeners:
+                read = plain_reader(shape, dtype)
+                if is_compressed:
+                    read = self._memory(trains).reader(key, shape, dtype, draws)
+                for listener in self.listeners:
+                    listener((chunk, output), shape, buffer, read)
             self._flying.append(buffer)
             self.sent += buffer.numel()
             self.plain += tensor.numel() * tensor.itemsize
@@ -214,3 +237,22 @@ class End:
             return Draws(seed, index, step, 0 if is_private else None)
 
         return draws
+
+
+def listen(ends: Mapping[str, End], show: Callable[..., None]) -> Callable[[], None]:
+    """Has senders show what they send, by name, until the function that is returned is called."""
+    undo = []
+    for direction in ("activations", "gradients"):
+
+        def listener(place: tuple[int, int], *message: Any, direction: str = direction) -> None:
+            show(f"{direction}, microbatch {place[0]}, output {place[1]}", *message)
+
+        listeners = ends[f"{direction} sent"].listeners
+        listeners.append(listener)
+        undo.append(partial(listeners.remove, listener))
+
+    def end() -> None:
+        for each in undo:
+            each()
+
+    return end

@@ -80,3 +80,13 @@ class Link:
     def codes(self) -> TensorCompressor | None:
         """The compressor, where there is something to do."""
         return None if isinstance(self.compressor, Identity) else self.compressor
+
+
+def link_of(given: Link | None) -> Link:
+    """A link as it was given; None is one that compresses nothing."""
+    if given is not None and not isinstance(given, Link):
+        raise TypeError(
+            f"Invalid link: {given!r}. Must be a Link, which says what is sent and what is kept: "
+            f"write Link({type(given).__name__}(...))."
+        )
+    return Link() if given is None else given

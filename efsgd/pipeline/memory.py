@@ -1,12 +1,13 @@
 """What the ends of a link keep between steps. What a step changes counts once both agree on it."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.reading import Reading, in_clear, joined
 from efsgd.pipeline.codec import Codec, DrawsOf, compute_dtype, from_bytes, to_bytes
 from efsgd.pipeline.samples import SampleStore
 from efsgd.wire.compare import checksum, digest_of
@@ -44,6 +45,12 @@ class Memory:
     ) -> Tensor:
         """The tensor that a message stands for."""
         return self._codec.decode(buffer, shape, dtype, draws)
+
+    def reader(
+        self, key: Key, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Callable[[Tensor], Reading]:
+        """Reads the message of the present step, of what was compressed: less or more than x."""
+        return self._codec.reader(shape, dtype, draws)
 
     def commit(self) -> None:
         """What the last step has changed is kept."""
@@ -229,6 +236,29 @@ class SampleMemory(Memory):
                 self._new[sample, key[1]] = result[row].flatten()
         return result
 
+    def reader(
+        self, key: Key, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf
+    ) -> Callable[[Tensor], Reading]:
+        _, new, known = self._split(key, shape, dtype)
+        own, coded = shape[1:], torch.Size((len(known), *shape[1:]))
+        read_coded = self._codec.reader(coded, dtype, draws) if known else None
+        head = len(new) * own.numel() * dtype.itemsize
+
+        def read(buffer: Tensor) -> Reading:
+            result = torch.zeros(shape, dtype=compute_dtype(dtype), device=buffer.device)
+            found, rows = [], []
+            if new:
+                whole = from_bytes(buffer[:head].clone(), torch.Size((len(new), *own)), dtype)
+                result[new] = whole.to(result.dtype)
+                found, rows = [in_clear(result[new])], [new]
+            if read_coded is not None:
+                rest = read_coded(buffer[head:].clone())
+                result[known] = rest.decompressed
+                found, rows = [rest, *found], [known, *rows]
+            return joined(found, rows, result)
+
+        return read
+
     def commit(self) -> None:
         self._store.keep(self._new)
         self._new = {}
@@ -248,6 +278,17 @@ class SampleMemory(Memory):
 
 
 def split_ids(ids: Tensor | Sequence[int], n_microbatches: int) -> list[list[int]]:
-    """Sample ids by microbatch, cut as torch cuts a batch."""
-    cut = torch.as_tensor(ids).tensor_split(n_microbatches)
-    return [part.tolist() for part in cut]
+    """Sample ids by microbatch, cut as torch cuts a batch.
+
+    Raises:
+        ValueError: they are no integers, not of one dimension, or some sample is there twice.
+    """
+    given = torch.as_tensor(ids)
+    is_integer = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    if given.ndim != 1 or not is_integer or len(given.unique()) != len(given):
+        raise ValueError(
+            f"Invalid sample_ids: {given.dtype} of shape {list(given.shape)}. Must be integers, "
+            f"[samples], a different one for each sample of the batch: what is kept of a sample "
+            f"is found by it."
+        )
+    return [part.tolist() for part in given.tensor_split(n_microbatches)]

@@ -1,6 +1,6 @@
 """A stage of torch's pipeline engine whose links carry payloads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from efsgd.pipeline.ends import End, Masks
+from efsgd.algorithms.reading import Packet
+from efsgd.pipeline.codec import Reader
+from efsgd.pipeline.ends import End, Masks, listen
 from efsgd.pipeline.handshake import Handshake, Said
-from efsgd.pipeline.link import Link
+from efsgd.pipeline.link import Link, link_of
 from efsgd.pipeline.memory import SampleMemory, split_ids
 from efsgd.wire.compare import digest_of
 
@@ -74,7 +76,7 @@ class CompressedStage(PipelineStage):
         **options: Any,
     ) -> None:
         super().__init__(submodule, stage_index, num_stages, device, **options)
-        forwards, backwards = activations or Link(), gradients or Link()
+        forwards, backwards = link_of(activations), link_of(gradients)
         self._masks: list[Masks | None] = [None, None]  # of the links before and after this stage
         if backwards.reuse_mask:
             _require_same_top_k(forwards, backwards)
@@ -228,6 +230,17 @@ class CompressedStage(PipelineStage):
             n_microbatches: that of the schedule.
         """
         self._announced = split_ids(sample_ids, n_microbatches)
+
+    def listen(self, listener: Callable[[Packet], None]) -> Callable[[], None]:
+        """Shows all that this stage hands to sends to a function, until what it returns is called.
+
+        See `efsgd.audit.observe`.
+        """
+
+        def show(name: str, shape: torch.Size, buffer: Tensor, read: Reader) -> None:
+            listener(Packet(name, self._step - 1, self.stage_index, shape, buffer, read))
+
+        return listen(self._ends, show)
 
     def communication_stats(self) -> dict[str, int]:
         """What this stage has handed to sends since its construction, counted from the buffers.

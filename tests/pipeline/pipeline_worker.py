@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage
 
 from efsgd import PowerSGDOptimizer, RandomK, UniformQuantized
+from efsgd.audit import observe
 from efsgd.pipeline import CompressedStage, Link
 from tests.pipeline import training, troubles
 from tests.pipeline.training import MICROBATCHES, Pipeline, batches, compressed, plain_data
@@ -62,7 +63,8 @@ def evaluation() -> dict[str, Any]:
     outputs = pipeline.run(inputs, targets, pipeline.engine.eval)
     after = pipeline.memories()
     evaluated = [new - old for new, old in zip(pipeline.sent(), sent, strict=True)]
-    pipeline.train(2, 2)
+    with observe(pipeline.stages) as recording:
+        pipeline.train(2, 2)
     other.train(2, 2)
     return {
         "before": before,
@@ -71,6 +73,7 @@ def evaluation() -> dict[str, Any]:
         "is_finite": outputs is None or bool(outputs.isfinite().all()),
         "values": [pipeline.values(), other.values()],
         "memories": [pipeline.memories(), other.memories()],
+        "observed": [[m.step, m.worker, m.nbytes, len(m.parameters)] for m in recording],
     }
 
 

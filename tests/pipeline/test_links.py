@@ -6,6 +6,8 @@ import pytest
 
 from efsgd import Identity, PowerSGD, RandomK, TopK, UniformQuantized
 from efsgd.pipeline import Link
+from efsgd.pipeline.link import link_of
+from efsgd.pipeline.memory import split_ids
 from efsgd.pipeline.ends import End
 
 Q4 = UniformQuantized(bits=4)
@@ -72,3 +74,14 @@ def test_ends_that_do_the_same_describe_it_alike() -> None:
     assert len({End(link, 0, "sent").description for link in files}) == 1
     others = [Link(Q4), Link(Q4, memory="error"), Link(Q4, per="microbatch"), Link()]
     assert len({End(link, 0, "sent").description for link in others}) == 4
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 1], [0.0, 1.0], [[0, 1], [2, 3]], [True, False]], ids=str)
+def test_what_names_no_samples_is_refused(ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"Invalid sample_ids: .* Must be integers"):
+        split_ids(ids, 2)
+
+
+def test_a_compressor_is_no_link() -> None:
+    with pytest.raises(TypeError, match=r"write Link\(UniformQuantized\(...\)\)"):
+        link_of(UniformQuantized(bits=4))  # type: ignore[arg-type]

@@ -124,6 +124,15 @@ def test_evaluation_compresses_and_changes_no_memory(links: list[dict[str, Any]]
     assert links[1]["evaluation"]["sent"] == [0, 0, 0, 0]
 
 
+def test_stages_are_observed_and_train_as_if_nobody_looked(links: list[dict[str, Any]]) -> None:
+    # 4 microbatches of 8 samples: 32 codes of 4 bits, and one or two numbers. The third step was
+    # an evaluation; that nothing else changes is seen above.
+    sizes = [4 * 8 * (16 + 8), 4 * 8 * (16 + 4)]
+    for stage, size in enumerate(sizes):
+        found = links[stage]["evaluation"]["observed"]
+        assert found == [[3, stage, size, MICROBATCHES], [4, stage, size, MICROBATCHES]]
+
+
 def test_several_outputs_of_any_dtype(links: list[dict[str, Any]]) -> None:
     first, second = (worker["several_outputs"] for worker in links)
     # Of a sample: 2 int64, 16 bool, 32 float32 and 32 float64; gradients are of the last two.

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efsgd import PowerSGDOptimizer, average_buffers
+from efsgd.audit import observe
 from efsgd.checkpoint import average_errors_, consolidated_state_dict
 from efsgd.wire import calls
 from efsgd.wire.collectives import Collective
@@ -115,6 +116,7 @@ def agree() -> dict[str, Any]:
     worker, world_size = join()
     results: dict[str, Any] = {}
     optimizer = make(start())
+    recording = observe(optimizer, steps=range(20, 22))  # changes nothing of what follows
     for step in range(50):
         set_gradients(optimizer, step, worker)
         optimizer.step()
@@ -123,6 +125,8 @@ def agree() -> dict[str, Any]:
             results["values"] = [p.detach().flatten().tolist() for p in parameters]
     results["trained"] = fingerprint(optimizer)
     results["stats"] = optimizer.communication_stats()
+    results["observed"] = [[m.step, m.worker, m.applied, m.nbytes] for m in recording]
+    recording.close()
     consolidated = consolidated_state_dict(optimizer)["state"]
     results["mean_errors"] = [checksum(state["error"]) for state in consolidated.values()
                               if "error" in state]  # fmt: skip

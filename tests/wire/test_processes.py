@@ -56,6 +56,12 @@ def test_processes_compute_what_lockstep_computes(agreed: list[dict[str, Any]]) 
     assert all(worker["mean_errors"] == agreed[0]["mean_errors"] for worker in agreed)
 
 
+def test_a_worker_observes_its_own_messages(agreed: list[dict[str, Any]]) -> None:
+    for worker, report in enumerate(agreed):
+        sent = report["stats"]["bytes_sent"]
+        assert report["observed"] == [[20, worker, True, sent], [21, worker, True, sent]]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [

@@ -15,6 +15,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +39,11 @@ class GatheredMean:
 
     `sizes` are the numbers of elements of the matrices, none of them zero, which lie one after the
     other in a flat buffer.
+
+    `collectives` is how many it takes, that of `send` and those that `mean` asks for.
     """
+
+    collectives: ClassVar[int] = 1
 
     def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], placement: Placement) -> None:
         self._quantizer, self._sizes, self._dtype = quantizer, tuple(sizes), placement.dtype
@@ -70,6 +75,14 @@ class GatheredMean:
         """The mean, [numbers], of what the workers have sent, which is the answer to `send`."""
         yield from ()
         return self._average(received, self._matrix_of)
+
+    def read(self, sent: Tensor) -> Tensor:
+        """What the buffer that one worker hands to `send` decodes to: [numbers]."""
+        return self._average(sent.unsqueeze(0), self._matrix_of)
+
+    def read_mean(self, answers: Sequence[Tensor]) -> Tensor | None:
+        """The mean again, from the answers of its collectives; None where one is missing."""
+        return self._average(answers[0], self._matrix_of) if answers else None
 
     def _unsigned(self, coded: Coded) -> Tensor:
         return coded.codes & int(2**self._quantizer.bits - 1)
@@ -119,6 +132,8 @@ class Parts:
 class ScatteredMean(GatheredMean):
     """Each worker averages one part: what one receives does not grow with their number."""
 
+    collectives = 2
+
     def __init__(self, quantizer: LogQuantizer, sizes: Sequence[int], placement: Placement) -> None:
         super().__init__(quantizer, sizes, placement)
         self._parts = parts = Parts.cut(self._sizes, placement.world_size)
@@ -149,3 +164,14 @@ class ScatteredMean(GatheredMean):
     def mean(self, received: Tensor, purpose: str) -> Exchange[Tensor]:
         means: Tensor = yield AllGather(self._average(received, self._own_matrix_of), purpose)
         return means.view(-1)[: sum(self._sizes)]
+
+    def read(self, sent: Tensor) -> Tensor:
+        count, head = len(self._matrix_of), self._parts.width * self._dtype.itemsize
+        codes = [unpack(row, self._parts.size, self._quantizer.bits) for row in sent[:, head:]]
+        scales = sent.new_empty(len(self._sizes) * self._dtype.itemsize).view(self._dtype)
+        rows = sent[:, :head].clone(memory_format=torch.contiguous_format)  # to be aligned
+        scales[self._scales_of] = rows.view(self._dtype)
+        return self.decode(Coded(torch.cat(codes)[:count], scales))
+
+    def read_mean(self, answers: Sequence[Tensor]) -> Tensor | None:
+        return answers[1].view(-1)[: sum(self._sizes)] if len(answers) > 1 else None

@@ -1,0 +1,47 @@
+"""What do the messages of a worker give away?"""
+
+from efsgd.audit.analytic import label_of, linear_inputs, mean_gradients, singular_inputs
+from efsgd.audit.attacks import DLG, INVERTING_GRADIENTS, Attack
+from efsgd.audit.inversion import Inversion, invert
+from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
+from efsgd.audit.observed import Message, Observed
+from efsgd.audit.recording import Recording, observe
+from efsgd.audit.report import Report, Row, report
+from efsgd.audit.scores import (
+    Separation,
+    best_match,
+    label_recovery,
+    psnr,
+    separation,
+    ssim,
+)
+from efsgd.audit.several_steps import combine
+
+__all__ = [
+    "DLG",
+    "INVERTING_GRADIENTS",
+    "Attack",
+    "Inversion",
+    "Message",
+    "Observed",
+    "Recording",
+    "Report",
+    "Row",
+    "Separation",
+    "auc_under_noise",
+    "best_match",
+    "combine",
+    "invert",
+    "label_of",
+    "label_recovery",
+    "linear_inputs",
+    "loss_scores",
+    "mean_gradients",
+    "observe",
+    "psnr",
+    "report",
+    "separation",
+    "singular_inputs",
+    "ssim",
+    "update_scores",
+]
