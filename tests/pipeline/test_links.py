@@ -6,9 +6,9 @@ import pytest
 
 from efsgd import Identity, PowerSGD, RandomK, TopK, UniformQuantized
 from efsgd.pipeline import Link
+from efsgd.pipeline.ends import End
 from efsgd.pipeline.link import link_of
 from efsgd.pipeline.memory import split_ids
-from efsgd.pipeline.ends import End
 
 Q4 = UniformQuantized(bits=4)
 
