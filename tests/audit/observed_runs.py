@@ -83,7 +83,8 @@ class Team:
         if momentum is not None:
             return momentum.clone()
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        return gradient if error is None else error + gradient
+        # A copy: averagers write to gradients.
+        return gradient.clone() if error is None else error + gradient
 
 
 class _Spy:

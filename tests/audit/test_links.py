@@ -118,7 +118,7 @@ def test_what_is_not_compressed_is_seen_as_it_is(dtype: torch.dtype) -> None:
 def test_what_is_not_finite_is_seen_as_nan() -> None:
     pair = Pair(Link(UniformQuantized(4)))
     ear = Ear(pair)
-    pair.step(torch.tensor([[1.0, torch.inf]]))
+    pair.step(torch.tensor([[1.0, torch.inf, *[0.0] * 14]]))
     assert ear.heard[0].decompressed.isnan().all()
 
 

@@ -221,7 +221,7 @@ def test_modes_of_the_caller_change_nothing(memory: str) -> None:
         make(memory, compressor, per="microbatch"),
     )
     for step in range(4):
-        x, ids = made((8, 6), torch.float32, step), ids_of(pair, [1, 2, 3, 4, 5, 6, 7, step])
+        x, ids = made((8, 6), torch.float32, step), ids_of(pair, [1, 2, 3, 4, 5, 6, 7, 8 + step])
         with torch.inference_mode(step % 2 == 0), torch.autocast("cpu", enabled=step > 1):
             found = pair.step(x, step, ids)
         assert torch.equal(found, other.step(x, step, ids))
