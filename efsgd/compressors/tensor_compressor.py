@@ -128,7 +128,7 @@ class TensorCompressor(Compressor):
         raise NotImplementedError(f"{name} must define compress_rows(self, deltas).")
 
     def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
-        """What payloads decode to, [rows, *shape], to the bit what `decompress` returns for each.
+        """What payloads decode to, `[rows, *shape]`, to the bit what `decompress` returns for each.
 
         Args:
             payload: each field [rows, count]. Not to be modified.
