@@ -73,30 +73,34 @@ def test_it_equals_the_plain_optimizer(
 
 @pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
 def test_bytes_are_those_without_privacy(make: Make) -> None:
-    """But for comparing noise, once; and so are all statistics."""
+    """But for comparing noise and naming the training, once; and so are all statistics."""
     team = private_team(3, make)
     plain: list[Any] = []
     for _ in range(3):
         optimizer, averager = make(copied(start_of(SHAPES)))
         plain.append(optimizer if averager is None else (optimizer, averager))
-    noise = settings = 0
+    own = 0
     for step in range(3):
         records = made_records(SHAPES, [4, 0, 2], step)
         give(team, records)
-        for member, own in zip(plain, records, strict=True):
-            for parameter, gradients in zip(parameters_of(optimizer_of(member)), own, strict=True):
+        for member, listed in zip(plain, records, strict=True):
+            for parameter, gradients in zip(
+                parameters_of(optimizer_of(member)), listed, strict=True
+            ):
                 parameter.grad = gradients.sum(0)
         trace, expected = take_step(team)[0], take_step(plain)[0]
         if step == 0:
             place = [each.purpose for each in trace].index("digests of noise")
-            settings, noise = (each.nbytes for each in trace[place - 1 : place + 1])
-            assert noise == 16  # two digests; before them, those of the settings of privacy
-            del trace[place - 1 : place + 1]
+            # Digests of the settings of privacy, two of noise, and the number of the training.
+            agreed = [each.nbytes for each in trace[place - 1 : place + 2]]
+            assert agreed[1:] == [16, 8]
+            own = sum(agreed)
+            del trace[place - 1 : place + 2]
         assert trace == expected
         sender = plain[0][1] if isinstance(plain[0], tuple) else plain[0]
         stats, plain_stats = team[0].communication_stats(), sender.communication_stats()
         for name in ("total_bytes_sent", "check_bytes_sent"):
-            assert stats.pop(name) - plain_stats.pop(name) == noise + settings
+            assert stats.pop(name) - plain_stats.pop(name) == own
         assert stats == plain_stats
     assert through_a_file(team[0].state_dict()).keys() == {"state", "param_groups", "privacy"}
     assert torch.is_tensor(parameters_of(team[0])[0])
