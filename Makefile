@@ -33,7 +33,7 @@ help: ## print this list
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
-demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them (two minutes on two cores)
+demo: $(VENV)/.with-examples ## train with several ranks of compression and compare them (the first table within two minutes on two cores)
 	$(BIN)/python examples/compare_ranks.py --seeds 1 $(DEMO_FLAGS)
 	@echo 'This was one seed of each. "make demo-full" takes three, and has standard deviations (5 minutes).'
 
@@ -63,7 +63,7 @@ demo-privacy-full: $(VENV)/.with-examples ## the same with three seeds, and a se
 	$(BIN)/python examples/private_training.py --full $(DEMO_FLAGS)
 
 .PHONY: demo-pipeline
-demo-pipeline: $(VENV)/.with-examples ## train in pipeline stages with compressed links, in 2 and in 4 processes (about four minutes on two cores)
+demo-pipeline: $(VENV)/.with-examples ## train in pipeline stages with compressed links, in 2 and in 4 processes (three minutes on two cores)
 	$(BIN)/python examples/pipeline.py $(DEMO_FLAGS)
 	@echo 'This was one seed of some methods. "make demo-pipeline-full" has all, and standard deviations.'
 
@@ -72,7 +72,7 @@ demo-pipeline-full: $(VENV)/.with-examples ## the same with all methods and thre
 	$(BIN)/python examples/pipeline.py --all --seeds 3 --resume $(DEMO_FLAGS)
 
 .PHONY: demo-audit
-demo-audit: $(VENV)/.with-examples ## attack what is sent, and see what it gives away (three minutes on two cores)
+demo-audit: $(VENV)/.with-examples ## attack what is sent, and see what it gives away (half a minute on two cores)
 	$(BIN)/python examples/audit.py $(DEMO_FLAGS)
 	@echo 'This was one table. "make demo-audit-full" has larger batches, noise, and membership.'
 
@@ -81,7 +81,7 @@ demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the docum
 	$(BIN)/python examples/audit.py --full $(DEMO_FLAGS)
 
 .PHONY: test
-test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about twelve minutes on two cores)
+test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about thirteen minutes on two cores)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
 
 # The promises on few examples, the floors, the laws for four compressors, and two real processes.
