@@ -191,7 +191,7 @@ def _weights(device: torch.device) -> Tensor:
 
 
 def digest_of(data: bytes) -> int:
-    """64 bits, the same in all processes; of what is secret they give nothing away."""
+    """64 bits, the same in all processes. Who can guess the data can check the guess."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
