@@ -30,6 +30,7 @@ from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import describe_change, describe_rejection, raise_unable
+from efsgd.wire.together import together
 from efsgd.wire.traffic import TrafficCounter
 
 
@@ -112,21 +113,24 @@ class Step:
         notes = [] if loaded is None else [loaded]
         try:
             rules = yield from self._agree(groups, state, context)
-            step, outcomes = self.notes.step, []
+            step = self.notes.step
             self.traffic.begin_step(self.plan.nbytes)
             self.phases.begin_step()
             try:
-                for bucket in self.plan.buckets:
-                    exchange = exchange_gradients(
-                        bucket,
-                        self.plan.gradients(bucket),
-                        step,
-                        weight if scaling is None else scaling.factor * weight,
-                        has_overflowed=scaling is not None and scaling.has_overflowed,
-                        is_scaled=scaling is not None,
-                        digest=self._digest,
-                    )
-                    outcomes.append((yield from exchange))
+                outcomes = yield from together(
+                    [
+                        exchange_gradients(
+                            bucket,
+                            self.plan.gradients(bucket),
+                            step,
+                            weight if scaling is None else scaling.factor * weight,
+                            has_overflowed=scaling is not None and scaling.has_overflowed,
+                            is_scaled=scaling is not None,
+                            digest=self._digest,
+                        )
+                        for bucket in self.plan.buckets
+                    ]
+                )
             except CollectiveError:
                 raise
             except Exception:  # the others cannot know, and apply the step
