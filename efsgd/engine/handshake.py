@@ -89,7 +89,8 @@ class Handshake:
     def is_due(self, step: int) -> bool:
         """Whether all workers are known to begin the step with a comparison."""
         agreed = self._agreed
-        if agreed is None or self._is_planned:
+        # Where nothing is trained nothing is sent, in which a worker could tell its news.
+        if agreed is None or self._is_planned or not agreed.numerics:
             return True
         is_due = agreed.every > 0 and step > 0 and step % agreed.every == 0
         return is_due or self._plan.phase(step, agreed.start) != agreed.signature.phase

@@ -237,3 +237,25 @@ def test_check_every_may_not_change_on_one_worker(later: int) -> None:
     workers[1].param_groups[0]["check_every"] = 3
     with pytest.raises(WorkerMismatchError, match="worker 1"):
         step_with(workers, scenario.gradients(later))
+
+
+@pytest.mark.parametrize("thawed", [{0}, {1, 2}, {0, 1, 2}], ids=str)
+def test_where_nothing_is_trained_workers_still_hear_of_each_other(thawed: set[int]) -> None:
+    """No gradient is sent then, with which a worker could say that it has something new."""
+    workers, scenario = a_run(3)
+    train(scenario, range(1), workers)
+    for worker in workers:
+        for parameter in parameters_of(worker):
+            parameter.requires_grad_(False)
+    train(scenario, range(1, 3), workers)
+    for number in thawed:
+        parameters_of(workers[number])[0].requires_grad_(True)
+    set_gradients(workers, scenario.gradients(3))
+    if len(thawed) == len(workers):
+        step_together(workers)
+        assert workers[0].communication_stats()["steps"] == 4
+        return
+    before = bits(snapshot(workers))
+    with pytest.raises(WorkerMismatchError, match="frozen"):
+        step_together(workers)
+    assert bits(snapshot(workers)) == before
