@@ -28,8 +28,7 @@ def resume(workers: Workers, place: int, *, with_windows: bool) -> None:
 
 def resume_with(workers: Workers, world_size: int, *, with_windows: bool) -> None:
     """Another number of workers, all of which load the same."""
-    workers.settle()
-    workers.in_all(lambda optimizer, worker: optimizer.settle_errors(workers.world_size, worker))
+    workers.settle_all()
     windows = None if workers.windows is None else workers.windows.consolidated()
     saved = lockstep([consolidation(optimizer) for optimizer in workers.optimizers]).results[0]
     reference = workers.reference

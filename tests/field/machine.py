@@ -150,6 +150,11 @@ class Workers:
                 errors = self.reference.errors[worker]
                 errors[:] = [torch.zeros_like(error) for error in errors]
 
+    def settle_all(self) -> None:
+        """The same in the optimizers, ahead of the step: they do not warn in it."""
+        self.settle()
+        self.in_all(lambda optimizer, worker: optimizer.settle_errors(self.world_size, worker))
+
     def fit_reference(self, uncompressed: Collection[int] = ()) -> None:
         """Gives the reference the settings of the groups, and queries that fit them."""
         for info in list_parameters(self.optimizers[0].settled_groups):
@@ -222,8 +227,7 @@ class Workers:
 
     def refuse(self, error: type[Exception], words: str, act: Callable[[], object]) -> None:
         """A call that must fail on all workers with this error, and change nothing."""
-        self.settle()
-        self.in_all(lambda optimizer, worker: optimizer.settle_errors(self.world_size, worker))
+        self.settle_all()
         before = self.bits()
         try:
             act()

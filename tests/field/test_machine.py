@@ -91,7 +91,7 @@ class FieldMachine(RuleBasedStateMachine):
         if overflows and workers.trained():
             before = workers.optimizers[0].engine.notes.step
             workers.give_gradients()
-            workers.settle()
+            workers.settle_all()
             drive(workers.optimizers)
             workers.check()
             assert workers.optimizers[0].engine.notes.step == before
