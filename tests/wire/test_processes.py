@@ -56,6 +56,23 @@ def test_processes_compute_what_lockstep_computes(agreed: list[dict[str, Any]]) 
     assert all(worker["mean_errors"] == agreed[0]["mean_errors"] for worker in agreed)
 
 
+def test_several_buckets_never_stand_still_and_compute_what_lockstep_computes(
+    agreed: list[dict[str, Any]],
+) -> None:
+    """Over 200 steps, in which collectives of all buckets are in flight at once."""
+    for kind in ("parameters", "momentum_buffer", "q"):
+        assert all(worker["in_buckets"][kind] == agreed[0]["in_buckets"][kind] for worker in agreed)
+    assert all(worker["collectives_in_buckets"] == 2 * 3 for worker in agreed)
+    if len(agreed) == 2:  # a sum of two is the same in either order
+        optimizers = [script.make(script.start(), bucket_bytes=1000) for _ in agreed]
+        for step in range(200):
+            for worker, optimizer in enumerate(optimizers):
+                script.set_gradients(optimizer, step, worker)
+            step_together(optimizers)
+        for worker, optimizer in zip(agreed, optimizers, strict=True):
+            assert worker["in_buckets"] == script.fingerprint(optimizer)
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
