@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.ddp.backward import BackwardError, Pass, Worker
+from efsgd.ddp.backward import Pass, Worker
 from efsgd.ddp.groups import own_group
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.wire.collectives import leave_modes
@@ -149,9 +149,7 @@ class CompressionState:
         current = self._pass
         if current is None:
             return True
-        if not (current.is_whole or current.is_over):
-            current.break_off(_broken_off())
-        current.join()
+        self._settle()
         error, current.error = current.error, None
         if error is not None:
             raise error
@@ -181,13 +179,20 @@ class CompressionState:
         self._is_detached = True
 
     def _wait(self) -> None:
+        """Waits for an exchange that goes on."""
         if self._pass is not None and self._pass.is_whole:
             self._pass.join()
 
+    def _settle(self) -> None:
+        """Waits for the end of the last backward pass; one that is not whole is broken off."""
+        current = self._pass
+        if current is not None and not current.is_over:
+            if not current.is_whole:
+                current.break_off(_broken_off())
+            current.join()
+
     def _begin(self, *, is_threaded: bool) -> Pass:
-        if self._pass is not None and not self._pass.is_over:
-            self._pass.break_off(_broken_off())
-            self._pass.join()
+        self._settle()
         current = self._pass = Pass()
         for parameter, stand_in in self._stand_ins.items():
             if stand_in.data_ptr() != parameter.data_ptr() or stand_in.shape != parameter.shape:
@@ -216,7 +221,7 @@ class CompressionState:
     def _average(self, current: Pass) -> None:
         """Averages the gradients of a pass, and gives DDP its answers, whatever happens."""
         try:
-            self.averager.engine.arrivals = current.wait_for
+            self.averager.engine.plan.arrivals = current.wait_for
             current.is_averaged = self.averager.average_(self.scaler)
             with leave_modes():
                 self._write(current)
@@ -282,8 +287,8 @@ def _at_the_end(function: Any) -> None:
     cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(function)
 
 
-def _broken_off() -> BackwardError:
-    return BackwardError(
+def _broken_off() -> RuntimeError:
+    return RuntimeError(
         "The backward pass ended before all gradients were there. Nothing has changed on any "
         "worker. Find what it has raised; no step of the optimizer should follow."
     )
