@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from efsgd import PowerSGD, TopK
@@ -232,6 +233,21 @@ def unknown(worker: int) -> Report:
     return {"error": error_of(lambda: ddp(torch.ones(2, 16)).mean().backward())}
 
 
+def sparse(worker: int) -> Report:
+    """A table whose gradient is sparse."""
+    ddp = DistributedDataParallel(nn.EmbeddingBag(9, 4, mode="sum", sparse=True))
+    ddp.register_comm_hook(CompressionState(ddp), compress)
+    return {"error": error_of(lambda: ddp(torch.tensor([[worker]])).sum().backward())}
+
+
+def joined(worker: int) -> Report:
+    """Worker 1 has more batches than the others."""
+    training = Training(True, worker)
+    with Join([training.net]):
+        training.train(range(3 + 2 * worker))
+    return {"fingerprint": training.fingerprint(), "stats": training.state.communication_stats()}
+
+
 def detached(worker: int) -> Report:
     """Without the hook's work DDP averages as ever."""
     found = []
@@ -290,6 +306,8 @@ TASKS: dict[str, Callable[[int], Report]] = {
         groups,
         unknown,
         detached,
+        sparse,
+        joined,
         broken_off,
     )
 }

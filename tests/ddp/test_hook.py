@@ -146,6 +146,18 @@ def test_a_parameter_that_the_state_does_not_know_is_an_error(workers: Reports) 
         assert "shape [16, 16]" in text
 
 
+def test_sparse_gradients_are_refused(workers: Reports) -> None:
+    assert [report["sparse"]["error"][0] for report in workers] == ["NotImplementedError"] * 2
+
+
+def test_a_worker_without_batches_goes_on_sending_its_errors(workers: Reports) -> None:
+    for report in workers:
+        assert report["joined"]["stats"]["steps"] == 5
+        for name in ("parameters", "q"):  # DDP gives all of them the last one's parameters
+            own = report["joined"]["fingerprint"][name]
+            assert own == workers[0]["joined"]["fingerprint"][name]
+
+
 def test_without_its_work_ddp_averages_as_ever(workers: Reports) -> None:
     for report in workers:
         hooked, plain = report["detached"]["found"]
