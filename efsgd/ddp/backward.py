@@ -28,7 +28,7 @@ class Pass:
     views: dict[Tensor, Tensor] = field(default_factory=dict)
     answers: list[tuple[Any, Tensor]] = field(default_factory=list)
     is_averaged: bool | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
     _is_whole: bool = False
     _failure: Exception | None = None
     _news: threading.Condition = field(default_factory=threading.Condition)
@@ -77,6 +77,7 @@ class Pass:
         """Gives DDP its answers: buckets, with whatever is in them now."""
         with self._news:
             self._answer()
+            self.views.clear()
             self._end.set()
 
     def join(self) -> None:

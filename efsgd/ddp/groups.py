@@ -5,9 +5,9 @@ import torch.distributed as dist
 
 
 def own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A new group with the same workers: collectives of other threads do not come in between.
+    """A new group of gloo with the same workers, in which another thread may exchange something.
 
-    Every worker of `group` calls it. On gloo only: elsewhere one communicator is safer.
+    Every worker of `group` calls it. None where no gloo carries what is on CPUs.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -17,11 +17,15 @@ def own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
             "torch.distributed is not initialised. Call init_process_group first, as "
             "DistributedDataParallel needs it."
         )
-    if dist.get_backend(group) != "gloo":
-        return group
     whole = dist.group.WORLD if group is None else group
     assert whole is not None
-    options = getattr(whole._get_backend(torch.device("cpu")), "options", None)
+    try:  # a group may have several backends, by device
+        backend = whole._get_backend(torch.device("cpu"))
+    except RuntimeError:
+        return None
+    if backend.name() != "gloo":
+        return None
+    options = getattr(backend, "options", None)
     own: dist.ProcessGroup = dist.new_group(
         dist.get_process_group_ranks(whole),
         timeout=getattr(options, "_timeout", None),

@@ -71,6 +71,8 @@ class CompressionState:
             workers, and `check()` is False.
         bucket_bytes: gradients of about so many bytes are exchanged together.
         process_group: that of the model; None is the default group.
+        model: where parameters are given, the model that they belong to. Gradients are exchanged in
+            the order in which it has them, whatever the groups.
 
     Attributes:
         averager: exchanges gradients: a `GradientAverager`, whose parameters share the memory of
@@ -94,7 +96,9 @@ class CompressionState:
         check_every: int = 0,
         bucket_bytes: int | None = BUCKET_BYTES,
         process_group: dist.ProcessGroup | None = None,
+        model: nn.Module | None = None,
     ) -> None:
+        self._given_group, self._own_group = process_group, own_group(process_group)
         self._stand_ins = StandIns()
         self.averager = GradientAverager(
             self._stand_ins.of(model_or_parameters),
@@ -105,8 +109,10 @@ class CompressionState:
             max_grad_norm=max_grad_norm,
             check_every=check_every,
             bucket_bytes=bucket_bytes,
-            process_group=own_group(process_group),
+            process_group=process_group if self._own_group is None else self._own_group,
         )
+        if model is not None:
+            self.averager.engine.plan.order = self._stand_ins.places_in(model)
         self.scaler = scaler
         self._pass: Pass | None = None
         self._worker = Worker()
@@ -123,7 +129,7 @@ class CompressionState:
         views: dict[Tensor, Tensor] = {}
         try:
             if bucket.index() == 0 or current is None:
-                current = self._begin(is_threaded=not devices)
+                current = self._begin()
             views = self._show(bucket)
         except Exception as error:  # DDP would hide it
             failure = error
@@ -132,7 +138,7 @@ class CompressionState:
             current.break_off(failure)
         current.add(views, (future, buffer), last=bucket.is_last())
         if bucket.is_last():
-            if devices:
+            if self._own_group is None or devices:
                 self._average(current)
             with contextlib.suppress(RuntimeError):  # in no backward pass: a worker has joined
                 # DDP's own callback comes between the two, and must not be left out.
@@ -155,7 +161,7 @@ class CompressionState:
         error, current.error = current.error, None
         if error is not None:
             raise error
-        return current.is_averaged is not False
+        return bool(current.is_averaged)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the averager: this worker's errors, and the factors that all have in common."""
@@ -178,7 +184,13 @@ class CompressionState:
     def detach(self) -> None:
         """Ends compression: from now on gradients are averaged as if there were no hook."""
         self._wait()
+        if self._own_group is not None and not self._is_detached:
+            self.averager.process_group = self._given_group
+            dist.destroy_process_group(self._own_group)
         self._is_detached = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pass": None, "_given_group": None, "_own_group": None}
 
     def _wait(self) -> None:
         """Waits for an exchange that goes on."""
@@ -193,11 +205,12 @@ class CompressionState:
                 current.break_off(_broken_off())
             current.join()
 
-    def _begin(self, *, is_threaded: bool) -> Pass:
+    def _begin(self) -> Pass:
         self._settle()
-        current = self._pass = Pass()
+        unasked = None if self._pass is None else self._pass.error
+        current = self._pass = Pass(error=unasked)
         self._stand_ins.follow()
-        if is_threaded:
+        if self._own_group is not None and self.averager.join_device.type == "cpu":
             self._worker.give(functools.partial(self._average, current))
         return current
 
@@ -231,18 +244,19 @@ class CompressionState:
             current.is_averaged = self.averager.average_(self.scaler)
             with leave_modes():
                 self._write(current)
-        except Exception as error:
-            current.error = error
+        except BaseException as error:  # is raised by `check`, in the thread of the program
+            current.error, current.is_averaged = error, False
         finally:
+            self.averager.engine.plan.arrivals = None
             for stand_in in self._stand_ins.by_parameter.values():
                 stand_in.grad = None
             current.end()
 
     def _write(self, current: Pass) -> None:
-        is_skipped = not current.is_averaged and self.scaler is None
+        is_scaled = self.scaler is not None and self.scaler.is_enabled()
         for stand_in, view in current.views.items():
-            if is_skipped:
-                view.zero_()
+            if not current.is_averaged:
+                view.fill_(torch.inf if is_scaled else 0)
             elif stand_in.grad is not None and stand_in.grad.data_ptr() != view.data_ptr():
                 view.copy_(stand_in.grad)
 

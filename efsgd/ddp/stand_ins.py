@@ -22,8 +22,7 @@ class StandIns:
             given = given.module
         if isinstance(given, nn.Module):
             ignored = getattr(given, "_ddp_params_and_buffers_to_ignore", ())
-            pairs = given.named_parameters()
-            given = [(n, p) for n, p in pairs if p.requires_grad and n not in ignored]
+            given = [(n, p) for n, p in given.named_parameters() if n not in ignored]
         standing: list[Any] = []
         for each in given:
             if isinstance(each, dict):
@@ -34,9 +33,18 @@ class StandIns:
                 standing.append(self._stand_in(each))
         return standing
 
+    def places_in(self, model: nn.Module) -> dict[Tensor, int]:
+        """Of stand-ins, by the order in which a model has their parameters."""
+        places: dict[Tensor, int] = {
+            parameter: place for place, parameter in enumerate(model.parameters())
+        }
+        return {own: places.get(p, len(places)) for p, own in self.by_parameter.items()}
+
     def follow(self) -> None:
-        """Takes the memory of parameters that have got other memory."""
+        """Parameters may have got other memory, or be frozen or thawed, since the last step."""
         for parameter, stand_in in self.by_parameter.items():
+            if stand_in.requires_grad != parameter.requires_grad:
+                stand_in.requires_grad_(parameter.requires_grad)
             if stand_in.data_ptr() != parameter.data_ptr() or stand_in.shape != parameter.shape:
                 stand_in.data = parameter.data
 

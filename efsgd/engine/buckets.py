@@ -1,6 +1,6 @@
 """From tensors to buckets: one for each device and dtype, or several of limited size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
@@ -26,11 +26,16 @@ def kind_of(info: ParameterInfo) -> Kind:
     return info.parameter.device, compute_dtype(info.parameter)
 
 
-def divide(infos: Iterable[ParameterInfo], bucket_bytes: int | None) -> list[list[ParameterInfo]]:
+def divide(
+    infos: Iterable[ParameterInfo],
+    bucket_bytes: int | None,
+    order: Mapping[Tensor, int] | None = None,
+) -> list[list[ParameterInfo]]:
     """The parameters that are trained, by bucket.
 
     A bucket is full once its gradients have `bucket_bytes`. They are filled from the last parameter
-    on, whose gradient a backward pass has first.
+    on, whose gradient a backward pass has first. `order` has the places of parameters in the model,
+    where groups have them otherwise.
     """
     kinds: dict[Kind, list[ParameterInfo]] = {}
     for info in infos:
@@ -41,13 +46,15 @@ def divide(infos: Iterable[ParameterInfo], bucket_bytes: int | None) -> list[lis
     divided: list[list[ParameterInfo]] = []
     for own in kinds.values():
         size = bucket_bytes
+        if order is not None:
+            own.sort(key=lambda info: (order.get(info.parameter, -1), info.index))
         for info in reversed(own):
             if size >= bucket_bytes:
                 divided.append([])
                 size = 0
-            divided[-1].insert(0, info)
+            divided[-1].append(info)
             size += info.parameter.numel() * info.parameter.element_size()
-    return divided
+    return [sorted(each, key=lambda info: info.index) for each in divided]
 
 
 def make_bucket(

@@ -62,6 +62,8 @@ class Plan:
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
         signature: of the groups and the state that the buckets were made for; None: make them anew.
+        order: places of parameters in the order of the model, by which buckets are filled; None: as
+            the groups have them.
         arrivals: waits for the gradients of some parameters, or of all (None), where steps begin
             before they are there: on all workers, or on none.
         prepared_with: what gradients are made with, where a `Preparation` makes them; part of the
@@ -86,6 +88,7 @@ class Plan:
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
+        self.order: Mapping[Tensor, int] | None = None
         self.arrivals: Callable[[Sequence[Tensor] | None], None] | None = None
         self.prepared_with: Hashable = None
         names = ("error_feedback", "start_compressing_at", "check_every", "bucket_bytes")
@@ -189,7 +192,7 @@ class Plan:
             return
         compressor, before = self._method.compressor, self.infos
         self.infos, self.states = list(list_parameters(groups, self.sparse)), {}
-        divided = divide(self.infos, self._notes.shared(groups)["bucket_bytes"])
+        divided = divide(self.infos, self._notes.shared(groups)["bucket_bytes"], self.order)
         memory = memory_of(self.buckets, before, divided, compressor)
         self.reset()  # all other memory is free for what follows
         for info in self.infos:

@@ -5,8 +5,10 @@
 Each worker writes RESULTS/worker.json.
 """
 
+import copy
 import json
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -120,6 +122,55 @@ def rejected(worker: int) -> Report:
     report["zeros"] = all(not p.grad.any() for p in training.model.parameters())
     report["unchanged by skipping"] = state_of(training) == before
     return report
+
+
+def caught(worker: int) -> Report:
+    """A program that goes on after an error of a backward pass."""
+    training = Training(True, worker).train(range(2))
+    error_of(lambda: training.backward(2, lambda loss: loss * torch.nan))
+    return {"check": training.state.check()}
+
+
+def spared(worker: int) -> Report:
+    """Worker 1 overflows; the gradients of the others are zero. And a scaler that is disabled."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    training = Training(True, worker, scaler=scaler)
+    factor = torch.inf if worker == 1 else 0.0
+    training.step(0, lambda loss: loss * factor)
+    report: Report = {"scale": scaler.get_scale()}
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    training = Training(True, worker, scaler=disabled, options={"nonfinite": "skip"})
+    training.backward(0, lambda loss: loss * factor)
+    report["zeros"] = all(not p.grad.any() for p in training.model.parameters())
+    return report
+
+
+def thawed(worker: int) -> Report:
+    """A layer that is frozen when the state is made, and is trained later."""
+    model = Tower()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    model.layers[2].requires_grad_(False)
+    ddp.register_comm_hook(CompressionState(ddp), compress)
+    found = []
+    for is_trained in (False, True):
+        model.layers[2].requires_grad_(is_trained)
+        ddp.zero_grad()
+        ddp(torch.ones(2, 16) + worker).square().mean().backward()
+        found.append(_sums(model))
+    return {"found": found}
+
+
+def _sums(model: nn.Module) -> list[float | None]:
+    return [None if p.grad is None else p.grad.sum().item() for p in model.parameters()]
+
+
+def copied(worker: int) -> Report:
+    """Models whose hook has run are copied and saved like any."""
+    training = Training(True, worker).train(range(2))
+    copy.deepcopy(training.net)
+    again = pickle.loads(pickle.dumps(training.state))
+    same = again.state_dict()["param_groups"] == training.state.state_dict()["param_groups"]
+    return {"same": same, "kept": len(training.state._pass.views)}
 
 
 def differing(worker: int) -> Report:
@@ -299,6 +350,10 @@ TASKS: dict[str, Callable[[int], Report]] = {
         kept,
         scaled,
         rejected,
+        caught,
+        spared,
+        thawed,
+        copied,
         differing,
         failing,
         two_models,

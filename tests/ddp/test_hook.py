@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from efsgd import GradientAverager
 from efsgd.ddp import CompressionState
 from efsgd.ddp.backward import Pass, Worker
+from efsgd.engine.buckets import divide
+from efsgd.engine.parameters import list_parameters
 from tests.ddp import hook_worker as script
 from tests.launcher import launch, run_programs
 
@@ -84,6 +87,34 @@ def test_a_gradient_that_is_not_finite_changes_nothing_anywhere(
         assert found["skip"] is False
         assert found["zeros"]
         assert found["unchanged by skipping"]
+
+
+def test_who_catches_an_error_is_told_not_to_step(workers: Reports) -> None:
+    assert [report["caught"]["check"] for report in workers] == [False, False]
+
+
+def test_gradients_that_are_zero_become_infinite_or_zero_with_the_others(workers: Reports) -> None:
+    for report in workers:
+        assert report["spared"] == {"scale": 2.0**9, "zeros": True}
+
+
+def test_a_layer_that_is_thawed_is_averaged(workers: Reports) -> None:
+    first, second = (report["thawed"]["found"] for report in workers)
+    assert first == second
+    assert None not in first[1]
+
+
+def test_a_model_whose_hook_has_run_can_be_copied(workers: Reports) -> None:
+    assert [report["copied"] for report in workers] == [{"same": True, "kept": 0}] * 2
+
+
+def test_buckets_follow_the_order_of_the_model() -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    matrices, vectors = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
+    infos = list(list_parameters(GradientAverager([*matrices, *vectors]).param_groups))
+    order = {parameter: place for place, parameter in enumerate(model.parameters())}
+    found = [[info.index for info in each] for each in divide(infos, 80, order)]
+    assert found == [[2, 5], [1, 4], [0, 3]]
 
 
 def test_another_setting_on_one_worker_is_an_error_on_all(workers: Reports) -> None:
