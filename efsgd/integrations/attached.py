@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from efsgd.checkpoint import average_errors_
-from efsgd.engine.parameters import device_of
 from efsgd.errors import warn_user
 from efsgd.integrations.loss_scaling import follow_scaler
 from efsgd.optimizers.averager import GradientAverager
@@ -143,8 +142,7 @@ class Attached:
             result: bool = averager.average_()
         finally:
             del averager.found_inf, averager.grad_scale
-        optimizer.grad_scale = None
-        optimizer.found_inf = torch.zeros((), device=device_of(optimizer.param_groups))
+        optimizer.grad_scale = optimizer.found_inf = None  # unscaled, and finite
         return result
 
     def _forget(self) -> None:
