@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "efsgd"
 FLOORS = [
     {"integrations"},
     {"testing", "rank", "checkpoint", "privacy", "audit", "pipeline", "planning"},
+    {"ddp"},
     {"optimizers"},
     {"compressors", "engine"},
     {"algorithms"},

@@ -23,6 +23,7 @@ from efsgd.errors import WorkerMismatchError
 from efsgd.wire.collectives import Exchange, intercept
 from efsgd.wire.compare import GradientSummary, checksums, compare, compare_gradients
 from efsgd.wire.control_words import Abstention, Verdict, describe_change, raise_unable
+from efsgd.wire.together import together
 from efsgd.wire.traffic import TrafficCounter
 
 T = TypeVar("T")
@@ -184,12 +185,12 @@ class Handshake:
 
     def _abstain(self, why: Abstention, step: int) -> Exchange[list[Verdict]]:
         """Takes part in a step of the others, with zeros in the buckets that they know of."""
-        verdicts = []
-        for bucket in self._plan.buckets:
-            gradients = self._plan.gradients(bucket)
-            outcome = yield from exchange_gradients(bucket, gradients, step, abstains=why)
-            verdicts.append(outcome.verdict)
-        self._plan.note_sparse(verdicts)
+        plan = self._plan
+        outcomes = yield from together(
+            [exchange_gradients(b, plan.gradients(b), step, abstains=why) for b in plan.buckets]
+        )
+        verdicts = [outcome.verdict for outcome in outcomes]
+        plan.note_sparse(verdicts)
         return verdicts
 
     def _counted(self, exchange: Exchange[T]) -> Exchange[T]:

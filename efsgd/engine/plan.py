@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
-from efsgd.engine.buckets import by_kind, make_bucket, memory_of
+from efsgd.engine.buckets import divide, make_bucket, memory_of
 from efsgd.engine.parameters import (
     GroupNotes,
     Groups,
@@ -72,7 +72,7 @@ class Plan:
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
         self.prepared_with: Hashable = None
-        names = ("error_feedback", "start_compressing_at", "check_every")
+        names = ("error_feedback", "start_compressing_at", "check_every", "bucket_bytes")
         self._signed = (*method.compressor.settings(), *names)
         self._prepared: list[Hashable] = []
         # Of states that the last `update` changed: what they had under these names.
@@ -162,7 +162,8 @@ class Plan:
             return
         compressor, before = self._method.compressor, self.infos
         self.infos, self.states = list(list_parameters(groups, self.sparse)), {}
-        memory = memory_of(self.buckets, before, self.infos, compressor)
+        divided = divide(self.infos, self._notes.shared(groups)["bucket_bytes"])
+        memory = memory_of(self.buckets, before, divided, compressor)
         self.reset()  # all other memory is free for what follows
         for info in self.infos:
             if info.is_trained:
@@ -174,13 +175,11 @@ class Plan:
         for info in (*before, *self.infos):
             if info.parameter not in trained and info.parameter in state:
                 detach_from_buffer_(state[info.parameter])
-        kinds = by_kind(self.infos)
-        shown = [info for infos in kinds.values() for info in infos]
+        shown = [info for infos in divided for info in infos]
         self.views = StateViews(shown, self.states, self._method)
-        self.views.release_zeros_(buffer for pair in memory.values() for buffer in pair)
-        for kind, infos in kinds.items():
-            own = memory.get(kind)
-            bucket = make_bucket(infos, kind, compressor, context, self._phases, self._traffic, own)
+        self.views.release_zeros_(buffer for pair in memory if pair for buffer in pair)
+        for infos, own in zip(divided, memory, strict=True):
+            bucket = make_bucket(infos, compressor, context, self._phases, self._traffic, own)
             self.views.attach_(bucket)
             self.buckets.append(bucket)
         self.context, self._prepared = context, []

@@ -4,18 +4,20 @@ The workers agree on what they train, run Algorithm 2 on each bucket of it, and 
 once every bucket of every worker is known to be good.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
-from efsgd.engine.consistency import digest_of, drop_foreign_errors_
+from efsgd.engine.checked import CheckedGroups
+from efsgd.engine.consistency import drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
 from efsgd.engine.observation import Listener, Preparation, Watcher, show
 from efsgd.engine.parameters import (
-    PER_PARAMETER,
     GroupNotes,
     Groups,
     device_of,
@@ -30,6 +32,7 @@ from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import describe_change, describe_rejection, raise_unable
+from efsgd.wire.together import one_by_one, together
 from efsgd.wire.traffic import TrafficCounter
 
 
@@ -44,6 +47,8 @@ class Step:
         watchers: are shown each step that is applied, of each bucket.
         listeners: are shown what each step sends, of each bucket, and what comes back.
         preparations: make the gradients of each step.
+        arrivals: waits for the gradients of some parameters, or of all (None), where steps begin
+            before they are there; buckets are then exchanged one by one.
 
     Args:
         method: how the optimizer treats its groups.
@@ -59,11 +64,9 @@ class Step:
         self.listeners: list[Listener] = []
         self._savings = Savings(method.compressor)
         self.preparations: list[Preparation] = []
+        self.arrivals: Callable[[Sequence[Tensor] | None], None] | None = None
         self._has_loaded = False
-        # What groups were last found to say, and the rules made of that.
-        self._checked: list[dict[str, Any]] = []
-        self._rules: Rules = {}
-        self._digest = 0  # of the settings, which must be equal on all workers
+        self._checked = CheckedGroups(method)
 
     def on_new_group(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
@@ -114,23 +117,14 @@ class Step:
         notes = [] if loaded is None else [loaded]
         try:
             rules = yield from self._agree(groups, state, context)
-            step, outcomes = self.notes.step, []
+            step = self.notes.step
             self.traffic.begin_step(self.plan.nbytes)
             self.phases.begin_step()
+            drive = together if self.arrivals is None else one_by_one
             try:
-                for bucket in self.plan.buckets:
-                    exchange = exchange_gradients(
-                        bucket,
-                        self.plan.gradients(bucket),
-                        step,
-                        weight if scaling is None else scaling.factor * weight,
-                        has_overflowed=scaling is not None and scaling.has_overflowed,
-                        is_scaled=scaling is not None,
-                        digest=self._digest,
-                    )
-                    for listener in self.listeners:
-                        exchange = listener(self.plan, bucket, step, exchange)
-                    outcomes.append((yield from exchange))
+                outcomes = yield from drive(
+                    [self._exchange_bucket(b, step, weight, scaling) for b in self.plan.buckets]
+                )
             except CollectiveError:
                 raise
             except Exception:  # the others cannot know, and apply the step
@@ -161,6 +155,31 @@ class Step:
             for note in notes:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
 
+    def _exchange_bucket(
+        self, bucket: Bucket, step: int, weight: float, scaling: LossScaling | None
+    ) -> Exchange[Outcome]:
+        """Algorithm 2, lines 7 to 10, for one bucket, once its gradients are there."""
+        failure: Exception | None = None
+        if self.arrivals is not None:
+            try:
+                self.arrivals([i.parameter for i in self.plan.infos if i.index in bucket.indices])
+            except Exception as error:  # the other workers are waiting, so it is raised afterwards
+                failure = error
+        exchange = exchange_gradients(
+            bucket,
+            self.plan.gradients(bucket),
+            step,
+            weight if scaling is None else scaling.factor * weight,
+            has_overflowed=scaling is not None and scaling.has_overflowed,
+            is_scaled=scaling is not None,
+            abstains=None if failure is None else "unable",
+            digest=self._checked.digest,
+        )
+        for listener in self.listeners:
+            exchange = listener(self.plan, bucket, step, exchange)
+        outcome = yield from exchange
+        return outcome if failure is None else dataclasses.replace(outcome, error=failure)
+
     def _agree(
         self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
     ) -> Exchange[Rules]:
@@ -174,6 +193,8 @@ class Step:
             handshake.reset()
         if context[0] == 1:
             rules = self._check(groups, context)
+            if self.arrivals is not None:
+                self.arrivals(None)
             plan.find_sparse(groups)
             plan.update(groups, state, context, plan.sign(groups, state))
             plan.prepare(rules)
@@ -185,6 +206,8 @@ class Step:
             rules = self._check(groups, context)
             is_new = handshake.is_new(plan.sign(groups, state))
             if is_new or compares:
+                if self.arrivals is not None:
+                    self.arrivals(None)
                 validate_states(list_parameters(groups), state, self._method.compressor)
         except Exception as error:
             yield from handshake.report_failure(error, device, step, compares=compares)
@@ -215,32 +238,13 @@ class Step:
             How the groups are to be updated.
         """
         self.notes.settle(groups)
-        found, is_known = [], len(groups) == len(self._rules)
-        for group in groups:
-            is_known = is_known and id(group) in self._rules
-            said: dict[str, Any] = {}
-            for name, value in group.items():
-                if value is None or isinstance(value, int | float | str):
-                    # 1, 1.0 and True are equal, and not all of them are ranks.
-                    said[name] = value.__class__, value
-                elif name not in ("params", "param_names", PER_PARAMETER):
-                    is_known = False  # it may change in place
-            said["params"], said[PER_PARAMETER] = (
-                len(group["params"]),
-                repr(group.get(PER_PARAMETER)),
-            )
-            said["step"] = None  # the one that changes by itself
-            found.append(said)
-        if not is_known or found != self._checked:
-            self._method.validate(groups)
-            self._rules, self._checked = self._method.rules(groups), found
-            self._digest = digest_of(groups, self._method)
+        rules = self._checked.rules(groups)
         for preparation in self.preparations:
             preparation.prepare(*context)
         for group in () if self._method.takes_sparse else groups:
             for parameter in group["params"]:
                 require_dense(parameter.grad)
-        return self._rules
+        return rules
 
     def _judge(self, groups: Groups, outcomes: Sequence[Outcome]) -> Exchange[bool]:
         """Whether a step is applied, of which not all that was sent is as usual.

@@ -176,7 +176,8 @@ def test_a_checkpoint_from_before_begins_anew_and_says_so() -> None:
     optimizer = adamw(model)
     train(model, optimizer, 0)
     before = copy.deepcopy(optimizer.state_dict())
-    attached = attach(model, optimizer, COMPRESSOR)
+    with pytest.warns(UserWarning, match="load that again now"):  # it may have been loaded
+        attached = attach(model, optimizer, COMPRESSOR)
     train(model, optimizer, 0)
     new = bits(GradientAverager(optimizer.param_groups, COMPRESSOR).state_dict()["state"])
     assert bits(attached.averager.state_dict()["state"]) != new

@@ -15,6 +15,8 @@ from tests.wire.test_transports import Threads
 
 WORKERS = 2
 
+_GENERATOR = threading.Lock()  # torch's is one for all threads
+
 
 def together(work: Callable[[Threads], Any], workers: int = WORKERS) -> list[Any]:
     """What each of the workers returns; who raises, raises for all."""
@@ -42,7 +44,7 @@ class Model(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=()):
+        with _GENERATOR, torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
             self.first, self.norm = nn.Linear(12, 12), nn.BatchNorm1d(12)
             self.tied, self.side = nn.Linear(12, 12), nn.Linear(12, 9)
