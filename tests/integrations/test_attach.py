@@ -218,6 +218,9 @@ def test_groups_and_parameters_that_come_later_are_averaged() -> None:
         train(model, optimizer, workers.worker, range(5, 6))
         assert len(attached.averager.param_groups[0]["params"]) == len(early) - 1
         assert trained_before[0] == parameters(model)[0]
+        optimizer.param_groups.pop()
+        train(model, optimizer, workers.worker, range(6, 7))
+        assert len(attached.averager.param_groups) == 1
         return parameters(model)
 
     assert all_equal(together(program))
