@@ -21,6 +21,8 @@ from efsgd.compressors import (
     UniformQuantized,
 )
 from efsgd.errors import CollectiveError, NonFiniteGradientError, WorkerMismatchError
+from efsgd.integrations.attach import attach
+from efsgd.integrations.attached import Attached
 from efsgd.integrations.model_buffers import average_buffers, broadcast_buffers
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
@@ -30,6 +32,7 @@ from efsgd.wire.payload import Field
 
 __all__ = [
     "LQSGD",
+    "Attached",
     "Claims",
     "CollectiveError",
     "ErrorFeedbackSGD",
@@ -51,6 +54,7 @@ __all__ = [
     "UniformQuantized",
     "WorkerMismatchError",
     "__version__",
+    "attach",
     "average_buffers",
     "broadcast_buffers",
 ]

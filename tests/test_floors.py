@@ -8,7 +8,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "efsgd"
 FLOORS = [
-    {"testing", "rank", "checkpoint", "integrations", "privacy", "audit", "pipeline", "planning"},
+    {"integrations"},
+    {"testing", "rank", "checkpoint", "privacy", "audit", "pipeline", "planning"},
     {"ddp"},
     {"optimizers"},
     {"compressors", "engine"},

@@ -17,6 +17,7 @@ from efsgd.engine.update import LossScaling
 from efsgd.errors import CollectiveError
 from efsgd.optimizers import joining, settings
 from efsgd.optimizers.differentiable import require_differentiable, step_differentiably_
+from efsgd.optimizers.reporting import Reporting
 from efsgd.optimizers.stateful import StatefulOptimizer
 from efsgd.optimizers.unsupported import refuse_backward_optimizer
 from efsgd.wire.collectives import Exchange, Transport, intercept, leave_modes, run
@@ -25,7 +26,7 @@ from efsgd.wire.transports import ProcessGroup, Workers, transport_of, validate_
 T = TypeVar("T")
 
 
-class ErrorFeedbackOptimizer(StatefulOptimizer):
+class ErrorFeedbackOptimizer(Reporting, StatefulOptimizer):
     """Exchanges gradients with error feedback: Algorithm 2, up to what is done with the result.
 
     Subclasses say how groups are handled: see `StatefulOptimizer`.
@@ -265,34 +266,3 @@ class ErrorFeedbackOptimizer(StatefulOptimizer):
             What to warn of, if it was so.
         """
         return self.engine.settle_errors(self.state, (world_size, worker))
-
-    def communication_stats(self) -> dict[str, Any]:
-        """What was handed to collectives by this worker, counted from the buffers.
-
-        With one worker nothing leaves the process; the figures are then those of the buffers that
-        would have been sent.
-
-        Returns:
-            Of the last step: `collectives`; `bytes_sent`; `bytes_uncompressed`, the size of all
-            gradients; `ratio` of the two. Of all steps since construction: `steps` that were
-            applied and `skipped_steps` that were not; `total_bytes_sent`, of which
-            `check_bytes_sent` went into comparing workers and `decision_bytes_sent` into decisions
-            of rank schedulers. Bytes are those of one worker's buffers: not times the number of
-            workers, nor times what an all-reduce makes of them on the wire. With `max_grad_norm`
-            also `grad_norm`, the norm of the last step's Δ' before it was clipped. While
-            `time_phases` is set, also `phase_seconds` of the last step, a dict whose names are
-            those of the ranges in torch.profiler.
-        """
-        phases = self.engine.phases
-        seconds = {"phase_seconds": dict(phases.seconds)} if phases.is_timing else {}
-        return self.engine.traffic.report() | seconds
-
-    @property
-    def time_phases(self) -> bool:
-        """Whether steps are timed; on an accelerator timing waits for it between phases."""
-        return self.engine.phases.is_timing
-
-    @time_phases.setter
-    def time_phases(self, is_timing: bool) -> None:
-        self.engine.phases.is_timing = is_timing
-        self.engine.phases.begin_step()
