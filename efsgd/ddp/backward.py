@@ -10,10 +10,6 @@ import torch
 from torch import Tensor
 
 
-class BackwardError(RuntimeError):
-    """A backward pass ended before all gradients were there."""
-
-
 @dataclass
 class Pass:
     """The gradients of one backward pass, as far as they are there.
@@ -47,7 +43,7 @@ class Pass:
     def break_off(self, failure: Exception) -> None:
         """No more gradients come: whoever waits for them raises this."""
         with self._news:
-            self._failure = failure
+            self._failure = self._failure or failure
             self._news.notify_all()
 
     @property
@@ -70,7 +66,7 @@ class Pass:
 
         with self._news:
             self._news.wait_for(is_there)
-            if self._failure is not None and not self._is_whole:
+            if self._failure is not None:
                 raise self._failure
 
     def end(self) -> None:

@@ -1,19 +1,20 @@
 """The communication hook: which gradients arrive, what is made of them, and what DDP gets."""
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
-from efsgd.ddp.backward import BackwardError, Pass, Worker
+from efsgd.ddp.backward import Pass, Worker
 from efsgd.ddp.groups import own_group
+from efsgd.ddp.stand_ins import StandIns
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.wire.collectives import leave_modes
 
@@ -94,9 +95,9 @@ class CompressionState:
         bucket_bytes: int | None = BUCKET_BYTES,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._stand_ins: dict[Tensor, nn.Parameter] = {}
+        self._stand_ins = StandIns()
         self.averager = GradientAverager(
-            self._standing_for(model_or_parameters),
+            self._stand_ins.of(model_or_parameters),
             compressor,
             error_feedback=error_feedback,
             start_compressing_at=start_compressing_at,
@@ -133,8 +134,9 @@ class CompressionState:
         if bucket.is_last():
             if devices:
                 self._average(current)
-            # DDP's own callback comes between the two, and must not be left out.
-            _at_the_end(lambda: _at_the_end(self.check))
+            with contextlib.suppress(RuntimeError):  # in no backward pass: a worker has joined
+                # DDP's own callback comes between the two, and must not be left out.
+                _at_the_end(lambda: _at_the_end(self.check))
         return future
 
     def check(self) -> bool:
@@ -149,9 +151,7 @@ class CompressionState:
         current = self._pass
         if current is None:
             return True
-        if not (current.is_whole or current.is_over):
-            current.break_off(_broken_off())
-        current.join()
+        self._settle()
         error, current.error = current.error, None
         if error is not None:
             raise error
@@ -181,26 +181,37 @@ class CompressionState:
         self._is_detached = True
 
     def _wait(self) -> None:
+        """Waits for an exchange that goes on."""
         if self._pass is not None and self._pass.is_whole:
             self._pass.join()
 
+    def _settle(self) -> None:
+        """Waits for the end of the last backward pass; one that is not whole is broken off."""
+        current = self._pass
+        if current is not None and not current.is_over:
+            if not current.is_whole:
+                current.break_off(_broken_off())
+            current.join()
+
     def _begin(self, *, is_threaded: bool) -> Pass:
-        if self._pass is not None and not self._pass.is_over:
-            self._pass.break_off(_broken_off())
-            self._pass.join()
+        self._settle()
         current = self._pass = Pass()
-        for parameter, stand_in in self._stand_ins.items():
-            if stand_in.data_ptr() != parameter.data_ptr() or stand_in.shape != parameter.shape:
-                stand_in.data = parameter.data
+        self._stand_ins.follow()
         if is_threaded:
             self._worker.give(functools.partial(self._average, current))
         return current
 
     def _show(self, bucket: Any) -> dict[Tensor, Tensor]:
         """Gives the averager the gradients of a bucket. Returns where each mean is written."""
+        if bucket.buffer().layout != torch.strided:
+            raise NotImplementedError(
+                "DistributedDataParallel has a sparse gradient, which its hooks cannot average. "
+                "Use dense ones, such as those of nn.Embedding(..., sparse=False), or a model "
+                "without DistributedDataParallel and a GradientAverager."
+            )
         views: dict[Tensor, Tensor] = {}
         for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            stand_in = self._stand_ins.get(parameter)
+            stand_in = self._stand_ins.by_parameter.get(parameter)
             if stand_in is None:
                 raise ValueError(
                     f"DistributedDataParallel has a gradient for a parameter of shape "
@@ -216,14 +227,14 @@ class CompressionState:
     def _average(self, current: Pass) -> None:
         """Averages the gradients of a pass, and gives DDP its answers, whatever happens."""
         try:
-            self.averager.engine.arrivals = current.wait_for
+            self.averager.engine.plan.arrivals = current.wait_for
             current.is_averaged = self.averager.average_(self.scaler)
             with leave_modes():
                 self._write(current)
         except Exception as error:
             current.error = error
         finally:
-            for stand_in in self._stand_ins.values():
+            for stand_in in self._stand_ins.by_parameter.values():
                 stand_in.grad = None
             current.end()
 
@@ -234,40 +245,6 @@ class CompressionState:
                 view.zero_()
             elif stand_in.grad is not None and stand_in.grad.data_ptr() != view.data_ptr():
                 view.copy_(stand_in.grad)
-
-    def _standing_for(self, given: nn.Module | ParamsT) -> list[Any]:
-        """The parameters in the form in which they were given, each by one of its own.
-
-        These have gradients of their own: DDP looks at those of the model in its backward pass.
-        """
-        if isinstance(given, DistributedDataParallel):
-            given = given.module
-        if isinstance(given, nn.Module):
-            ignored = getattr(given, "_ddp_params_and_buffers_to_ignore", ())
-            pairs = given.named_parameters()
-            given = [(n, p) for n, p in pairs if p.requires_grad and n not in ignored]
-        standing: list[Any] = []
-        for each in given:
-            if isinstance(each, dict):
-                standing.append({**each, "params": self._standing_for(_listed(each["params"]))})
-            elif isinstance(each, tuple):
-                standing.append((each[0], self._stand_in(each[1])))
-            else:
-                standing.append(self._stand_in(each))
-        return standing
-
-    def _stand_in(self, parameter: Any) -> Any:
-        if not isinstance(parameter, Tensor):
-            return parameter  # the averager says what it is not
-        if parameter not in self._stand_ins:
-            with leave_modes():
-                own = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-            self._stand_ins[parameter] = own
-        return self._stand_ins[parameter]
-
-
-def _listed(params: Any) -> Iterable[Any]:
-    return [params] if isinstance(params, Tensor) else params
 
 
 def _is_zero(gradient: Tensor) -> bool:
@@ -282,8 +259,8 @@ def _at_the_end(function: Any) -> None:
     cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(function)
 
 
-def _broken_off() -> BackwardError:
-    return BackwardError(
+def _broken_off() -> RuntimeError:
+    return RuntimeError(
         "The backward pass ended before all gradients were there. Nothing has changed on any "
         "worker. Find what it has raised; no step of the optimizer should follow."
     )

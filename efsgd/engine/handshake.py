@@ -23,7 +23,6 @@ from efsgd.errors import WorkerMismatchError
 from efsgd.wire.collectives import Exchange, intercept
 from efsgd.wire.compare import GradientSummary, checksums, compare, compare_gradients
 from efsgd.wire.control_words import Abstention, Verdict, describe_change, raise_unable
-from efsgd.wire.together import together
 from efsgd.wire.traffic import TrafficCounter
 
 T = TypeVar("T")
@@ -186,7 +185,7 @@ class Handshake:
     def _abstain(self, why: Abstention, step: int) -> Exchange[list[Verdict]]:
         """Takes part in a step of the others, with zeros in the buckets that they know of."""
         plan = self._plan
-        outcomes = yield from together(
+        outcomes = yield from plan.exchange_all(
             [exchange_gradients(b, plan.gradients(b), step, abstains=why) for b in plan.buckets]
         )
         verdicts = [outcome.verdict for outcome in outcomes]

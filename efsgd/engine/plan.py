@@ -1,7 +1,16 @@
 """The buckets of an optimizer's parameter groups, kept while the groups stay what they are."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +29,12 @@ from efsgd.engine.parameters import (
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
 from efsgd.engine.update import Method, Rules, prepare_updates
 from efsgd.profiling import Phases
+from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import Verdict
+from efsgd.wire.together import one_by_one, together
 from efsgd.wire.traffic import TrafficCounter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Plan:
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
         signature: of the groups and the state that the buckets were made for; None: make them anew.
+        arrivals: waits for the gradients of some parameters, or of all (None), where steps begin
+            before they are there: on all workers, or on none.
         prepared_with: what gradients are made with, where a `Preparation` makes them; part of the
             signature.
 
@@ -71,6 +86,7 @@ class Plan:
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
+        self.arrivals: Callable[[Sequence[Tensor] | None], None] | None = None
         self.prepared_with: Hashable = None
         names = ("error_feedback", "start_compressing_at", "check_every", "bucket_bytes")
         self._signed = (*method.compressor.settings(), *names)
@@ -134,6 +150,17 @@ class Plan:
                 gradient = parameter.grad
                 if gradient is not None and gradient.layout != torch.strided:
                     self.sparse.add(parameter)
+
+    def exchange_all(self, exchanges: Sequence[Exchange[T]]) -> Exchange[list[T]]:
+        """Takes part in an exchange for each bucket, in an order that all workers have."""
+        return together(exchanges) if self.arrivals is None else one_by_one(exchanges)
+
+    def await_gradients(self, bucket: Bucket | None = None) -> None:
+        """Waits until the gradients of a bucket are there, or all of them."""
+        if self.arrivals is not None:
+            indices = () if bucket is None else bucket.indices
+            own = [info.parameter for info in self.infos if info.index in indices]
+            self.arrivals(None if bucket is None else own)
 
     def gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
         """This worker's gradients g_w, for the tensors of a bucket in its order."""

@@ -6,7 +6,7 @@ once every bucket of every worker is known to be good.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,6 @@ from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import describe_change, describe_rejection, raise_unable
-from efsgd.wire.together import one_by_one, together
 from efsgd.wire.traffic import TrafficCounter
 
 
@@ -47,8 +46,6 @@ class Step:
         watchers: are shown each step that is applied, of each bucket.
         listeners: are shown what each step sends, of each bucket, and what comes back.
         preparations: make the gradients of each step.
-        arrivals: waits for the gradients of some parameters, or of all (None), where steps begin
-            before they are there; buckets are then exchanged one by one.
 
     Args:
         method: how the optimizer treats its groups.
@@ -64,7 +61,6 @@ class Step:
         self.listeners: list[Listener] = []
         self._savings = Savings(method.compressor)
         self.preparations: list[Preparation] = []
-        self.arrivals: Callable[[Sequence[Tensor] | None], None] | None = None
         self._has_loaded = False
         self._checked = CheckedGroups(method)
 
@@ -120,9 +116,8 @@ class Step:
             step = self.notes.step
             self.traffic.begin_step(self.plan.nbytes)
             self.phases.begin_step()
-            drive = together if self.arrivals is None else one_by_one
             try:
-                outcomes = yield from drive(
+                outcomes = yield from self.plan.exchange_all(
                     [self._exchange_bucket(b, step, weight, scaling) for b in self.plan.buckets]
                 )
             except CollectiveError:
@@ -160,11 +155,10 @@ class Step:
     ) -> Exchange[Outcome]:
         """Algorithm 2, lines 7 to 10, for one bucket, once its gradients are there."""
         failure: Exception | None = None
-        if self.arrivals is not None:
-            try:
-                self.arrivals([i.parameter for i in self.plan.infos if i.index in bucket.indices])
-            except Exception as error:  # the other workers are waiting, so it is raised afterwards
-                failure = error
+        try:
+            self.plan.await_gradients(bucket)
+        except Exception as error:  # the other workers are waiting, so it is raised afterwards
+            failure = error
         exchange = exchange_gradients(
             bucket,
             self.plan.gradients(bucket),
@@ -193,8 +187,7 @@ class Step:
             handshake.reset()
         if context[0] == 1:
             rules = self._check(groups, context)
-            if self.arrivals is not None:
-                self.arrivals(None)
+            plan.await_gradients()
             plan.find_sparse(groups)
             plan.update(groups, state, context, plan.sign(groups, state))
             plan.prepare(rules)
@@ -206,8 +199,7 @@ class Step:
             rules = self._check(groups, context)
             is_new = handshake.is_new(plan.sign(groups, state))
             if is_new or compares:
-                if self.arrivals is not None:
-                    self.arrivals(None)
+                plan.await_gradients()
                 validate_states(list_parameters(groups), state, self._method.compressor)
         except Exception as error:
             yield from handshake.report_failure(error, device, step, compares=compares)

@@ -20,7 +20,7 @@ from efsgd import (
     TopK,
     WorkerMismatchError,
 )
-from efsgd.engine import step
+from efsgd.engine import plan
 from efsgd.testing import step_together
 from efsgd.testing.gradients import gaussian
 from efsgd.testing.strategies import seeds, world_sizes
@@ -80,7 +80,7 @@ def test_they_give_the_same_bits_as_one_after_the_other(
                 for w in range(world_size)
             ]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(step, "together", drive)
+                patch.setattr(plan, "together", drive)
                 traces.append(sorted(map(str, step_with(team, gradients))))
         assert traces[0] == traces[1]
     assert bits(snapshot(teams[0])) == bits(snapshot(teams[1]))
