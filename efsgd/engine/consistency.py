@@ -127,6 +127,7 @@ def drop_foreign_errors_(
         f"The {what} that were loaded are those of worker {saved[1]} of {saved[0]}, and this is "
         f"worker {worker} of {world_size}: they were {effect}. "
         f"Save efsgd.checkpoint.consolidated_state_dict(optimizer), or call "
-        f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving, or let every "
-        f"worker save and load a state_dict of its own."
+        f"efsgd.checkpoint.average_errors_(optimizer) on every worker before saving (with "
+        f"efsgd.attach, attached.consolidate()), or let every worker save and load a state_dict of "
+        f"its own."
     )

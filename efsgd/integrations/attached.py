@@ -1,18 +1,21 @@
 """What `efsgd.attach` attaches to an optimizer: when gradients are averaged, and what is saved."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Never
-from weakref import ReferenceType, WeakSet, ref
+from operator import is_not
+from typing import TYPE_CHECKING, Any, Never
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from efsgd.checkpoint import average_errors_
-from efsgd.engine.parameters import device_of
 from efsgd.errors import warn_user
+from efsgd.integrations.local_gradients import LocalGradients, parameters_of
 from efsgd.integrations.loss_scaling import follow_scaler
-from efsgd.optimizers.averager import GradientAverager
+
+if TYPE_CHECKING:  # torch may have been built without distributed
+    from efsgd.integrations.hooked_gradients import HookedGradients
 
 #: Where a state_dict of the optimizer keeps that of the averager.
 KEY = "efsgd"
@@ -34,22 +37,13 @@ class Attached:
     def __init__(
         self,
         optimizer: Optimizer,
-        averager: GradientAverager,
+        gradients: "LocalGradients | HookedGradients",
         scaler: torch.amp.GradScaler | None,
         names: Mapping[Tensor, str],
     ) -> None:
-        self.averager = averager
-        self._optimizer, self._scaler, self._names = optimizer, scaler, names
-        # What averaging came to, and the gradients that it left; None: it is yet to be done.
-        self._result: bool | None = None
-        self._averaged: list[tuple[Tensor, ReferenceType[Tensor] | None]] = []
-        self._knew_scale = False
-        # Whether a backward pass came after that, and how often gradients had been written then.
-        self._has_backward = False
-        self._versions: dict[Tensor, int] = {}
-        self._has_warned = False
+        self.averager = gradients.averager
+        self._optimizer, self._gradients, self._names = optimizer, gradients, names
         self._withheld: list[tuple[Tensor, Tensor]] = []
-        self._gradient_hooks: dict[Tensor, Any] = {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -57,14 +51,14 @@ class Attached:
             optimizer.register_load_state_dict_pre_hook(self._load),
         ]
         self._end_scaling = follow_scaler(optimizer, scaler, self.average_)
-        self._follow_groups()
         ATTACHED.add(optimizer)
 
     def average_(self) -> bool:
         """Averages now, before something looks at gradients; the next step then does not.
 
         Every worker must call it, after the last backward pass of a step. For `clip_grad_norm_`,
-        and for whatever else is to see Δ', the same on every worker.
+        and for whatever else is to see Δ', the same on every worker. Under
+        `DistributedDataParallel` the backward pass has averaged, and this says whether it could.
 
         Returns:
             Whether gradients were averaged; see `nonfinite` and `scaler`.
@@ -74,14 +68,8 @@ class Attached:
             WorkerMismatchError: the workers do not train the same thing; nothing has changed.
             CollectiveError: a collective failed; nothing has changed on this worker.
         """
-        if not self._is_averaged:
-            self._follow_groups()
-            self._look_for_changes()
-            self._forget()
-            self._result = self._average()
-            gradients = [(p, p.grad) for p in parameters_of(self._optimizer)]
-            self._averaged = [(p, None if g is None else ref(g)) for p, g in gradients]
-        return bool(self._result)
+        self._follow_groups()
+        return self._gradients.average_()
 
     def consolidate(self) -> None:
         """Gives every worker the mean of all errors, so that any one worker can save.
@@ -105,13 +93,16 @@ class Attached:
         return self.averager.metrics(by_layer=by_layer)
 
     def detach(self) -> None:
-        """Leaves the optimizer as it was: it steps with this worker's own gradients again."""
-        for hook in (*self._hooks, *self._gradient_hooks.values()):
+        """Leaves the optimizer as it was.
+
+        A plain model's gradients are this worker's own again; `DistributedDataParallel` averages
+        them at full size. Every worker must call it.
+        """
+        for hook in self._hooks:
             hook.remove()
-        self._gradient_hooks.clear()
         self._end_scaling()
         self._give_back()
-        self._forget()
+        self._gradients.detach()
         ATTACHED.discard(self._optimizer)
 
     def __reduce__(self) -> Never:
@@ -120,38 +111,7 @@ class Attached:
             "optimizer.state_dict(), which has its memory; attach to the other optimizer, and load."
         )
 
-    # ---- averaging ------------------------------------------------------------------------------
-
-    @property
-    def _is_averaged(self) -> bool:
-        """Whether the gradients of now are what averaging has left."""
-        is_known = self._result is not None and not self._has_backward
-        return is_known and all(p.grad is (g and g()) for p, g in self._averaged)
-
-    def _average(self) -> bool:
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        if found_inf is None:
-            self._knew_scale = self._scaler is not None and self._scaler.is_enabled()
-            return self.averager.average_(self._scaler)
-        # A scaler is stepping the optimizer, and tells of overflows and scale as it would tell an
-        # optimizer that unscales by itself. It is the averager that does.
-        optimizer: Any = self._optimizer
-        averager: Any = self.averager
-        averager.found_inf, averager.grad_scale = found_inf, optimizer.grad_scale
-        self._knew_scale = True
-        try:
-            result: bool = averager.average_()
-        finally:
-            del averager.found_inf, averager.grad_scale
-        optimizer.grad_scale = None
-        optimizer.found_inf = torch.zeros((), device=device_of(optimizer.param_groups))
-        return result
-
-    def _forget(self) -> None:
-        """What comes next are new gradients."""
-        self._result, self._averaged, self._knew_scale = None, [], False
-        self._has_backward = False
-        self._versions.clear()
+    # ---- steps ----------------------------------------------------------------------------------
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -164,7 +124,7 @@ class Attached:
 
         def evaluate() -> Any:
             self._give_back()
-            self._forget()
+            self._gradients.forget()
             loss = closure()
             self._prepare_step()
             return loss
@@ -174,19 +134,8 @@ class Attached:
         return args, {**kwargs, "closure": evaluate}
 
     def _prepare_step(self) -> None:
-        is_left = any(g is not None and p.grad is g() for p, g in self._averaged)
-        if self._result and self._has_backward and is_left:
-            raise RuntimeError(
-                "A backward pass has added local gradients to averaged ones: call "
-                "attached.average_() after the last backward pass of a step, and "
-                "optimizer.zero_grad() before the first."
-            )
-        if self._is_averaged and not self._knew_scale and hasattr(self._optimizer, "found_inf"):
-            raise RuntimeError(
-                "Scaled gradients were averaged as they are, and their errors kept in units of a "
-                "scale that changes. Tell of the scaler: efsgd.attach(..., scaler=scaler)."
-            )
-        if not self.average_():
+        self._follow_groups()
+        if not self._gradients.prepare():
             for parameter in parameters_of(self._optimizer):
                 if parameter.grad is not None:  # a step leaves alone what has none
                     self._withheld.append((parameter, parameter.grad))
@@ -194,7 +143,7 @@ class Attached:
 
     def _after_step(self, *_: Any) -> None:
         self._give_back()
-        self._forget()
+        self._gradients.forget()
 
     def _give_back(self) -> None:
         """Gives parameters the gradients that a step without effect was not to see."""
@@ -202,43 +151,19 @@ class Attached:
             parameter.grad = gradient
         self._withheld.clear()
 
-    # ---- what programs do in between ------------------------------------------------------------
-
     def _follow_groups(self) -> None:
         """Brings the averager's groups up to date with the optimizer's."""
         groups, own = self._optimizer.param_groups, self.averager.param_groups
         for group, twin in zip(groups, own, strict=False):
-            if len(group["params"]) != len(twin["params"]) or any(
-                p is not q for p, q in zip(group["params"], twin["params"], strict=True)
-            ):
-                twin |= {k: named(group, self._names)[k] for k in ("params", "param_names")}
+            found = [self._gradients.standing_for(p) for p in group["params"]]
+            if len(found) != len(twin["params"]) or any(map(is_not, found, twin["params"])):
+                twin["params"] = found
+                twin["param_names"] = named(group, self._names)["param_names"]
         del own[len(groups) :]
         for group in groups[len(own) :]:
-            self.averager.add_param_group(named(group, self._names))
-        for parameter in parameters_of(self._optimizer):
-            if parameter.requires_grad and parameter not in self._gradient_hooks:
-                hook = parameter.register_post_accumulate_grad_hook(self._note_backward)
-                self._gradient_hooks[parameter] = hook
-
-    def _note_backward(self, parameter: Tensor) -> None:
-        self._has_backward = True
-        if parameter.grad is not None:
-            self._versions[parameter] = parameter.grad._version
-
-    def _look_for_changes(self) -> None:
-        """Warns where local gradients were changed, as by clipping them."""
-        known = self._versions.items()
-        if self._has_warned or self.averager.transport.world_size == 1:
-            return
-        if any(p.grad is not None and p.grad._version != version for p, version in known):
-            self._has_warned = True
-            warn_user(
-                "This worker's own gradients were changed between the backward pass and their "
-                "averaging, as by clip_grad_norm_ or scaler.unscale_. To clip the mean, the same "
-                "on every worker, call attached.average_() before that, or pass max_grad_norm to "
-                "efsgd.attach; with a GradScaler pass scaler=scaler, and clip after "
-                "scaler.unscale_(optimizer)."
-            )
+            found = [self._gradients.standing_for(p) for p in group["params"]]
+            self.averager.add_param_group({**named(group, self._names), "params": found})
+        self._gradients.follow()
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
@@ -258,7 +183,7 @@ class Attached:
                 f"Compression begins anew, without errors."
             )
         self.averager.load_state_dict(saved)
-        self._forget()
+        self._gradients.forget()
 
 
 def named(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -266,8 +191,3 @@ def named(group: Mapping[str, Any], names: Mapping[Tensor, str]) -> dict[str, An
     parameters: Sequence[Tensor] = group["params"]
     given = group.get("param_names") or [names.get(p, "not in the model") for p in parameters]
     return {**group, "params": list(parameters), "param_names": list(given)}
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters, in order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,7 +1,6 @@
 """Workers begin with the same model, as DistributedDataParallel sees to it."""
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from efsgd.engine.consistency import broadcast_parameters
@@ -35,9 +34,8 @@ def _exchange(model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> Exchange[N
     yield from buffer_exchange(model, averages=False)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, within what compiles or wraps it."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        is_compiled = hasattr(model, "_orig_mod")
-        model = model._orig_mod if is_compiled else model.module  # type: ignore[assignment]
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where it is within what torch.compile returned."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
     return model

@@ -1,0 +1,106 @@
+"""Gradients that DistributedDataParallel has averaged, compressed, during the backward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from efsgd.algorithms.interfaces import Compressor
+from efsgd.ddp import CompressionState, compress
+from efsgd.integrations.local_gradients import parameters_of
+
+
+class HookedGradients:
+    """Registers the hook, and says what the last backward pass came to.
+
+    Args:
+        model: has no hook yet.
+        optimizer: steps with the gradients.
+        groups: those of the optimizer, with names.
+        compressor: what is sent.
+        scaler: of the loss.
+        options: of `CompressionState`.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: Optimizer,
+        groups: Sequence[dict[str, Any]],
+        compressor: Compressor | None,
+        scaler: torch.amp.GradScaler | None,
+        options: dict[str, Any],
+    ) -> None:
+        _require_same(model, optimizer)
+        self._optimizer, self._scaler = optimizer, scaler
+        self._state = CompressionState(
+            list(groups), compressor, scaler=scaler, process_group=model.process_group, **options
+        )
+        self.averager = self._state.averager
+        try:
+            model.register_comm_hook(self._state, compress)
+        except RuntimeError as error:
+            raise ValueError(
+                "The DistributedDataParallel has a communication hook already, and takes one in "
+                "its life. Register no other, and to attach again wrap the model anew. If that "
+                "hook leaves gradients alone (noop_hook), pass attach the model within: ddp.module."
+            ) from error
+
+    def standing_for(self, parameter: Tensor) -> Tensor:
+        """What the averager has in place of a parameter."""
+        stand_in = self._state._stand_ins.get(parameter)
+        if stand_in is None:
+            raise ValueError(
+                f"The optimizer has a parameter of shape {list(parameter.shape)} that "
+                f"DistributedDataParallel does not average. Make the model complete, wrap it, and "
+                f"give all that it trains to the optimizer before efsgd.attach."
+            )
+        return stand_in
+
+    def follow(self) -> None:
+        """The optimizer may have other parameters now: DDP has not."""
+
+    def average_(self) -> bool:
+        """Whether the gradients of the last backward pass were averaged."""
+        return self._state.check()
+
+    def prepare(self) -> bool:
+        """`average_`, where a step comes next."""
+        is_known = self._scaler is not None and self._scaler.is_enabled()
+        if hasattr(self._optimizer, "found_inf") and not is_known:
+            raise RuntimeError(
+                "A GradScaler scales the loss, and efsgd.attach was not told: scaled gradients "
+                "were averaged as they are, and their errors kept in units of a scale that "
+                "changes. Tell of the scaler: efsgd.attach(..., scaler=scaler)."
+            )
+        return self._state.check()
+
+    def forget(self) -> None:
+        """What comes next are new gradients."""
+
+    def detach(self) -> None:
+        """From now on DDP averages gradients at full size."""
+        self._state.detach()
+
+
+def _require_same(model: DistributedDataParallel, optimizer: Optimizer) -> None:
+    """Raises ValueError unless the optimizer trains what DDP averages."""
+    ignored = model.parameters_to_ignore
+    named = model.module.named_parameters()
+    averaged = {p: name for name, p in named if p.requires_grad and name not in ignored}
+    trained = parameters_of(optimizer)
+    if missing := [name for parameter, name in averaged.items() if parameter not in {*trained}]:
+        raise ValueError(
+            f"DistributedDataParallel averages {missing[0]} (one of {len(missing)}), which the "
+            f"optimizer does not have. Freeze what is not trained, requires_grad_(False), before "
+            f"wrapping the model. For several optimizers take the model without "
+            f"DistributedDataParallel, and attach to each."
+        )
+    if any(p.requires_grad and p not in averaged for p in trained):
+        raise ValueError(
+            "The optimizer has parameters that DistributedDataParallel does not average: each "
+            "worker would train its own. Wrap a module that contains all of them."
+        )
