@@ -109,7 +109,7 @@ def compare_gradients(summary: GradientSummary, device: torch.device) -> Exchang
             "Give this optimizer local gradients: use the plain model, or under "
             "DistributedDataParallel ddp.register_comm_hook(None, noop_hook) with noop_hook from "
             "torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks, or forward and backward "
-            "within ddp.no_sync()."
+            "within ddp.no_sync(). With efsgd.attach, pass it the DistributedDataParallel."
         )
     if not bool(summaries[:, 1].any()):
         return frozenset()
