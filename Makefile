@@ -45,6 +45,10 @@ demo-full: $(VENV)/.with-examples ## the same with three seeds: the tables of th
 demo-adamw: $(VENV)/.with-examples ## the same for AdamW, on gradients that were compressed and averaged
 	$(BIN)/python examples/any_optimizer.py $(DEMO_FLAGS)
 
+.PHONY: quality-adamw
+quality-adamw: $(VENV)/.with-examples ## train a small GPT with AdamW in many ways, learning rates tuned (hours; goes on where it was stopped)
+	$(BIN)/python examples/adamw_quality.py --resume
+
 .PHONY: demo-compressors
 demo-compressors: $(VENV)/.with-examples ## the same for other compressors, at equal numbers of bytes
 	$(BIN)/python examples/compare_compressors.py $(DEMO_FLAGS)

@@ -1,5 +1,6 @@
 """The networks of the examples: two of the PowerSGD paper, and a small one for 8×8 digits."""
 
+import torch
 from torch import Tensor, nn
 
 LSTMState = tuple[Tensor, Tensor]
@@ -128,3 +129,58 @@ class LSTMLanguageModel(nn.Module):
         """
         outputs, state = self.lstm(self.dropout(self.encoder(words)), state)
         return self.decoder(self.dropout(outputs)), state
+
+
+class GPTLanguageModel(nn.Module):
+    """A small GPT: pre-norm blocks, learned positions, and a decoder that is the encoder's table.
+
+    Args:
+        vocabulary: number of words.
+        width: dimensions of a word.
+        layers: number of blocks.
+        heads: of attention in each; they divide `width`.
+        window: largest number of words that it looks at.
+        dropout: probability, applied to the words and within the blocks.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        layers: int,
+        heads: int,
+        window: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, width)
+        self.position_table = nn.Embedding(window, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout, "gelu", norm_first=True, bias=True
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        nn.init.normal_(self.position_table.weight, std=0.02)
+
+    def forward(self, words: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
+        """Predicts the next word at every position, from those before it in the window.
+
+        Args:
+            words: word numbers [time, streams].
+            state: ignored: nothing is carried from window to window.
+
+        Returns:
+            Logits [time, streams, vocabulary], and an empty state.
+        """
+        time = len(words)
+        hidden = self.table(words) + self.position_table.weight[:time, None]
+        hidden = self.dropout(hidden)
+        later = torch.full((time, time), -torch.inf, device=words.device).triu(1)
+        for block in self.blocks:
+            hidden = block(hidden, src_mask=later, is_causal=True)
+        nothing = hidden.new_empty(0)
+        return self.norm(hidden) @ self.table.weight.T, (nothing, nothing)

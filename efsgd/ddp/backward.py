@@ -2,12 +2,16 @@
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+# A job, and with how many threads it computes; None is the end.
+_Jobs: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], None], int] | None]"
 
 
 @dataclass
@@ -86,13 +90,13 @@ class Pass:
 
 
 class Worker:
-    """Runs one job after the other, in a thread of its own.
+    """Runs one job after the other, in a thread that the first one starts.
 
-    A thread is started by the first job, and has the number of threads of who gives it.
+    It computes with as many threads as who gives the job, and ends with this object.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int]] | None = None
+        self._jobs: _Jobs | None = None
 
     def give(self, job: Callable[[], None]) -> None:
         """Has a job done, which raises nothing."""
@@ -100,16 +104,17 @@ class Worker:
             self._jobs = queue.SimpleQueue()
             name = "efsgd gradient exchange"
             threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True).start()
+            weakref.finalize(self, self._jobs.put, None)
         self._jobs.put((job, torch.get_num_threads()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_jobs": None}  # a copy has a thread of its own
 
 
-def _work(jobs: "queue.SimpleQueue[tuple[Callable[[], None], int]]") -> None:
-    while True:
-        job, threads = jobs.get()
+def _work(jobs: _Jobs) -> None:
+    while (given := jobs.get()) is not None:
+        job, threads = given
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         job()
-        del job  # what it holds is free while the thread waits
+        del job, given  # what they hold is free while the thread waits

@@ -201,4 +201,9 @@ def test_jobs_run_in_order_and_in_another_thread() -> None:
     worker.give(done.set)
     assert done.wait(10)
     assert [number for number, _ in found] == [0, 1, 2]
-    assert threading.get_ident() not in {thread for _, thread in found}
+    (identity,) = {thread for _, thread in found}
+    assert identity != threading.get_ident()
+    (thread,) = [thread for thread in threading.enumerate() if thread.ident == identity]
+    del worker
+    thread.join(10)
+    assert not thread.is_alive()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from efsgd.wire.traffic import TrafficCounter
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 #: A file or folder of the repository, as pages name it: in code, alone or in a command.
@@ -20,6 +22,8 @@ CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 PLACED = re.compile(r"`([\w.]+)`[^`]{0,24}?(?: in |\()`(efsgd/[\w/]+\.py)`")
 #: What is made by the commands on the pages.
 MADE = ("docs/_build/",)
+#: What looks like a path, and is the name of a figure in `metrics()`.
+FIGURES = ("efsgd/relative_error", *(f"efsgd/{name}" for name in TrafficCounter().report()))
 #: Where readers see optimizers being made: pages, and scripts, examples and docstrings of Python.
 SCRIPTS = sorted(
     path for name in ("docs", "examples", "efsgd") for path in (ROOT / name).rglob("*.py")
@@ -37,7 +41,7 @@ BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 def test_files_named_on_a_page_exist(page: Path) -> None:
     for code in CODE.findall(page.read_text(encoding="utf-8")):
         for name in PATH.findall(code):
-            if not name.startswith(MADE):
+            if not name.startswith((*MADE, *FIGURES)):
                 assert list(ROOT.glob(name.rstrip("."))), f"{page.name} names {name}"
 
 

@@ -126,6 +126,15 @@ def test_the_paper_s_models_on_files_in_the_real_formats(tmp_path: Path) -> None
     assert results_of(tmp_path, "language_modeling")["settings"]["momentum_form"] == "paper"
 
 
+def test_metrics_are_logged_and_plotted(tmp_path: Path) -> None:
+    options = ("--ranks", "2", "--epochs", "1", "--every", "20", "--output", str(tmp_path))
+    done = run("examples/metrics.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.png").stat().st_size > 10_000
+    has_events = any((tmp_path / "metrics" / "rank-2").glob("events.*"))
+    assert has_events != ("tensorboard is not installed" in done.stderr)
+
+
 def test_missing_files_are_named() -> None:
     done = run("examples/image_classification.py", "--data", "nowhere")
     assert done.returncode != 0
