@@ -172,6 +172,17 @@ def test_lightning_s_loss_scaling_skips_a_step_on_all_workers(run_of: Callable[[
     assert wrapped["trained"] == unwrapped["trained"]
 
 
+def test_lightning_clips_averaged_gradients_with_the_model_wrapped_and_without(
+    run_of: Callable[[str], Run],
+) -> None:
+    for report in run_of("lightning").trained:
+        wrapped, unwrapped = report["clipped"]
+        for what in ("norms", "gradients", "trained"):
+            assert wrapped[what] == unwrapped[what]
+        assert (wrapped["is_wrapped"], unwrapped["is_wrapped"]) == (True, False)
+        assert wrapped["norms"][0] == pytest.approx(common.CLIP, rel=1e-4)
+
+
 def test_accelerate_s_loss_scaling_skips_a_step_on_all_workers(
     run_of: Callable[[str], Run],
 ) -> None:

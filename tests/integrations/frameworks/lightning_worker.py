@@ -188,21 +188,27 @@ class Overflows(Digits):
         return loss * (1e30 if dist.get_rank() == 1 and batch_idx == 1 else 1.0)
 
 
-def scaled(strategy: DDPStrategy) -> dict[str, Any]:
-    """float16 with loss scaling and clipping."""
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+def short(module: Digits, strategy: DDPStrategy, **options: Any) -> dict[str, Any]:
+    """A few steps with clipping."""
     compression = GradientCompression(PowerSGD(rank=2))
     watch = Noting(compression)
     trainer = pl.Trainer(
         strategy=strategy,
-        plugins=[plugin],
         callbacks=[compression, watch],
         gradient_clip_val=common.CLIP,
         max_steps=4,
+        **options,
         **ONCE,
     )
-    trainer.fit(Overflows(), loader())
-    return {**watch.report(), "scale": plugin.scaler.get_scale()}
+    trainer.fit(module, loader())
+    return watch.report()
+
+
+def scaled(strategy: DDPStrategy) -> dict[str, Any]:
+    """float16 with loss scaling."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    report = short(Overflows(), strategy, plugins=[plugin])
+    return {**report, "scale": plugin.scaler.get_scale()}
 
 
 def main() -> None:
@@ -213,8 +219,9 @@ def main() -> None:
     }
     if task == "train":
         results["averaged_twice"] = averaged_twice()
-        strategies = DDPStrategy(timeout=LIMIT), Unwrapped(timeout=LIMIT)
-        results["scaled"] = [scaled(strategy) for strategy in strategies]
+        kinds = DDPStrategy, Unwrapped
+        results["scaled"] = [scaled(kind(timeout=LIMIT)) for kind in kinds]
+        results["clipped"] = [short(Digits(), kind(timeout=LIMIT)) for kind in kinds]
         if dist.get_rank() == 0:  # it has what both workers are compared with
             results["plain"] = plain()
     common.write(folder, dist.get_rank(), results)
