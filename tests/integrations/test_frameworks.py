@@ -227,3 +227,21 @@ def test_who_trains_adapters_is_told_that_nothing_is_saved(run_of: Callable[[str
     (text,) = [each for each in first if each.startswith("Compression saves little")]
     assert "matrices too thin to be compressed, as LoRA's are (2, the largest [61, 2])" in text
     assert not any("Compression saves little" in each for each in second)
+
+
+REFUSED = {
+    "lightning": ["ValueError: SeveralOptimizers has 4 optimizers, and GradientCompression is for"],
+    "accelerate": [
+        "ValueError: Invalid objects: 1 models and 0 optimizers. Must be one of each",
+        "ValueError: Invalid objects: 2 models and 1 optimizers. Must be one of each",
+        "NotImplementedError: Accelerate is set up for FSDP",
+    ],
+    "trainer": ["NotImplementedError: The Trainer is set up for FSDP or DeepSpeed"],
+}
+
+
+@pytest.mark.parametrize("script", REFUSED)
+def test_what_cannot_be_compressed_is_refused(script: str, run_of: Callable[[str], Run]) -> None:
+    for report in run_of(script).trained:
+        for words, expected in zip(report["refused"], REFUSED[script], strict=True):
+            assert words.startswith(expected)

@@ -8,13 +8,14 @@ TASK is "train", or "resume" from the checkpoint that "train" has left in FOLDER
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import GeneralTracker
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import StepLR
@@ -119,6 +120,17 @@ def own_optimizer(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
     return watch.report()
 
 
+def refused(accelerator: Accelerator) -> list[str]:
+    model = common.network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    sharding = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    return [
+        common.error_of(prepare, accelerator, model),
+        common.error_of(prepare, accelerator, model, model, optimizer),
+        common.error_of(prepare, sharding, model, optimizer),
+    ]
+
+
 def order(worker: int, epoch: int) -> list[int]:
     """The examples that Accelerate gives a worker: every other batch."""
     whole = torch.arange(common.EXAMPLES).view(-1, common.BATCH)
@@ -141,6 +153,7 @@ def main() -> None:
     results["logged"] = list(notes.found.values())
     if task == "train":
         results["overflow"] = overflow(accelerator.process_index)
+        results["refused"] = refused(accelerator)
         accelerator.free_memory()
         results["own"] = own_optimizer(accelerator, folder)
         if accelerator.is_main_process:  # it has what both workers are compared with

@@ -171,6 +171,15 @@ def warned(caught: list[warnings.WarningMessage], words: str) -> bool:
     return any(words in str(warning.message) for warning in caught)
 
 
+def error_of(call: Callable[..., Any], *given: Any, **options: Any) -> str:
+    """The kind and words of what a call raises."""
+    try:
+        call(*given, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def write(folder: Path, worker: int, report: dict[str, Any]) -> None:
     """Leaves the report of one worker for the test."""
     (folder / f"{worker}.json").write_text(json.dumps(report))

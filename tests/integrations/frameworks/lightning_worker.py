@@ -211,6 +211,18 @@ def scaled(strategy: DDPStrategy) -> dict[str, Any]:
     return {**report, "scale": plugin.scaler.get_scale()}
 
 
+class SeveralOptimizers(Digits):
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW([p]) for p in self.parameters()]
+
+
+def refused() -> list[str]:
+    trainer = pl.Trainer(callbacks=[GradientCompression()], **{**ONCE, "devices": 1})
+    return [common.error_of(trainer.fit, SeveralOptimizers(), loader())]
+
+
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -218,7 +230,7 @@ def main() -> None:
         way.__name__: way(folder, is_resumed=task == "resume") for way in (attached, unwrapped)
     }
     if task == "train":
-        results["averaged_twice"] = averaged_twice()
+        results["averaged_twice"], results["refused"] = averaged_twice(), refused()
         kinds = DDPStrategy, Unwrapped
         results["scaled"] = [scaled(kind(timeout=LIMIT)) for kind in kinds]
         results["clipped"] = [short(Digits(), kind(timeout=LIMIT)) for kind in kinds]

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -210,13 +211,18 @@ def adapters(folder: Path) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
+def refused() -> list[str]:
+    sharding = SimpleNamespace(is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    return [common.error_of(GradientCompression, sharding)]
+
+
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     results: dict[str, Any] = {"trainer": fit(folder, is_resumed=task == "resume")}
     if task == "train":
         results["best"], results["own"] = best(folder), own_optimizer(folder)
-        results["adapters"] = adapters(folder)
+        results["adapters"], results["refused"] = adapters(folder), refused()
         if dist.get_rank() == 0:  # it has what both workers are compared with
             results["plain"] = {"trainer": plain()}
     common.write(folder, dist.get_rank(), results)
