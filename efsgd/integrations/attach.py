@@ -55,9 +55,9 @@ def attach(
         optimizer: AdamW, or any other that takes its gradients from `p.grad`. Its groups are
             those of the exchange; `rank` and other settings of the compressor may stand in them.
         compressor: what is sent; None is `PowerSGD(rank=4)`.
-        scaler: of the loss, in mixed precision. `DistributedDataParallel` needs it. Without, it has
-            `scaler.unscale_(optimizer)` average first, so that what clips or looks at gradients
-            after it sees the mean.
+        scaler: of the loss, in mixed precision. `DistributedDataParallel` needs it, or else steps
+            raise. With a plain model it makes `scaler.unscale_(optimizer)` average first, so that
+            what clips or looks at gradients after that sees the mean; steps work without.
         error_feedback: see `PowerSGDOptimizer`, as for all that follow.
         start_compressing_at: steps that are sent uncompressed first.
         nonfinite: what all workers do when any of them has a NaN or infinite gradient: "raise"

@@ -244,7 +244,7 @@ def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], st
     return (
         f"Step {step} was abandoned: {'; '.join(found)}. Nothing has changed on any worker. "
         f"Look for the cause (learning rate, loss, data), or pass nonfinite='skip' to leave such "
-        f"steps out."
+        f"steps out. Where a GradScaler scales the loss, pass it as scaler."
     )
 
 

@@ -218,6 +218,9 @@ def test_groups_and_parameters_that_come_later_are_averaged() -> None:
         train(model, optimizer, workers.worker, range(5, 6))
         assert len(attached.averager.param_groups[0]["params"]) == len(early) - 1
         assert trained_before[0] == parameters(model)[0]
+        optimizer.param_groups.pop()
+        train(model, optimizer, workers.worker, range(6, 7))
+        assert len(attached.averager.param_groups) == 1
         return parameters(model)
 
     assert all_equal(together(program))
@@ -364,6 +367,39 @@ def test_an_optimizer_that_calls_its_parent_s_step_averages_once(closes: bool) -
             loss_of(model, 0, step).backward()
             optimizer.step()
     assert (len(fired), attached.communication_stats()["steps"]) == (6, 3)
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates its closure twice in a step, as optimizers that look around do."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        assert closure is not None
+        with torch.enable_grad():
+            closure()
+        return super().step(closure)
+
+
+def test_each_evaluation_of_a_closure_is_averaged() -> None:
+    def program(workers: Threads) -> Any:
+        model = Model()
+        optimizer = Twice(groups_of(model), lr=0.1)
+        attached = attach(model, optimizer, COMPRESSOR, nonfinite="skip", process_group=workers)
+        first = torch.nan if workers.worker == 1 else 1.0
+        factors = iter([first, 1.0, 1.0, 1.0])  # the first evaluation is skipped
+
+        def closure() -> Tensor:
+            optimizer.zero_grad(set_to_none=False)
+            loss = loss_of(model, workers.worker, 0)
+            (next(factors) * loss).backward()
+            return loss
+
+        for evaluations in (1, 3):
+            optimizer.step(closure)
+            assert attached.communication_stats()["steps"] == evaluations
+            assert model.side.weight.grad is not None and model.side.weight.grad.isfinite().all()
+        return bits([model.side.weight.grad, *model.parameters()])
+
+    assert all_equal(together(program))
 
 
 def test_detach_leaves_the_optimizer_as_it_was() -> None:
