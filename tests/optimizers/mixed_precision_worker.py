@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from docs import hook_drift
+from docs import hook_drift, hook_limits
 from efsgd import PowerSGDOptimizer
 from tests.integrations.around_ddp_training import (
     batch,
@@ -176,7 +176,12 @@ def drift(worker: int) -> dict[str, Any]:
     }
 
 
-TASKS: list[Callable[[int], dict[str, Any]]] = [autocast, scaler, pure_bfloat16, drift]
+def zeros(worker: int) -> dict[str, Any]:
+    """The table of docs/hook_limits.py."""
+    return {"lines": hook_limits.zeros()}
+
+
+TASKS: list[Callable[[int], dict[str, Any]]] = [autocast, scaler, pure_bfloat16, drift, zeros]
 
 
 def main() -> None:

@@ -190,3 +190,12 @@ def test_the_table_of_the_page_says_that_the_hook_drifts(workers: Reports) -> No
     of_hook = {int(row[0]): float(row[1]) for row in rows}
     assert of_hook[50] > 4 and of_hook[400] > 30  # percent
     assert list(of_hook.values()) == sorted(of_hook.values())
+
+
+def test_a_layer_learns_after_zeros_where_the_hook_of_torch_does_not(workers: Reports) -> None:
+    for worker in workers:
+        lines = worker["zeros"]["lines"]
+        assert "\n".join(lines) + "\n" == (ROOT / "docs" / "hook_zeros.txt").read_text()
+        low_ranks = [line.split(" | ") for line in lines[2:4]]
+        assert [row[1:3] for row in low_ranks] == [["nan", "0.00"]] * 2
+        assert all(float(row[3].strip(" |")) > 0.1 for row in low_ranks)

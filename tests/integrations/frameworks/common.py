@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from efsgd import PowerSGDOptimizer
+from efsgd import GradientAverager, PowerSGD, PowerSGDOptimizer
 from efsgd.checkpoint import averaging_
 from efsgd.testing import lockstep, step_together
 from efsgd.wire.compare import checksum
@@ -21,11 +22,11 @@ from tests.integrations.around_ddp_training import fingerprint
 WORKERS = 2
 BATCH = 16  # examples of one worker in one backward pass
 ACCUMULATE = 2  # backward passes of a step
-CLIP = 0.3  # the norm of each worker's own gradient
+CLIP = 0.3  # the norm of the averaged gradient
 EPOCHS = 3
 SAVED_AFTER = 2  # epochs
 EXAMPLES = 192  # of which two workers make three steps in an epoch
-RATES = [0.1] * 3 + [0.05] * 3 + [0.025] * 3  # of each step, by every framework's scheduler
+RATES = [0.02] * 3 + [0.01] * 3 + [0.005] * 3  # of each step, by the scheduler
 
 
 @cache  # it is read from a compressed table of all digits
@@ -47,36 +48,73 @@ def network() -> torch.nn.Module:
 def plain(
     models: Sequence[torch.nn.Module],
     losses: Callable[[torch.nn.Module, int, int], Iterator[Tensor]],
+    make: "Callable[[torch.nn.Module], Trained]",
     *,
+    rates: Sequence[float] = RATES,
     averaged_after: Sequence[int],
     clip: float | None = None,
-    **options: Any,
 ) -> list[dict[str, Any]]:
     """What two workers report of nine steps of an ordinary loop, in this thread.
 
-    `losses` gives those of a model, a worker and a step, one for each backward pass.
+    `losses` gives those of a model, a worker and a step, one for each backward pass; `make` what
+    each model is trained with. The norm of the averaged gradients is clipped.
     """
-    options = {"momentum": 0.9, "rank": 2, "momentum_form": "sgd", **options}
-    optimizers = [PowerSGDOptimizer(model.parameters(), **options) for model in models]
-    watches = [Watch(optimizer) for optimizer in optimizers]
-    for step, rate in enumerate(RATES):
-        for worker, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.zero_grad()
+    workers = [make(model) for model in models]
+    watches = [Watch(trained) for trained in workers]
+    exchanging = [trained.exchanging for trained in workers]
+    for step, rate in enumerate(rates):
+        for worker, (model, trained) in enumerate(zip(models, workers, strict=True)):
+            for group in trained.optimizer.param_groups:
+                group["lr"] = rate
+            trained.optimizer.zero_grad()
             for loss in losses(model, worker, step):
                 loss.backward()
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        step_together(optimizers)
-        for watch in watches:
-            watch.note()
+        step_together(exchanging)
+        for model, trained, watch in zip(models, workers, watches, strict=True):
+            if trained.optimizer is trained.exchanging:
+                watch.note()
+            else:
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                trained.optimizer.step()
         if step + 1 in averaged_after:
-            lockstep([averaging_(optimizer) for optimizer in optimizers])
+            lockstep([averaging_(each) for each in exchanging])
     return [watch.report() for watch in watches]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """An optimizer, and what exchanges its gradients: itself, or an averager."""
+
+    optimizer: torch.optim.Optimizer
+    exchanging: Any
+
+
+def own(model: torch.nn.Module, **options: Any) -> Trained:
+    """With an optimizer of this package."""
+    options = {"momentum": 0.9, "rank": 2, "momentum_form": "sgd", **options}
+    optimizer = PowerSGDOptimizer(model.named_parameters(), **options)
+    return Trained(optimizer, optimizer)
+
+
+def adamw(model: torch.nn.Module) -> Trained:
+    """With AdamW, and an averager beside it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATES[0])
+    return averaged(optimizer)
+
+
+def averaged(optimizer: torch.optim.Optimizer) -> Trained:
+    """With an averager for an optimizer: what `efsgd.attach` is to be equal to."""
+    averager = GradientAverager(optimizer.param_groups, compressor=PowerSGD(rank=2))
+    return Trained(optimizer, averager)
+
+
 def plain_digits(
-    order: Callable[[int, int], Sequence[int]], *, precision: torch.dtype, **options: Any
+    make: Callable[[torch.nn.Module], Trained],
+    order: Callable[[int, int], Sequence[int]],
+    *,
+    precision: torch.dtype,
+    clip: float | None = None,
 ) -> list[dict[str, Any]]:
     """`plain` with the network and the digits, in the `order` of a worker and an epoch."""
     inputs, targets = digits().tensors
@@ -91,23 +129,23 @@ def plain_digits(
             yield torch.nn.functional.cross_entropy(outputs.float(), targets[own]) / ACCUMULATE
 
     models = [network() for _ in range(WORKERS)]
-    return plain(models, losses, averaged_after=[3 * SAVED_AFTER], **options)
+    return plain(models, losses, make, averaged_after=[3 * SAVED_AFTER], clip=clip)
 
 
 class Watch:
     """Notes what an optimizer is given at each step."""
 
-    def __init__(self, optimizer: PowerSGDOptimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
         self.rates: list[float] = []
         self.norms: list[float] = []
         self.gradients: list[list[int]] = []
-        optimizer.register_step_post_hook(lambda *_: self.note())
+        trained.optimizer.register_step_post_hook(lambda *_: self.note())
 
     def note(self) -> None:
         """Called after each `step()`; after `step_together`, which is none, by the plain loop."""
-        gradients = list(_gradients(self.optimizer))
-        self.rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        gradients = list(_gradients(self.trained.optimizer))
+        self.rates.append(float(self.trained.optimizer.param_groups[0]["lr"]))
         self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
         self.gradients.append([checksum(gradient) for gradient in gradients])
 
@@ -117,8 +155,8 @@ class Watch:
             "rates": self.rates,
             "norms": self.norms,
             "gradients": self.gradients,
-            "stats": self.optimizer.communication_stats(),
-            "trained": fingerprint(self.optimizer),
+            "stats": self.trained.exchanging.communication_stats(),
+            "trained": fingerprint(self.trained.optimizer) | fingerprint(self.trained.exchanging),
             **more,
         }
 
@@ -131,6 +169,15 @@ def _gradients(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def warned(caught: list[warnings.WarningMessage], words: str) -> bool:
     """Whether one of the warnings has these words."""
     return any(words in str(warning.message) for warning in caught)
+
+
+def error_of(call: Callable[..., Any], *given: Any, **options: Any) -> str:
+    """The kind and words of what a call raises."""
+    try:
+        call(*given, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def write(folder: Path, worker: int, report: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
@@ -22,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from efsgd import PowerSGDOptimizer
+from efsgd import PowerSGD, PowerSGDOptimizer
 from efsgd.checkpoint import average_errors_
+from efsgd.integrations.lightning import GradientCompression
 from tests.integrations.frameworks import common
 
 LIMIT = timedelta(seconds=30)
@@ -38,11 +40,20 @@ class Digits(pl.LightningModule):
         inputs, targets = batch
         return torch.nn.functional.cross_entropy(self.network(inputs), targets)
 
-    # [optimizer]
+    def validation_step(self, batch: Any) -> None:
+        self.log("loss", self.training_step(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=common.RATES[0])
+        return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 1, gamma=0.5)}
+
+
+class OwnOptimizer(Digits):
+    # [own optimizer]
     def configure_optimizers(self) -> Any:
         optimizer = PowerSGDOptimizer(
             self.named_parameters(),
-            lr=0.1,
+            lr=0.02,
             momentum=0.9,
             rank=2,
             momentum_form="sgd",
@@ -65,82 +76,88 @@ class Unwrapped(DDPStrategy):
 
 # [end]
 
-
-# [callback]
-class LocalGradients(pl.Callback):
-    """Has DistributedDataParallel leave the gradients alone."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.model, DistributedDataParallel):
-            trainer.model.register_comm_hook(None, noop_hook)
-
-
-# [end]
-
-
-def unwrapped(**options: Any) -> pl.Trainer:
-    # [unwrapped trainer]
-    strategy = Unwrapped(timeout=timedelta(seconds=30))
-    return pl.Trainer(strategy=strategy, devices=2, precision="bf16-mixed", **options)
-    # [end]
-
-
-def wrapped(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
-    # [wrapped trainer]
-    strategy = DDPStrategy(timeout=timedelta(seconds=30))
-    callbacks = [LocalGradients(), *callbacks]
-    return pl.Trainer(strategy=strategy, devices=2, callbacks=callbacks, **options)
-    # [end]
-
-
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
-    "logger": False,
+    "devices": 2,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-ONCE: dict[str, Any] = {**QUIET, "devices": 2, "enable_checkpointing": False}
+ONCE: dict[str, Any] = {**QUIET, "enable_checkpointing": False, "logger": False}
 
 
 def loader() -> DataLoader[Any]:
     return DataLoader(common.digits(), batch_size=common.BATCH)
 
 
-def fit(case: str, folder: Path, *, is_resumed: bool) -> dict[str, Any]:
-    """All epochs in one of two ways, or those after the checkpoint."""
-    saving = ModelCheckpoint(folder / case, "{epoch}", every_n_epochs=common.SAVED_AFTER)
-    watch = Noting()
+class Noting(pl.Callback):
+    """Makes the watch of a fit's optimizer."""
+
+    def __init__(self, compression: GradientCompression | None = None) -> None:
+        self.compression = compression
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer, attached = trainer.optimizers[0], self.compression and self.compression.attached
+        exchanging = optimizer if attached is None else attached.averager
+        self.watch = common.Watch(common.Trained(optimizer, exchanging))
+        self.is_wrapped = isinstance(trainer.model, DistributedDataParallel)
+
+    def report(self, **more: Any) -> dict[str, Any]:
+        return self.watch.report(is_wrapped=self.is_wrapped, **more)
+
+
+def attached(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
+    """All epochs with the callback, or those after the checkpoint."""
+    saving = ModelCheckpoint(folder / "attached", "{epoch}", every_n_epochs=common.SAVED_AFTER)
+    logger = CSVLogger(folder, "logs")
+    options: dict[str, Any] = {
+        **QUIET,
+        "strategy": DDPStrategy(timeout=LIMIT),
+        "max_epochs": common.EPOCHS,
+        "accumulate_grad_batches": common.ACCUMULATE,
+        "gradient_clip_val": common.CLIP,
+        "logger": logger,
+        "log_every_n_steps": 3,
+        "num_sanity_val_steps": 0,
+    }
+    # [trainer]
+    compression = GradientCompression(PowerSGD(rank=2))
+    trainer = pl.Trainer(callbacks=[compression, saving], **options)
+    # [end]
+    watch = Noting(compression)
+    trainer.callbacks.append(watch)
+    checkpoint = next((folder / "attached").iterdir()) if is_resumed else None
+    trainer.fit(Digits(), loader(), loader(), ckpt_path=checkpoint)
+    return watch.report(log_dir=str(logger.log_dir))
+
+
+def unwrapped(folder: Path, *, is_resumed: bool) -> dict[str, Any]:
+    """The same with an optimizer of this package, without DistributedDataParallel."""
+    saving, watch = ModelCheckpoint(folder / "own", every_n_epochs=common.SAVED_AFTER), Noting()
     options: dict[str, Any] = {
         **QUIET,
         "callbacks": [saving, watch],
         "max_epochs": common.EPOCHS,
         "accumulate_grad_batches": common.ACCUMULATE,
+        "logger": False,
     }
-    if case == "unwrapped":
-        trainer = unwrapped(**options)
-    else:
-        trainer = wrapped(gradient_clip_val=common.CLIP, **options)
-    checkpoint = next((folder / case).iterdir()) if is_resumed else None
-    trainer.fit(Digits(), loader(), ckpt_path=checkpoint)
+    # [unwrapped trainer]
+    strategy = Unwrapped(timeout=timedelta(seconds=30))
+    trainer = pl.Trainer(strategy=strategy, precision="bf16-mixed", **options)
+    # [end]
+    checkpoint = next((folder / "own").iterdir()) if is_resumed else None
+    trainer.fit(OwnOptimizer(), loader(), ckpt_path=checkpoint)
     return watch.report()
 
 
-class Noting(pl.Callback):
-    """Makes the watch of a fit's optimizer."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.watch = common.Watch(trainer.optimizers[0])
-        self.is_wrapped = isinstance(trainer.model, DistributedDataParallel)
-
-    def report(self) -> dict[str, Any]:
-        return self.watch.report(is_wrapped=self.is_wrapped)
-
-
 def plain() -> dict[str, Any]:
-    options: dict[str, Any] = {"order": order, "max_grad_norm": 0.2}
+    def with_own(model: torch.nn.Module) -> common.Trained:
+        return common.own(model, max_grad_norm=0.2)
+
     return {
-        "unwrapped": common.plain_digits(precision=torch.bfloat16, **options),
-        "wrapped": common.plain_digits(precision=torch.float32, clip=common.CLIP, **options),
+        "attached": common.plain_digits(
+            common.adamw, order, precision=torch.float32, clip=common.CLIP
+        ),
+        "unwrapped": common.plain_digits(with_own, order, precision=torch.bfloat16),
     }
 
 
@@ -158,7 +175,7 @@ def averaged_twice() -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = pl.Trainer(strategy=strategy, callbacks=[watch], max_steps=1, **ONCE)
-        trainer.fit(Digits(), loader())
+        trainer.fit(OwnOptimizer(), loader())
     words = "All workers have bitwise equal gradients"
     return {**watch.report(), "warned": common.warned(caught, words)}
 
@@ -171,41 +188,52 @@ class Overflows(Digits):
         return loss * (1e30 if dist.get_rank() == 1 and batch_idx == 1 else 1.0)
 
 
-def scaled(**options: Any) -> dict[str, Any]:
+def short(module: Digits, strategy: DDPStrategy, **options: Any) -> dict[str, Any]:
+    """A few steps with clipping."""
+    compression = GradientCompression(PowerSGD(rank=2))
+    watch = Noting(compression)
+    trainer = pl.Trainer(
+        strategy=strategy,
+        callbacks=[compression, watch],
+        gradient_clip_val=common.CLIP,
+        max_steps=4,
+        **options,
+        **ONCE,
+    )
+    trainer.fit(module, loader())
+    return watch.report()
+
+
+def scaled(strategy: DDPStrategy) -> dict[str, Any]:
     """float16 with loss scaling."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    watch = Noting()
-    trainer = pl.Trainer(
-        strategy=Unwrapped(timeout=LIMIT), plugins=[plugin], callbacks=[watch], max_steps=4, **ONCE
-    )
-    trainer.fit(Overflows(), loader())
-    return {**watch.report(), "scale": plugin.scaler.get_scale()}
+    report = short(Overflows(), strategy, plugins=[plugin])
+    return {**report, "scale": plugin.scaler.get_scale()}
 
 
-def clipped(plugin: MixedPrecision) -> str:
-    """What Lightning says when it is asked to clip under mixed precision."""
-    trainer = pl.Trainer(
-        strategy=Unwrapped(timeout=LIMIT), plugins=[plugin], gradient_clip_val=1.0, **ONCE
-    )
-    try:
-        trainer.fit(Digits(), loader())
-    except RuntimeError as error:
-        return str(error)
-    return ""
+class SeveralOptimizers(Digits):
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW([p]) for p in self.parameters()]
+
+
+def refused() -> list[str]:
+    trainer = pl.Trainer(callbacks=[GradientCompression()], **{**ONCE, "devices": 1})
+    return [common.error_of(trainer.fit, SeveralOptimizers(), loader())]
 
 
 def main() -> None:
     task, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    cases = ("unwrapped", "wrapped")
     results: dict[str, Any] = {
-        case: fit(case, folder, is_resumed=task == "resume") for case in cases
+        way.__name__: way(folder, is_resumed=task == "resume") for way in (attached, unwrapped)
     }
     if task == "train":
-        results["averaged_twice"], results["scaled"] = averaged_twice(), scaled()
-        scaler = torch.amp.GradScaler("cpu")
-        plugins = MixedPrecision("bf16-mixed", "cpu"), MixedPrecision("16-mixed", "cpu", scaler)
-        results["clipped"] = [clipped(plugin) for plugin in plugins]
+        results["averaged_twice"], results["refused"] = averaged_twice(), refused()
+        kinds = DDPStrategy, Unwrapped
+        results["scaled"] = [scaled(kind(timeout=LIMIT)) for kind in kinds]
+        results["clipped"] = [short(Digits(), kind(timeout=LIMIT)) for kind in kinds]
         if dist.get_rank() == 0:  # it has what both workers are compared with
             results["plain"] = plain()
     common.write(folder, dist.get_rank(), results)
