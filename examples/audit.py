@@ -33,8 +33,8 @@ from rich.table import Table
 from torch import Tensor
 
 from efsgd.audit import Report
+from efsgd.audit.findings import BLIND, WARNING
 from efsgd.audit.pictures import save_images
-from efsgd.audit.report import BLIND, WARNING
 from examples.audit_cases import COMPRESSORS, Case, audit
 from examples.audit_membership import membership_table, train_and_score
 from examples.reporting import markdown, save_json
