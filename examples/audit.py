@@ -66,6 +66,10 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[Case]]:
                 for method in ("Rank 1", "Top-K 1 %")
                 for steps in (1, 4, 16)
             ],
+            "Faces, MLP, 4 workers of 2 images": [
+                Case("faces", "MLP", 2, method, workers=4)
+                for method in ("SGD", "Rank 1", "Rank 2", "Rank 4", "Rank 8")
+            ],
             "Faces, MLP, 1 image, noise": [
                 Case("faces", "MLP", 1, method, noise_multiplier=noise)
                 for method in ("SGD", "Rank 1")
@@ -94,6 +98,21 @@ def scores(reports: Sequence[Report], kind: str) -> list[float]:
     return best
 
 
+def named(results: Results) -> dict[str, Sequence[Report]]:
+    """By what was sent; of several workers averages are a row of their own."""
+    found: dict[str, Sequence[Report]] = {}
+    for case, reports in results.items():
+        words = [case.method]
+        words += [f"σ = {case.noise_multiplier:g}"] if case.noise_multiplier is not None else []
+        words += [f"{case.steps} steps"] if case.steps > 1 else []
+        name = ", ".join(words)
+        found[name] = reports
+        averages = [each.averages for each in reports if each.averages is not None]
+        if averages:
+            found[f"{name}, averages"] = averages
+    return found
+
+
 def spread(values: Sequence[float]) -> str:
     """The mean, with a standard deviation where there is one."""
     mean = f"{statistics.mean(values):.2f}"
@@ -108,10 +127,7 @@ def ssim_table(title: str, results: Results) -> Table:
     table.add_column("Sent")
     for column in ("Bytes", "Naive", "Adaptive", "Read", "Best", "PSNR (dB)", "Told apart (AUC)"):
         table.add_column(column, justify="right")
-    for case, reports in results.items():
-        words = [case.method]
-        words += [f"σ = {case.noise_multiplier:g}"] if case.noise_multiplier is not None else []
-        words += [f"{case.steps} steps"] if case.steps > 1 else []
+    for name, reports in named(results).items():
         by_kind = {
             kind: scores(reports, kind) for kind in ("naive", "adaptive", "singular", "by biases")
         }
@@ -122,7 +138,7 @@ def ssim_table(title: str, results: Results) -> Table:
         told = [found.membership.auc for found in reports if found.membership is not None]
         best = [found.best for found in reports]
         table.add_row(
-            ", ".join(words),
+            name,
             f"{reports[0].message_bytes:,}",
             *(
                 "" if values[0] != values[0] else spread(values)
@@ -138,13 +154,13 @@ def ssim_table(title: str, results: Results) -> Table:
 def picture(path: Path, results: Results) -> None:
     """Originals, the blind guess, and below them the best of the naive and of all attacks."""
     rows: dict[str, Tensor] = {}
-    for case, reports in results.items():
-        rows.setdefault("original", torch.cat([each.originals for each in reports])[:8])
+    for name, reports in named(results).items():
+        originals = torch.cat([each.originals for each in reports])[:8]
+        rows.setdefault("original", originals)
         rows.setdefault(BLIND, torch.cat([each.found[BLIND] for each in reports])[:8])
-        noise = "" if case.noise_multiplier is None else f", σ = {case.noise_multiplier:g}"
-        steps = "" if case.steps == 1 else f", {case.steps} steps"
-        name = f"{case.method}{noise}{steps}"
-        kinds = {"naive": f"{name}, naive", "": name if case.method == "SGD" else f"{name}, best"}
+        if not torch.equal(originals, rows["original"]):  # averages are of all workers' images
+            rows[f"original, {name}"] = originals
+        kinds = {"naive": f"{name}, naive", "": name if name == "SGD" else f"{name}, best"}
         for kind, label in kinds.items():
             best = [
                 max(
