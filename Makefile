@@ -216,6 +216,11 @@ bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow n
 bench-privacy: $(VENV)/.with-examples ## measure a private step beside one of Opacus
 	$(BENCH).privacy $(BENCH_FLAGS)
 
+# Beside breaching, which needs an environment of its own: benchmarks/audit_peers.py says how.
+.PHONY: bench-audit
+bench-audit: $(VENV)/.with-examples ## ask with shadow models who was trained on
+	$(BENCH).audit_lira $(BENCH_FLAGS)
+
 .PHONY: bench-docs
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured
 	$(BENCH).report

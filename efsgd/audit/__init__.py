@@ -5,7 +5,12 @@ from efsgd.audit.attacks import DLG, INVERTING_GRADIENTS, Attack
 from efsgd.audit.findings import Report, Row
 from efsgd.audit.inversion import Inversion, invert
 from efsgd.audit.labels import label_of
-from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
+from efsgd.audit.membership import (
+    auc_under_noise,
+    likelihood_ratios,
+    loss_scores,
+    update_scores,
+)
 from efsgd.audit.observed import Message, Observed
 from efsgd.audit.recording import Recording, observe
 from efsgd.audit.report import report
@@ -36,6 +41,7 @@ __all__ = [
     "invert",
     "label_of",
     "label_recovery",
+    "likelihood_ratios",
     "linear_inputs",
     "loss_scores",
     "observe",
