@@ -209,7 +209,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.audit_peers", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--images", type=int, default=3, help="from 2 to 50")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=["MLP"], choices=list(MODELS))
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the scores there")
     arguments = parser.parse_args(command_line)
     torch.set_num_threads(1)

@@ -40,7 +40,7 @@ from examples.audit_membership import membership_table, train_and_score
 from examples.reporting import markdown, save_json
 
 FEW = ("SGD", "Rank 1", "Top-K 10 %", "Top-K 1 %", "Sign")
-SOME = ("SGD", "Rank 1", "Rank 2", "Rank 4", "Rank 8", "Top-K 10 %", "Top-K 1 %", "Sign")
+THROUGH_CONVOLUTIONS = ("SGD", "Rank 1", "Rank 4", "LQ-SGD, rank 1", "Top-K 1 %", "Sign")
 NOISES = (0.0, 0.001, 0.01, 0.1)
 Results = Mapping[Case, Sequence[Report]]
 
@@ -55,10 +55,12 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[Case]]:
             "Faces, MLP, 1 image": [Case("faces", "MLP", 1, method) for method in COMPRESSORS],
             "Faces, convolutions, 1 image": [
                 Case("faces", "convolutions", 1, method, iterations=160)
-                for method in ("SGD", "Rank 1", "Rank 4", "Top-K 1 %", "Sign")
+                for method in THROUGH_CONVOLUTIONS
             ],
             **{
-                f"Faces, MLP, {size} images": [Case("faces", "MLP", size, each) for each in SOME]
+                f"Faces, MLP, {size} images": [
+                    Case("faces", "MLP", size, method) for method in COMPRESSORS
+                ]
                 for size in (4, 8)
             },
             "Faces, MLP, 8 images, several steps": [

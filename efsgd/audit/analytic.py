@@ -82,7 +82,8 @@ def singular_inputs(message: Message, weight: int, count: int = 1) -> Tensor:
 
     The gradient of the weight is Σ δ xᵀ over the records. Noise that was added to each of its
     elements hardly turns the leading vector as long as the singular value is above that of the
-    noise, √out + √in times its standard deviation; a search over inputs finds nothing long before.
+    noise, √out + √in times its standard deviation. It needs neither the length of the gradient,
+    which clipping changes, nor a search.
 
     Args:
         message: of one worker, or averages.

@@ -16,7 +16,7 @@ These are the attacks of this package, with few starts and iterations. That none
 anything is no proof that nothing can be found: a better attack may. What comes no closer than the
 blind guess shows nothing of the batch. Differential privacy alone bounds what any attack can find.
 """
-GATHERED = "Averages: none, payloads are gathered. Each worker is sent the messages of all others."
+GATHERED = "Averages: none. Workers are sent each other's payloads, and no means."
 BLIND = "blind guess"
 
 
