@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.func import grad, vmap
@@ -180,7 +182,12 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the outcomes there")
     arguments = parser.parse_args(command_line)
     torch.set_num_threads(1)
-    found = {method: outcomes(method, arguments.models) for method in arguments.methods}
+    console = Console(stderr=True)
+    methods = track(
+        arguments.methods, "Models", console=console, transient=True,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    found = {method: outcomes(method, arguments.models) for method in methods}
     columns = ["Sent", "Test accuracy (%)", "Losses, AUC", "TPR at FPR 1 %", "LiRA, AUC"]
     show(
         f"{arguments.models} models of each, trained on {MEMBERS} of {2 * MEMBERS} digits",

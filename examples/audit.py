@@ -14,12 +14,13 @@ noise, and membership, three times each, with standard deviations. `--parts` nam
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,11 @@ def run(cases: Sequence[Case], repeats: int, title: str, processes: int) -> Resu
     """Audits each case with several sets of images."""
     all_cases = [replace(case, number=number) for case in cases for number in range(repeats)]
     console = Console(stderr=True)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        each = pool.imap(audit, all_cases) if processes > 1 else map(audit, all_cases)
+    with contextlib.ExitStack() as stack:
+        each: Iterable[Report] = map(audit, all_cases)
+        if processes > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            each = pool.imap(audit, all_cases)
         found = list(
             track(each, title, len(all_cases), console=console, transient=True,
                   disable=not console.is_terminal)

@@ -1,6 +1,8 @@
 """A report attacks what the optimizer really sent, and says what it cannot show."""
 
 import json
+import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from efsgd import ErrorFeedbackSGD, GradientAverager, PowerSGDOptimizer, TopK
-from efsgd.audit import Attack, report
+from efsgd.audit import Attack, Report, report
 from efsgd.audit.findings import BLIND, GATHERED, WARNING
 from efsgd.audit.victims import take_steps
 from efsgd.privacy import PrivateOptimizer
@@ -201,6 +203,32 @@ def test_a_model_that_is_given_stays_as_it_is() -> None:
     assert found.best.score > 0.999
     assert all(torch.equal(each, before[name]) for name, each in own.state_dict().items())
     assert all(each.grad is None for each in own.parameters())
+
+
+def test_nothing_is_written_unless_asked(tmp_path: Path) -> None:
+    written: list[str] = []
+    is_watched = False
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        # Hooks stay for ever, so this one is deaf afterwards.
+        if is_watched and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            written.append(str(arguments[0]))
+
+    def audited() -> Report:
+        return report(model, rank_one, images(0, 1), others=images(5, 20), attacks=quick)
+
+    quick = {"adaptive": Attack(iterations=1, restarts=1)}
+    audited()  # what is imported on the way may be compiled
+    sys.addaudithook(note)
+    try:
+        is_watched = True
+        found = audited()
+        str(found), found.to_dict()
+        assert written == []
+        found.save_picture(tmp_path / "picture.png")
+        assert str(tmp_path / "picture.png") in written
+    finally:
+        is_watched = False
 
 
 def test_what_are_no_images_is_scored_but_not_drawn(tmp_path: Path) -> None:
