@@ -77,7 +77,7 @@ demo-audit: $(VENV)/.with-examples ## attack what is sent, and see what it gives
 	@echo 'This was one table. "make demo-audit-full" has larger batches, noise, and membership.'
 
 .PHONY: demo-audit-full
-demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (long)
+demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (a quarter of an hour on two free cores)
 	$(BIN)/python examples/audit.py --full $(DEMO_FLAGS)
 
 .PHONY: test
