@@ -123,7 +123,7 @@ def likelihood_ratios(target: Tensor, shadows: Tensor, is_member: Tensor) -> Ten
         >>> is_member = torch.tensor([[True], [True], [False], [False]])
         >>> shadows = torch.tensor([[3.0], [5.0], [0.0], [2.0]])  # 4 with the sample, 1 without
         >>> likelihood_ratios(torch.tensor([4.0]), shadows, is_member)
-        tensor([4.5000], dtype=torch.float64)
+        tensor([2.2500], dtype=torch.float64)
     """
     if shadows.shape != is_member.shape or shadows.shape[1:] != target.shape or target.ndim != 1:
         raise ValueError(
