@@ -1,10 +1,10 @@
 """Searches of efsgd.audit beside those of breaching 0.1.2, on the same gradients.
 
-    python3 -m venv /tmp/peers
+    python3 -m venv .venv-peers
     .venv/bin/python -c 'import site; print(*site.getsitepackages())' \\
-        > "$(/tmp/peers/bin/python -c 'import site; print(*site.getsitepackages())')/efsgd.pth"
-    /tmp/peers/bin/python -m pip install --constraint constraints.txt breaching==0.1.2
-    /tmp/peers/bin/python -m benchmarks.audit_peers
+        > "$(.venv-peers/bin/python -c 'import site; print(*site.getsitepackages())')/efsgd.pth"
+    .venv-peers/bin/python -m pip install --constraint constraints.txt breaching==0.1.2
+    .venv-peers/bin/python -m benchmarks.audit_peers
 
 The first commands make an environment in which breaching and what it needs lie beside the packages
 of the one that is there, with its torch; nothing is added to that one.
