@@ -206,6 +206,10 @@ bench-contract: $(VENV)/.with-examples ## ask efsgd and its peers what a swap-in
 bench-whole-steps: $(VENV)/.with-examples ## measure whole steps of the examples' models on slow networks (Linux, root)
 	@set -ex; for rate in 10mbit 100mbit; do $(BENCH).whole_steps --rate $$rate $(BENCH_FLAGS); done
 
+.PHONY: bench-adamw
+bench-adamw: $(VENV)/.with-examples ## measure whole steps with AdamW, in DDP's backward pass and before the step (Linux, root)
+	@set -ex; for rate in 100mbit 1gbit; do $(BENCH).adamw_steps --rate $$rate $(BENCH_FLAGS); done
+
 .PHONY: bench-pipeline
 bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow networks (Linux, root)
 	@set -ex; for rate in 100mbit 1gbit; do $(BENCH).pipeline --rate $$rate $(BENCH_FLAGS); done

@@ -9,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "efsgd"
 FLOORS = [
     {"testing", "rank", "checkpoint", "integrations", "privacy", "audit", "pipeline", "planning"},
+    {"ddp"},
     {"optimizers"},
     {"compressors", "engine"},
     {"algorithms"},

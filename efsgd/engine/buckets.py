@@ -1,4 +1,4 @@
-"""From tensors to buckets: one for each device and dtype."""
+"""From tensors to buckets: one for each device and dtype, or several of limited size."""
 
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -17,34 +17,53 @@ from efsgd.wire.traffic import TrafficCounter
 #: What the tensors of a bucket have in common.
 Kind: TypeAlias = tuple[torch.device, torch.dtype]
 
-#: By kind, for errors and deltas; see `Bucket`.
-Memory: TypeAlias = dict[Kind, tuple[Tensor, Tensor]]
+#: For errors and deltas; see `Bucket`.
+Memory: TypeAlias = tuple[Tensor, Tensor]
 
 
-def by_kind(infos: Iterable[ParameterInfo]) -> dict[Kind, list[ParameterInfo]]:
-    """The parameters that are trained, by what a bucket has in common."""
+def kind_of(info: ParameterInfo) -> Kind:
+    """Where a parameter is, and in which dtype it is computed with."""
+    return info.parameter.device, compute_dtype(info.parameter)
+
+
+def divide(infos: Iterable[ParameterInfo], bucket_bytes: int | None) -> list[list[ParameterInfo]]:
+    """The parameters that are trained, by bucket.
+
+    A bucket is full once its gradients have `bucket_bytes`. They are filled from the last parameter
+    on, whose gradient a backward pass has first.
+    """
     kinds: dict[Kind, list[ParameterInfo]] = {}
     for info in infos:
         if info.is_trained:
-            kind = info.parameter.device, compute_dtype(info.parameter)
-            kinds.setdefault(kind, []).append(info)
-    return kinds
+            kinds.setdefault(kind_of(info), []).append(info)
+    if bucket_bytes is None:
+        return list(kinds.values())
+    divided: list[list[ParameterInfo]] = []
+    for own in kinds.values():
+        size = bucket_bytes
+        for info in reversed(own):
+            if size >= bucket_bytes:
+                divided.append([])
+                size = 0
+            divided[-1].insert(0, info)
+            size += info.parameter.numel() * info.parameter.element_size()
+    return divided
 
 
 def make_bucket(
     infos: list[ParameterInfo],
-    kind: Kind,
     compressor: Compressor,
     context: tuple[int, int],
     phases: Phases,
     traffic: TrafficCounter,
-    memory: tuple[Tensor, Tensor] | None,
+    memory: Memory | None,
 ) -> Bucket:
     """A bucket for parameters of one kind, with errors of zero.
 
     `context` is the number of workers, and this worker; `memory` comes from `memory_of`.
     """
-    (device, dtype), (world_size, worker), settings = kind, context, infos[0].group
+    (device, dtype), (world_size, worker) = kind_of(infos[0]), context
+    settings = infos[0].group
     words = ControlWords.count(len(infos), world_size)
     layout = Layout.plan((info.entry_now(compressor) for info in infos), words)
     placement = Placement(dtype, device, worker, world_size)
@@ -66,24 +85,27 @@ def make_bucket(
 def memory_of(
     buckets: Iterable[Bucket],
     before: Iterable[ParameterInfo],
-    infos: Iterable[ParameterInfo],
+    divided: Iterable[list[ParameterInfo]],
     compressor: Compressor,
-) -> Memory:
-    """Memory of old `buckets` for new ones, where they compress the same tensors.
+) -> list[Memory | None]:
+    """Memory of old `buckets` for each new one, where it compresses the same tensors.
 
     Scratch becomes the new errors, into which the old ones are copied, and these become the new
     scratch: nothing is allocated, and nothing is written over that has not been copied. `before`
-    are the parameters that the old ones were made for, `infos` those of the new ones.
+    are the parameters that the old ones were made for, `divided` those of the new ones.
     """
-    kinds, found = by_kind(infos), {}
     parameters = {info.index: info.parameter for info in before}
-    for bucket in buckets:
-        kind, errors = (bucket.device, bucket.deltas.flat.dtype), bucket.errors
-        own = [i for i in kinds.get(kind, []) if i.entry_now(compressor).level is not None]
-        if errors is None or not all(info.group["error_feedback"] for info in own):
+    old = {bucket.compressed: bucket for bucket in buckets if bucket.compressed}
+    found: list[Memory | None] = []
+    for infos in divided:
+        own = [info for info in infos if info.entry_now(compressor).level is not None]
+        bucket = old.get(frozenset(info.index for info in own))
+        if bucket is None or bucket.errors is None or not infos[0].group["error_feedback"]:
+            found.append(None)
             continue
-        is_same = bucket.compressed == {info.index for info in own}
+        errors, deltas = bucket.errors.flat, bucket.deltas.flat
+        is_same = kind_of(infos[0]) == (bucket.device, deltas.dtype)
         is_same = is_same and all(parameters[info.index] is info.parameter for info in own)
-        if is_same and errors.flat.numel() == sum(info.shape.numel() for info in own):
-            found[kind] = bucket.deltas.flat, errors.flat
+        is_same = is_same and errors.numel() == sum(info.shape.numel() for info in own)
+        found.append((deltas, errors) if is_same else None)
     return found

@@ -184,12 +184,12 @@ class Handshake:
 
     def _abstain(self, why: Abstention, step: int) -> Exchange[list[Verdict]]:
         """Takes part in a step of the others, with zeros in the buckets that they know of."""
-        verdicts = []
-        for bucket in self._plan.buckets:
-            gradients = self._plan.gradients(bucket)
-            outcome = yield from exchange_gradients(bucket, gradients, step, abstains=why)
-            verdicts.append(outcome.verdict)
-        self._plan.note_sparse(verdicts)
+        plan = self._plan
+        outcomes = yield from plan.exchange_all(
+            [exchange_gradients(b, plan.gradients(b), step, abstains=why) for b in plan.buckets]
+        )
+        verdicts = [outcome.verdict for outcome in outcomes]
+        plan.note_sparse(verdicts)
         return verdicts
 
     def _counted(self, exchange: Exchange[T]) -> Exchange[T]:

@@ -1,14 +1,23 @@
 """The buckets of an optimizer's parameter groups, kept while the groups stay what they are."""
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from efsgd.algorithms.bucket import Bucket
-from efsgd.engine.buckets import by_kind, make_bucket, memory_of
+from efsgd.engine.buckets import divide, make_bucket, memory_of
 from efsgd.engine.parameters import (
     GroupNotes,
     Groups,
@@ -20,8 +29,12 @@ from efsgd.engine.parameters import (
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
 from efsgd.engine.update import Method, Rules, prepare_updates
 from efsgd.profiling import Phases
+from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import Verdict
+from efsgd.wire.together import one_by_one, together
 from efsgd.wire.traffic import TrafficCounter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Plan:
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
         signature: of the groups and the state that the buckets were made for; None: make them anew.
+        arrivals: waits for the gradients of some parameters, or of all (None), where steps begin
+            before they are there: on all workers, or on none.
         prepared_with: what gradients are made with, where a `Preparation` makes them; part of the
             signature.
 
@@ -71,8 +86,9 @@ class Plan:
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
         self.signature: Signature | None = None
+        self.arrivals: Callable[[Sequence[Tensor] | None], None] | None = None
         self.prepared_with: Hashable = None
-        names = ("error_feedback", "start_compressing_at", "check_every")
+        names = ("error_feedback", "start_compressing_at", "check_every", "bucket_bytes")
         self._signed = (*method.compressor.settings(), *names)
         self._prepared: list[Hashable] = []
         # Of states that the last `update` changed: what they had under these names.
@@ -135,6 +151,17 @@ class Plan:
                 if gradient is not None and gradient.layout != torch.strided:
                     self.sparse.add(parameter)
 
+    def exchange_all(self, exchanges: Sequence[Exchange[T]]) -> Exchange[list[T]]:
+        """Takes part in an exchange for each bucket, in an order that all workers have."""
+        return together(exchanges) if self.arrivals is None else one_by_one(exchanges)
+
+    def await_gradients(self, bucket: Bucket | None = None) -> None:
+        """Waits until the gradients of a bucket are there, or all of them."""
+        if self.arrivals is not None:
+            indices = () if bucket is None else bucket.indices
+            own = [info.parameter for info in self.infos if info.index in indices]
+            self.arrivals(None if bucket is None else own)
+
     def gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
         """This worker's gradients g_w, for the tensors of a bucket in its order."""
         own = {}
@@ -162,7 +189,8 @@ class Plan:
             return
         compressor, before = self._method.compressor, self.infos
         self.infos, self.states = list(list_parameters(groups, self.sparse)), {}
-        memory = memory_of(self.buckets, before, self.infos, compressor)
+        divided = divide(self.infos, self._notes.shared(groups)["bucket_bytes"])
+        memory = memory_of(self.buckets, before, divided, compressor)
         self.reset()  # all other memory is free for what follows
         for info in self.infos:
             if info.is_trained:
@@ -174,13 +202,11 @@ class Plan:
         for info in (*before, *self.infos):
             if info.parameter not in trained and info.parameter in state:
                 detach_from_buffer_(state[info.parameter])
-        kinds = by_kind(self.infos)
-        shown = [info for infos in kinds.values() for info in infos]
+        shown = [info for infos in divided for info in infos]
         self.views = StateViews(shown, self.states, self._method)
-        self.views.release_zeros_(buffer for pair in memory.values() for buffer in pair)
-        for kind, infos in kinds.items():
-            own = memory.get(kind)
-            bucket = make_bucket(infos, kind, compressor, context, self._phases, self._traffic, own)
+        self.views.release_zeros_(buffer for pair in memory if pair for buffer in pair)
+        for infos, own in zip(divided, memory, strict=True):
+            bucket = make_bucket(infos, compressor, context, self._phases, self._traffic, own)
             self.views.attach_(bucket)
             self.buckets.append(bucket)
         self.context, self._prepared = context, []

@@ -4,18 +4,20 @@ The workers agree on what they train, run Algorithm 2 on each bucket of it, and 
 once every bucket of every worker is known to be good.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from efsgd.algorithms.bucket import Bucket
 from efsgd.algorithms.error_feedback import Outcome, exchange_gradients
-from efsgd.engine.consistency import digest_of, drop_foreign_errors_
+from efsgd.engine.checked import CheckedGroups
+from efsgd.engine.consistency import drop_foreign_errors_
 from efsgd.engine.handshake import Handshake
 from efsgd.engine.observation import Listener, Preparation, Watcher, show
 from efsgd.engine.parameters import (
-    PER_PARAMETER,
     GroupNotes,
     Groups,
     device_of,
@@ -60,10 +62,7 @@ class Step:
         self._savings = Savings(method.compressor)
         self.preparations: list[Preparation] = []
         self._has_loaded = False
-        # What groups were last found to say, and the rules made of that.
-        self._checked: list[dict[str, Any]] = []
-        self._rules: Rules = {}
-        self._digest = 0  # of the settings, which must be equal on all workers
+        self._checked = CheckedGroups(method)
 
     def on_new_group(self) -> None:
         """What follows is with other workers: nothing is agreed on with them."""
@@ -114,23 +113,13 @@ class Step:
         notes = [] if loaded is None else [loaded]
         try:
             rules = yield from self._agree(groups, state, context)
-            step, outcomes = self.notes.step, []
+            step = self.notes.step
             self.traffic.begin_step(self.plan.nbytes)
             self.phases.begin_step()
             try:
-                for bucket in self.plan.buckets:
-                    exchange = exchange_gradients(
-                        bucket,
-                        self.plan.gradients(bucket),
-                        step,
-                        weight if scaling is None else scaling.factor * weight,
-                        has_overflowed=scaling is not None and scaling.has_overflowed,
-                        is_scaled=scaling is not None,
-                        digest=self._digest,
-                    )
-                    for listener in self.listeners:
-                        exchange = listener(self.plan, bucket, step, exchange)
-                    outcomes.append((yield from exchange))
+                outcomes = yield from self.plan.exchange_all(
+                    [self._exchange_bucket(b, step, weight, scaling) for b in self.plan.buckets]
+                )
             except CollectiveError:
                 raise
             except Exception:  # the others cannot know, and apply the step
@@ -161,6 +150,30 @@ class Step:
             for note in notes:  # as an error, a warning must not keep the others waiting
                 warn_user(note)
 
+    def _exchange_bucket(
+        self, bucket: Bucket, step: int, weight: float, scaling: LossScaling | None
+    ) -> Exchange[Outcome]:
+        """Algorithm 2, lines 7 to 10, for one bucket, once its gradients are there."""
+        failure: Exception | None = None
+        try:
+            self.plan.await_gradients(bucket)
+        except Exception as error:  # the other workers are waiting, so it is raised afterwards
+            failure = error
+        exchange = exchange_gradients(
+            bucket,
+            self.plan.gradients(bucket),
+            step,
+            weight if scaling is None else scaling.factor * weight,
+            has_overflowed=scaling is not None and scaling.has_overflowed,
+            is_scaled=scaling is not None,
+            abstains=None if failure is None else "unable",
+            digest=self._checked.digest,
+        )
+        for listener in self.listeners:
+            exchange = listener(self.plan, bucket, step, exchange)
+        outcome = yield from exchange
+        return outcome if failure is None else dataclasses.replace(outcome, error=failure)
+
     def _agree(
         self, groups: Groups, state: MutableMapping[Tensor, State], context: tuple[int, int]
     ) -> Exchange[Rules]:
@@ -174,6 +187,7 @@ class Step:
             handshake.reset()
         if context[0] == 1:
             rules = self._check(groups, context)
+            plan.await_gradients()
             plan.find_sparse(groups)
             plan.update(groups, state, context, plan.sign(groups, state))
             plan.prepare(rules)
@@ -185,6 +199,7 @@ class Step:
             rules = self._check(groups, context)
             is_new = handshake.is_new(plan.sign(groups, state))
             if is_new or compares:
+                plan.await_gradients()
                 validate_states(list_parameters(groups), state, self._method.compressor)
         except Exception as error:
             yield from handshake.report_failure(error, device, step, compares=compares)
@@ -215,32 +230,13 @@ class Step:
             How the groups are to be updated.
         """
         self.notes.settle(groups)
-        found, is_known = [], len(groups) == len(self._rules)
-        for group in groups:
-            is_known = is_known and id(group) in self._rules
-            said: dict[str, Any] = {}
-            for name, value in group.items():
-                if value is None or isinstance(value, int | float | str):
-                    # 1, 1.0 and True are equal, and not all of them are ranks.
-                    said[name] = value.__class__, value
-                elif name not in ("params", "param_names", PER_PARAMETER):
-                    is_known = False  # it may change in place
-            said["params"], said[PER_PARAMETER] = (
-                len(group["params"]),
-                repr(group.get(PER_PARAMETER)),
-            )
-            said["step"] = None  # the one that changes by itself
-            found.append(said)
-        if not is_known or found != self._checked:
-            self._method.validate(groups)
-            self._rules, self._checked = self._method.rules(groups), found
-            self._digest = digest_of(groups, self._method)
+        rules = self._checked.rules(groups)
         for preparation in self.preparations:
             preparation.prepare(*context)
         for group in () if self._method.takes_sparse else groups:
             for parameter in group["params"]:
                 require_dense(parameter.grad)
-        return self._rules
+        return rules
 
     def _judge(self, groups: Groups, outcomes: Sequence[Outcome]) -> Exchange[bool]:
         """Whether a step is applied, of which not all that was sent is as usual.

@@ -103,6 +103,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
         nonfinite: str = "raise",
         max_grad_norm: float | None = None,
         check_every: int = 0,
+        bucket_bytes: int | None = None,
         process_group: Workers = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -121,6 +122,7 @@ class ErrorFeedbackSGD(ErrorFeedbackOptimizer):
             "nonfinite": nonfinite,
             "max_grad_norm": max_grad_norm,
             "check_every": check_every,
+            "bucket_bytes": bucket_bytes,
         }
         compressor = PowerSGD() if compressor is None else compressor
         super().__init__(params, defaults, compressor, process_group)

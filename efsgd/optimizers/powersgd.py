@@ -52,6 +52,9 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             worker; None does not. With math.inf it is measured only.
         check_every: compare the workers' settings, parameters and replicated state every
             `check_every` steps; 0 does so before the first alone.
+        bucket_bytes: gradients are exchanged in buckets of about so many bytes, the last parameters
+            first, so that one is compressed while another travels; each costs collectives of its
+            own. None: all together, which is fastest unless sending takes as long as compressing.
         seed: of the first Q, the same on every worker. The global generator is not touched.
         compile: whether torch.compile fuses products of ranks up to 8 into the passes that use
             them, where that is faster. Results are the same to rounding. The same for all groups
@@ -105,6 +108,7 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
         nonfinite: str = "raise",
         max_grad_norm: float | None = None,
         check_every: int = 0,
+        bucket_bytes: int | None = None,
         seed: int = 0,
         compile: bool = False,
         alternating: bool = False,
@@ -137,5 +141,6 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             nonfinite=nonfinite,
             max_grad_norm=max_grad_norm,
             check_every=check_every,
+            bucket_bytes=bucket_bytes,
             process_group=process_group,
         )

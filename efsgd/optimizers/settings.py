@@ -37,6 +37,7 @@ SHARED = (
     "nonfinite",
     "max_grad_norm",
     "check_every",
+    "bucket_bytes",
     "step",
     "worker",
     "world_size",
@@ -122,6 +123,12 @@ def validate_exchange(group: Mapping[str, Any], compressor: Compressor) -> None:
         raise ValueError(
             f"Invalid max_grad_norm: {norm!r}. Must be a positive number, math.inf to measure the "
             f"norm alone, or None."
+        )
+    size = group["bucket_bytes"]
+    if size is not None and not is_integer(size, 1):
+        raise ValueError(
+            f"Invalid bucket_bytes: {size!r}. Must be a number of bytes, at least 1, or None to "
+            f"send all gradients together."
         )
     validate_per_parameter(group, compressor)
 

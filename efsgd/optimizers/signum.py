@@ -95,6 +95,7 @@ class Signum(ErrorFeedbackOptimizer):
         maximize: bool = False,
         nonfinite: str = "raise",
         check_every: int = 0,
+        bucket_bytes: int | None = None,
         process_group: Workers = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -108,6 +109,7 @@ class Signum(ErrorFeedbackOptimizer):
             "nonfinite": nonfinite,
             "max_grad_norm": None,
             "check_every": check_every,
+            "bucket_bytes": bucket_bytes,
         }
         super().__init__(params, defaults, MajorityVote(), process_group)
 

@@ -35,10 +35,10 @@ def exhausted(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     workers: set[int] = set()
     make_bucket = plan.make_bucket
 
-    def limited(infos: Any, kind: Any, compressor: Any, context: Any, *rest: Any) -> Any:
+    def limited(infos: Any, compressor: Any, context: Any, *rest: Any) -> Any:
         if context[1] in workers:
             raise MemoryError("no memory left")
-        return make_bucket(infos, kind, compressor, context, *rest)
+        return make_bucket(infos, compressor, context, *rest)
 
     monkeypatch.setattr(plan, "make_bucket", limited)
     yield workers

@@ -117,6 +117,14 @@ class FieldMachine(RuleBasedStateMachine):
 
         self.workers.in_all(change)
 
+    @rule(bucket_bytes=st.sampled_from([None, 1, 200]))
+    def buckets_have_another_size(self, bucket_bytes: int | None) -> None:
+        def change(optimizer: Any, _: int) -> None:
+            for group in optimizer.param_groups:
+                group["bucket_bytes"] = bucket_bytes
+
+        self.workers.in_all(change)
+
     @precondition(lambda self: self.workers.world_size > 1)
     @rule(name=st.sampled_from(["lr", "momentum", "weight_decay", "rank", "nesterov"]), place=small)
     def a_setting_changes_on_one_worker(self, name: str, place: int) -> None:

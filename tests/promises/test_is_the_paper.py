@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from efsgd import PowerSGDOptimizer
@@ -51,9 +52,9 @@ def run_beside_reference(
 
 
 @examples(300)
-@given(DETERMINED)
-def test_everything_agrees_with_the_reference(scenario: Scenario) -> None:
-    workers, reference = run_beside_reference(scenario)
+@given(DETERMINED, st.sampled_from([None, 1, 500]))
+def test_everything_agrees_with_the_reference(scenario: Scenario, bucket_bytes: int | None) -> None:
+    workers, reference = run_beside_reference(scenario, bucket_bytes=bucket_bytes)
     for index, parameter in enumerate(parameters_of(workers[0])):
         state = workers[0].state[parameter]
         if scenario.hyperparameters["momentum"] and "momentum_buffer" in state:

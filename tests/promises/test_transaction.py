@@ -44,11 +44,21 @@ def a_run(
     world_size=st.sampled_from([1, 2, 4]),
     warm_start=st.booleans(),
     start=st.sampled_from([0, 2]),
+    bucket_bytes=st.sampled_from([None, 1]),
 )
 def test_a_failed_collective_changes_nothing(
-    fail_at: int, good_steps: int, world_size: int, warm_start: bool, start: int
+    fail_at: int,
+    good_steps: int,
+    world_size: int,
+    warm_start: bool,
+    start: int,
+    bucket_bytes: int | None,
 ) -> None:
-    options = {"warm_start": warm_start, "start_compressing_at": start}
+    options = {
+        "warm_start": warm_start,
+        "start_compressing_at": start,
+        "bucket_bytes": bucket_bytes,
+    }
     (workers, scenario), (twins, _) = (a_run(world_size, **options) for _ in range(2))
     train(scenario, range(good_steps), workers, twins)
     # Two buckets of two collectives each, or of one each while nothing is compressed. Where the

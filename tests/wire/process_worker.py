@@ -131,6 +131,13 @@ def agree() -> dict[str, Any]:
     results["mean_errors"] = [checksum(state["error"]) for state in consolidated.values()
                               if "error" in state]  # fmt: skip
 
+    in_buckets = make(start(), bucket_bytes=1000)
+    for step in range(200):
+        set_gradients(in_buckets, step, worker)
+        in_buckets.step()
+    results["in_buckets"] = fingerprint(in_buckets)
+    results["collectives_in_buckets"] = in_buckets.communication_stats()["collectives"]
+
     is_odd_one = worker == world_size - 1
     other = make([*start()[:4], torch.zeros(40, 31)] if is_odd_one else start())
     for parameter in other.param_groups[0]["params"]:

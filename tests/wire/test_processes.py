@@ -62,6 +62,23 @@ def test_a_worker_observes_its_own_messages(agreed: list[dict[str, Any]]) -> Non
         assert report["observed"] == [[20, worker, True, sent], [21, worker, True, sent]]
 
 
+def test_several_buckets_never_stand_still_and_compute_what_lockstep_computes(
+    agreed: list[dict[str, Any]],
+) -> None:
+    """Over 200 steps, in which collectives of all buckets are in flight at once."""
+    for kind in ("parameters", "momentum_buffer", "q"):
+        assert all(worker["in_buckets"][kind] == agreed[0]["in_buckets"][kind] for worker in agreed)
+    assert all(worker["collectives_in_buckets"] == 2 * 3 for worker in agreed)
+    if len(agreed) == 2:  # a sum of two is the same in either order
+        optimizers = [script.make(script.start(), bucket_bytes=1000) for _ in agreed]
+        for step in range(200):
+            for worker, optimizer in enumerate(optimizers):
+                script.set_gradients(optimizer, step, worker)
+            step_together(optimizers)
+        for worker, optimizer in zip(agreed, optimizers, strict=True):
+            assert worker["in_buckets"] == script.fingerprint(optimizer)
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
