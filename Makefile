@@ -81,7 +81,7 @@ demo-audit: $(VENV)/.with-examples ## attack what is sent, and see what it gives
 	@echo 'This was one table. "make demo-audit-full" has larger batches, noise, and membership.'
 
 .PHONY: demo-audit-full
-demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (long)
+demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (a quarter of an hour on two free cores)
 	$(BIN)/python examples/audit.py --full $(DEMO_FLAGS)
 
 .PHONY: test
@@ -223,6 +223,11 @@ bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow n
 .PHONY: bench-privacy
 bench-privacy: $(VENV)/.with-examples ## measure a private step beside one of Opacus
 	$(BENCH).privacy $(BENCH_FLAGS)
+
+# Beside breaching, which needs an environment of its own: benchmarks/audit_peers.py says how.
+.PHONY: bench-audit
+bench-audit: $(VENV)/.with-examples ## ask with shadow models who was trained on
+	$(BENCH).audit_lira $(BENCH_FLAGS)
 
 .PHONY: bench-docs
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured

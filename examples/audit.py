@@ -14,12 +14,13 @@ noise, and membership, three times each, with standard deviations. `--parts` nam
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ from rich.table import Table
 from torch import Tensor
 
 from efsgd.audit import Report
+from efsgd.audit.findings import BLIND, WARNING
 from efsgd.audit.pictures import save_images
-from efsgd.audit.report import BLIND, WARNING
 from examples.audit_cases import COMPRESSORS, Case, audit
 from examples.audit_membership import membership_table, train_and_score
 from examples.reporting import markdown, save_json
 
 FEW = ("SGD", "Rank 1", "Top-K 10 %", "Top-K 1 %", "Sign")
-SOME = ("SGD", "Rank 1", "Rank 2", "Rank 4", "Rank 8", "Top-K 10 %", "Top-K 1 %", "Sign")
+THROUGH_CONVOLUTIONS = ("SGD", "Rank 1", "Rank 4", "LQ-SGD, rank 1", "Top-K 1 %", "Sign")
 NOISES = (0.0, 0.001, 0.01, 0.1)
 Results = Mapping[Case, Sequence[Report]]
 
@@ -55,16 +56,22 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[Case]]:
             "Faces, MLP, 1 image": [Case("faces", "MLP", 1, method) for method in COMPRESSORS],
             "Faces, convolutions, 1 image": [
                 Case("faces", "convolutions", 1, method, iterations=160)
-                for method in ("SGD", "Rank 1", "Rank 4", "Top-K 1 %", "Sign")
+                for method in THROUGH_CONVOLUTIONS
             ],
             **{
-                f"Faces, MLP, {size} images": [Case("faces", "MLP", size, each) for each in SOME]
+                f"Faces, MLP, {size} images": [
+                    Case("faces", "MLP", size, method) for method in COMPRESSORS
+                ]
                 for size in (4, 8)
             },
             "Faces, MLP, 8 images, several steps": [
                 Case("faces", "MLP", 8, method, steps=steps)
                 for method in ("Rank 1", "Top-K 1 %")
                 for steps in (1, 4, 16)
+            ],
+            "Faces, MLP, 4 workers of 2 images": [
+                Case("faces", "MLP", 2, method, workers=4)
+                for method in ("SGD", "Rank 1", "Rank 2", "Rank 4", "Rank 8")
             ],
             "Faces, MLP, 1 image, noise": [
                 Case("faces", "MLP", 1, method, noise_multiplier=noise)
@@ -94,6 +101,21 @@ def scores(reports: Sequence[Report], kind: str) -> list[float]:
     return best
 
 
+def named(results: Results) -> dict[str, Sequence[Report]]:
+    """By what was sent; of several workers averages are a row of their own."""
+    found: dict[str, Sequence[Report]] = {}
+    for case, reports in results.items():
+        words = [case.method]
+        words += [f"σ = {case.noise_multiplier:g}"] if case.noise_multiplier is not None else []
+        words += [f"{case.steps} steps"] if case.steps > 1 else []
+        name = ", ".join(words)
+        found[name] = reports
+        averages = [each.averages for each in reports if each.averages is not None]
+        if averages:
+            found[f"{name}, averages"] = averages
+    return found
+
+
 def spread(values: Sequence[float]) -> str:
     """The mean, with a standard deviation where there is one."""
     mean = f"{statistics.mean(values):.2f}"
@@ -108,10 +130,7 @@ def ssim_table(title: str, results: Results) -> Table:
     table.add_column("Sent")
     for column in ("Bytes", "Naive", "Adaptive", "Read", "Best", "PSNR (dB)", "Told apart (AUC)"):
         table.add_column(column, justify="right")
-    for case, reports in results.items():
-        words = [case.method]
-        words += [f"σ = {case.noise_multiplier:g}"] if case.noise_multiplier is not None else []
-        words += [f"{case.steps} steps"] if case.steps > 1 else []
+    for name, reports in named(results).items():
         by_kind = {
             kind: scores(reports, kind) for kind in ("naive", "adaptive", "singular", "by biases")
         }
@@ -122,7 +141,7 @@ def ssim_table(title: str, results: Results) -> Table:
         told = [found.membership.auc for found in reports if found.membership is not None]
         best = [found.best for found in reports]
         table.add_row(
-            ", ".join(words),
+            name,
             f"{reports[0].message_bytes:,}",
             *(
                 "" if values[0] != values[0] else spread(values)
@@ -138,13 +157,13 @@ def ssim_table(title: str, results: Results) -> Table:
 def picture(path: Path, results: Results) -> None:
     """Originals, the blind guess, and below them the best of the naive and of all attacks."""
     rows: dict[str, Tensor] = {}
-    for case, reports in results.items():
-        rows.setdefault("original", torch.cat([each.originals for each in reports])[:8])
+    for name, reports in named(results).items():
+        originals = torch.cat([each.originals for each in reports])[:8]
+        rows.setdefault("original", originals)
         rows.setdefault(BLIND, torch.cat([each.found[BLIND] for each in reports])[:8])
-        noise = "" if case.noise_multiplier is None else f", σ = {case.noise_multiplier:g}"
-        steps = "" if case.steps == 1 else f", {case.steps} steps"
-        name = f"{case.method}{noise}{steps}"
-        kinds = {"naive": f"{name}, naive", "": name if case.method == "SGD" else f"{name}, best"}
+        if not torch.equal(originals, rows["original"]):  # averages are of all workers' images
+            rows[f"original, {name}"] = originals
+        kinds = {"naive": f"{name}, naive", "": name if name == "SGD" else f"{name}, best"}
         for kind, label in kinds.items():
             best = [
                 max(
@@ -169,8 +188,11 @@ def run(cases: Sequence[Case], repeats: int, title: str, processes: int) -> Resu
     """Audits each case with several sets of images."""
     all_cases = [replace(case, number=number) for case in cases for number in range(repeats)]
     console = Console(stderr=True)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        each = pool.imap(audit, all_cases) if processes > 1 else map(audit, all_cases)
+    with contextlib.ExitStack() as stack:
+        each: Iterable[Report] = map(audit, all_cases)
+        if processes > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            each = pool.imap(audit, all_cases)
         found = list(
             track(each, title, len(all_cases), console=console, transient=True,
                   disable=not console.is_terminal)

@@ -72,6 +72,7 @@ class Case:
         number: which images; also the seed of the model and of the attacks.
         noise_multiplier: σ of differential privacy, with a clipping norm of 1; None: none.
         steps: with the same images and weights.
+        workers: in each step, each with as many images of its own.
         iterations: of each start of an attack.
         restarts: of each attack.
     """
@@ -83,6 +84,7 @@ class Case:
     number: int = 0
     noise_multiplier: float | None = None
     steps: int = 1
+    workers: int = 1
     iterations: int = 120
     restarts: int = 1
 
@@ -110,9 +112,11 @@ class Case:
 def audit(case: Case) -> Report:
     """Takes the steps of a case with the package's own optimizer, and attacks what was sent."""
     torch.set_num_threads(1)
-    pixels, first = images(case.data), case.number * case.batch_size
+    pixels, size = images(case.data), case.batch_size
     labels = torch.arange(len(pixels)) % 10
-    batch = slice(first, first + case.batch_size)
+    first = case.number * case.workers * size
+    starts = range(first, first + case.workers * size, size)
+    batch, *peers = ((pixels[n : n + size], labels[n : n + size]) for n in starts)
     compressor: Any = COMPRESSORS[case.method]
     if isinstance(compressor, PowerSGD | LQSGD):
         compressor = replace(compressor, seed=case.number)
@@ -125,7 +129,7 @@ def audit(case: Case) -> Report:
             return found
         return PrivateOptimizer(
             found, noise_multiplier=case.noise_multiplier, max_grad_norm=1.0,
-            expected_batch_size=case.batch_size, sample_rate=0.01,
+            expected_batch_size=case.workers * size, sample_rate=0.01,
             generator=torch.Generator().manual_seed(case.number),
         )  # fmt: skip
 
@@ -134,6 +138,6 @@ def audit(case: Case) -> Report:
         return plain if case.noise_multiplier is None else GradSampleModule(plain)
 
     return report(
-        model, optimizer, (pixels[batch], labels[batch]), others=(pixels[50:], labels[50:]),
+        model, optimizer, batch, peers=peers, others=(pixels[50:], labels[50:]),
         attacks=case.attacks, steps=case.steps, seed=case.number, seconds=math.inf,
     )  # fmt: skip

@@ -1,12 +1,19 @@
 """What do the messages of a worker give away?"""
 
-from efsgd.audit.analytic import label_of, linear_inputs, mean_gradients, singular_inputs
+from efsgd.audit.analytic import linear_inputs, singular_inputs
 from efsgd.audit.attacks import DLG, INVERTING_GRADIENTS, Attack
+from efsgd.audit.findings import Report, Row
 from efsgd.audit.inversion import Inversion, invert
-from efsgd.audit.membership import auc_under_noise, loss_scores, update_scores
+from efsgd.audit.labels import label_of
+from efsgd.audit.membership import (
+    auc_under_noise,
+    likelihood_ratios,
+    loss_scores,
+    update_scores,
+)
 from efsgd.audit.observed import Message, Observed
 from efsgd.audit.recording import Recording, observe
-from efsgd.audit.report import Report, Row, report
+from efsgd.audit.report import report
 from efsgd.audit.scores import (
     Separation,
     best_match,
@@ -34,9 +41,9 @@ __all__ = [
     "invert",
     "label_of",
     "label_recovery",
+    "likelihood_ratios",
     "linear_inputs",
     "loss_scores",
-    "mean_gradients",
     "observe",
     "psnr",
     "report",

@@ -1,15 +1,14 @@
-"""What messages give away without any search: inputs and labels that algebra reads off them.
+"""What messages give away without any search: inputs that algebra reads off a linear layer's.
 
 Of a linear layer y = W x + b the gradients of one record are dW = δ xᵀ and db = δ, where δ is the
 gradient of y. So every row of dW is x times a number that db has, and P̂Qᵀ of rank 1 is dW itself.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from efsgd.audit.observed import Message, Observed
+from efsgd.audit.objective import Bounds
+from efsgd.audit.observed import Message
 from efsgd.checks import plain, require_integer
 
 
@@ -17,10 +16,11 @@ def linear_inputs(message: Message, weight: int, bias: int | None = None) -> Ten
     """The input of a linear layer, from what was sent of its gradients for one record.
 
     With the bias it is the weight's gradient over the bias's, by least squares over the elements
-    that were sent: exact where both were sent in clear, where the weight was sent at any rank,
-    since the gradient of one record has rank 1, and where of each column any element was sent whose
-    bias was sent as well. Without, it is the direction of the input: the leading right singular
-    vector, which of rank 1 is Q. For several records it is a weighted sum of their inputs.
+    that were sent: exact where both were sent in clear, where the weight was sent at any rank and
+    by however many workers, since the gradient of one record has rank 1, and where of each column
+    any element was sent whose bias was sent as well. Without, it is the direction of the input: the
+    leading right singular vector, which of rank 1 is Q. For several records it is a weighted sum of
+    their inputs.
 
     What error memories add to later messages spoils it; the first step has none.
 
@@ -55,12 +55,16 @@ def linear_inputs(message: Message, weight: int, bias: int | None = None) -> Ten
     """
     if bias is None:
         return singular_inputs(message, weight)[0]
-    rows, divisors = _matrix(message, weight), _find(message, bias).decompressed.detach()
+    rows, divisors = _matrix(message, weight), message.parameter(bias).decompressed.detach()
     if divisors.shape != rows.shape[:1]:
         raise ValueError(
             f"Invalid bias: parameter {bias} has shape {list(divisors.shape)}. Must be the bias "
             f"[{len(rows)}] of the weight {list(rows.shape)}."
         )
+    if message.parameter(weight).kind == "low rank":
+        # P̂ is of all workers' mean: P̂P̂ᵀδxᵀ is received, whose columns show P̂P̂ᵀδ but for its length.
+        left = torch.linalg.svd(rows, full_matrices=False).U[:, 0]
+        divisors = left * (left @ divisors)
     # What was not sent is zero. So are rows whose divisor is, which count for nothing.
     weights = divisors[:, None] * (rows != 0)
     squares = weights.square().sum(0)
@@ -73,54 +77,13 @@ def linear_inputs(message: Message, weight: int, bias: int | None = None) -> Ten
     return torch.where(squares > 0, products / squares, 0.0)
 
 
-def label_of(message: Message, bias: int, batch: int = 1) -> Tensor:
-    """Labels of the records, from what was sent of the last layer's bias under cross-entropy.
-
-    The gradient of a logit is the mean of its probability less one for records of that class, so
-    only classes that are there have a negative one. Of one record that is its label. Of more
-    records every class that is returned is there, unless error memories or compression of the bias
-    have changed signs; others may be there as well.
-
-    Args:
-        message: of one worker, or averages.
-        bias: the index of the last bias [classes] among the optimizer's parameters.
-        batch: the number of records.
-
-    Returns:
-        Int64 [at most `batch`], the most negative first.
-
-    Raises:
-        KeyError: nothing was seen of the parameter.
-        ValueError: `batch` is below 1.
-
-    Source: Zhao, Mopuri, Bilen: "iDLG", 2020, arXiv 2001.02610.
-
-    Example:
-        >>> from efsgd import PowerSGDOptimizer
-        >>> from efsgd.audit import label_of, observe
-        >>> layer = torch.nn.Linear(6, 4)
-        >>> optimizer = PowerSGDOptimizer(layer.parameters(), lr=0.1, momentum_form="sgd")
-        >>> labels = torch.tensor([2])
-        >>> torch.nn.functional.cross_entropy(layer(torch.ones(1, 6)), labels).backward()
-        >>> with observe(optimizer) as recording:
-        ...     optimizer.step()
-        >>> label_of(recording.messages()[0], bias=1)
-        tensor([2])
-    """
-    require_integer("batch", batch, 1, remedy="It is the number of records.")
-    gradient = _find(message, bias).decompressed.detach().flatten()
-    ordered = gradient.argsort()
-    if batch == 1:
-        return ordered[:1]
-    return ordered[gradient[ordered] < 0][: plain(batch)]
-
-
 def singular_inputs(message: Message, weight: int, count: int = 1) -> Tensor:
     """Directions of inputs of a linear layer: leading right singular vectors of what was sent.
 
     The gradient of the weight is Σ δ xᵀ over the records. Noise that was added to each of its
     elements hardly turns the leading vector as long as the singular value is above that of the
-    noise, √out + √in times its standard deviation; a search over inputs finds nothing long before.
+    noise, √out + √in times its standard deviation. It needs neither the length of the gradient,
+    which clipping changes, nor a search.
 
     Args:
         message: of one worker, or averages.
@@ -155,59 +118,29 @@ def singular_inputs(message: Message, weight: int, count: int = 1) -> Tensor:
     return torch.where(right.sum(dim=1, keepdim=True) < 0, -right, right)
 
 
-def mean_gradients(messages: Iterable[Message]) -> dict[int, Tensor]:
-    """What messages of several steps say together of a gradient that stayed the same.
+def read_first_layer(message: Message, guess: Tensor, bounds: Bounds) -> dict[str, Tensor]:
+    """Inputs [samples, ...] by how they were read; none where the first layer is not linear.
 
-    With error feedback what a message left out comes later. For a gradient g that is the same in T
-    steps from an error memory of zero, the mean differs from g by exactly e_T / T, where e_T is the
-    error memory after them. Without error feedback it stays as wrong as the first message.
-
-    Args:
-        messages: of one worker in steps that were applied, from the first on.
-
-    Returns:
-        By index of the parameter, the mean of what was decompressed, of the parameter's shape.
-
-    Raises:
-        ValueError: there are none.
-
-    Source: Karimireddy, Rebjock, Stich, Jaggi, ICML 2019, arXiv 1901.09847, for error feedback.
-
-    Example:
-        >>> from efsgd import ErrorFeedbackSGD, TopK
-        >>> from efsgd.audit import mean_gradients, observe
-        >>> x = torch.zeros(2, requires_grad=True)
-        >>> optimizer = ErrorFeedbackSGD(
-        ...     [x], lr=0.0, momentum_form="sgd", compressor=TopK(density=0.5)
-        ... )
-        >>> with observe(optimizer) as recording:
-        ...     for _ in range(4):
-        ...         x.grad = torch.tensor([3.0, 2.0])
-        ...         optimizer.step()
-        >>> mean_gradients(recording)[0].tolist(), optimizer.state[x]["error"].tolist()
-        ([2.25, 2.0], [3.0, 0.0])
+    Singular vectors say nothing of brightness: they are made as bright as the guess.
     """
-    sums, count = dict[int, Tensor](), 0
-    for message in messages:
-        count += 1
-        for each in message.parameters:
-            own = each.decompressed.detach()
-            sums[each.index] = sums[each.index] + own if each.index in sums else own
-    if count == 0:
-        raise ValueError("There are no messages. Observe steps, and pass what was recorded.")
-    return {index: total / count for index, total in sums.items()}
-
-
-def _find(message: Message, index: int) -> Observed:
-    for each in message.parameters:
-        if each.index == index:
-            return each
-    seen = ", ".join(f"{each.index} ({each.name})" for each in message.parameters)
-    raise KeyError(f"Nothing was seen of parameter {index}. Seen were: {seen or 'none'}.")
+    count, size = len(guess), guess[0].numel()
+    first = next((seen for seen in message.parameters if len(seen.shape) > 1), None)
+    if first is None or tuple(first.shape[1:]) != (size,) or count > min(first.shape):
+        return {}
+    vectors = singular_inputs(message, first.index, count)
+    found = {"singular vectors": vectors * guess.flatten(1).norm(dim=1, keepdim=True)}
+    for seen in message.parameters:
+        is_bias = seen.shape == first.shape[:1] and bool(seen.decompressed.any())
+        if count == 1 and is_bias and "by biases" not in found:
+            found["by biases"] = linear_inputs(message, first.index, seen.index)[None]
+    return {
+        name: (inputs if bounds is None else inputs.clamp(*bounds)).view_as(guess).to(guess.dtype)
+        for name, inputs in found.items()
+    }
 
 
 def _matrix(message: Message, weight: int) -> Tensor:
-    found = _find(message, weight).decompressed.detach()
+    found = message.parameter(weight).decompressed.detach()
     if found.dim() != 2:
         raise ValueError(
             f"Invalid weight: parameter {weight} has shape {list(found.shape)}. Must be the weight "

@@ -1,7 +1,8 @@
 """Membership inference: was this sample among those that were trained on, or in this batch?
 
 A loss below a threshold: Yeom, Giacomelli, Fredrikson and Jha, arXiv:1709.01604. The gradient of a
-sample beside the update: Nasr, Shokri and Houmansadr, arXiv:1812.00910.
+sample beside the update: Nasr, Shokri and Houmansadr, arXiv:1812.00910. Likelihood ratios from
+models with and without the sample: Carlini et al., arXiv:2112.03570.
 """
 
 import math
@@ -91,6 +92,58 @@ def update_scores(
         length = torch.stack([gradient.square().sum() for gradient in own]).sum().sqrt()
         scores.append(product / (length + torch.finfo(length.dtype).tiny))
     return torch.stack(scores)
+
+
+def likelihood_ratios(target: Tensor, shadows: Tensor, is_member: Tensor) -> Tensor:
+    """Of each sample how much likelier the target's score is of a model that trained on it: LiRA.
+
+    An attacker who can train models like the target, on samples of the same kind with and without
+    each one in question, knows how either kind scores it: some are easy and some are hard for all.
+    Of each sample the scores of both kinds are taken for normal, with a mean of its own, and with
+    a variance that all samples share, which takes fewer models.
+
+    Args:
+        target: scores of the model that is attacked, [samples]. They should be near to normal: the
+            paper takes log(p / (1 - p)) of the probability p that the model gives to the label.
+        shadows: the same of the attacker's models, [models, samples].
+        is_member: whether a model was trained on a sample, bools [models, samples].
+
+    Returns:
+        Logarithms of ratios, float64 [samples], for `separation`.
+
+    Raises:
+        ValueError: shapes that do not belong together, or a sample with fewer than two models that
+            were trained on it, or fewer than two that were not.
+
+    Source: Carlini, Chien, Nasr, Song, Terzis and Tramèr, "Membership Inference Attacks From First
+    Principles", IEEE S&P 2022, arXiv:2112.03570: online, with a global variance.
+
+    Example:
+        >>> from efsgd.audit import likelihood_ratios
+        >>> is_member = torch.tensor([[True], [True], [False], [False]])
+        >>> shadows = torch.tensor([[3.0], [5.0], [0.0], [2.0]])  # 4 with the sample, 1 without
+        >>> likelihood_ratios(torch.tensor([4.0]), shadows, is_member)
+        tensor([2.2500], dtype=torch.float64)
+    """
+    if shadows.shape != is_member.shape or shadows.shape[1:] != target.shape or target.ndim != 1:
+        raise ValueError(
+            f"Invalid scores: of shapes {list(target.shape)}, {list(shadows.shape)} and "
+            f"{list(is_member.shape)}. They must be [samples], [models, samples] and again that."
+        )
+    logarithms = []
+    for of_kind in (is_member, ~is_member):
+        count = of_kind.sum(0)
+        if len(count) and int(count.min()) < 2:
+            raise ValueError(
+                "Invalid is_member: each sample must be in the training data of two models at "
+                "least, and missing in that of two. Train more models, each on half of the samples."
+            )
+        scores = shadows.double()
+        mean = (scores * of_kind).sum(0) / count
+        squares = ((scores - mean).square() * of_kind).sum(0)
+        variance = squares.sum() / (count - 1).sum() + torch.finfo(torch.float64).tiny
+        logarithms.append(-(target - mean).square() / (2 * variance) - variance.log() / 2)
+    return logarithms[0] - logarithms[1]
 
 
 def auc_under_noise(noise_multiplier: float) -> float:

@@ -75,3 +75,18 @@ class Message:
     parameters: tuple[Observed, ...]
     applied: bool = True
     nbytes: int = 0
+
+    def parameter(self, index: int) -> Observed:
+        """What it says of one parameter.
+
+        Args:
+            index: the parameter's, as in `Observed.index`.
+
+        Raises:
+            KeyError: nothing was seen of the parameter.
+        """
+        for each in self.parameters:
+            if each.index == index:
+                return each
+        seen = ", ".join(f"{each.index} ({each.name})" for each in self.parameters)
+        raise KeyError(f"Nothing was seen of parameter {index}. Seen were: {seen or 'none'}.")

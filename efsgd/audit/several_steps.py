@@ -15,11 +15,12 @@ def combine(messages: Sequence[Message], *, error_feedback: bool = True) -> Mess
     Where weights and batch stay, each step's message is of a sum that the attacker can follow:
     Δ_t = g + e_(t-1) and e_t = Δ_t - C(Δ_t), so that Δ_t = (t + 1) g - Σ_(s<t) C(Δ_s), and all but
     g was sent. So every step is a further exact measurement of g. And the mean of what was received
-    is g up to e_T / T, whatever the compressor.
+    differs from g by exactly e_T / T after T steps, whatever the compressor. Without error feedback
+    it stays as wrong as the first message, where that does not change.
 
     Args:
-        messages: of one worker, of all steps from one before which its errors were zero; all of
-            them applied.
+        messages: of one worker, or averages; of all steps from one before which errors were zero,
+            all of them applied.
         error_feedback: whether the worker keeps errors. Without them each Δ_t is g.
 
     Returns:
@@ -29,6 +30,9 @@ def combine(messages: Sequence[Message], *, error_feedback: bool = True) -> Mess
 
     Raises:
         ValueError: no messages, of several workers, or of steps that do not follow each other.
+
+    Source: Karimireddy, Rebjock, Stich, Jaggi, ICML 2019, arXiv:1901.09847, for error feedback; the
+    rest is the algebra above.
 
     Example:
         >>> from efsgd.audit import Message, Observed, combine

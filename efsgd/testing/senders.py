@@ -10,9 +10,9 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Placement
 from efsgd.layout import Blocks, Layout
 from efsgd.testing.gradients import made_up
-from efsgd.testing.lockstep import lockstep
 from efsgd.testing.trial import Trial
 from efsgd.wire.collectives import Exchange
+from efsgd.wire.lockstep import lockstep
 
 #: What is kept from step to step, by parameter and name.
 Kept: TypeAlias = Mapping[tuple[int, str], Tensor]

@@ -12,8 +12,8 @@ from efsgd.compressors import Compressor
 from efsgd.engine.state import local_state
 from efsgd.optimizers.error_feedback_sgd import ErrorFeedbackSGD
 from efsgd.testing.gradients import Gradients, gradients
-from efsgd.testing.lockstep import Traced, step_together
 from efsgd.testing.violations import Violation
+from efsgd.wire.lockstep import Traced, step_together
 
 #: All that a step may change on one worker, by name, copied.
 Snapshot: TypeAlias = dict[str, Tensor]

@@ -20,9 +20,9 @@ from efsgd import (
 from efsgd.audit import (
     Message,
     Recording,
+    combine,
     label_of,
     linear_inputs,
-    mean_gradients,
     observe,
     singular_inputs,
 )
@@ -59,6 +59,11 @@ def train(
         for _ in range(steps):
             optimizer.step()
     return recording, gradients
+
+
+def mean_of(recording: Recording) -> Tensor:
+    """What the messages of all steps say of the first layer on average."""
+    return combine(recording.messages()).parameter(FIRST_WEIGHT).decompressed
 
 
 def message_of(compressor: Any, x: Tensor, labels: Tensor) -> Message:
@@ -152,7 +157,7 @@ def test_error_feedback_gives_later_what_it_hid(compressor: Any) -> None:
         with observe(optimizer) as recording:
             for _ in range(steps):
                 optimizer.step()
-        mean, weight = mean_gradients(recording)[FIRST_WEIGHT], model[0].weight
+        mean, weight = mean_of(recording), model[0].weight
         G, error = weight.grad, optimizer.state[weight]["error"]
         assert G is not None
         # Sums of so many numbers, the largest of which is the error memory.
@@ -166,7 +171,7 @@ def test_error_feedback_gives_later_what_it_hid(compressor: Any) -> None:
 def test_without_error_feedback_it_stays_hidden() -> None:
     x, labels, steps = images(8), torch.arange(8), 128
     recording, gradients = train(PowerSGD(rank=1), x, labels, steps=steps, error_feedback=False)
-    G, mean = gradients[FIRST_WEIGHT], mean_gradients(recording)[FIRST_WEIGHT]
+    G, mean = gradients[FIRST_WEIGHT], mean_of(recording)
     singular = torch.linalg.svdvals(G)
     floor = float(singular[1:].norm() / G.norm())  # of the best matrix of rank 1
     assert floor > 0.4
@@ -175,7 +180,7 @@ def test_without_error_feedback_it_stays_hidden() -> None:
     assert float((last - G).norm() / G.norm()) == pytest.approx(floor, rel=1e-6)
     assert float((mean - G).norm() / G.norm()) == pytest.approx(floor, rel=0.01)
     with_feedback, _ = train(PowerSGD(rank=1), x, labels, steps=steps)
-    mean = mean_gradients(with_feedback)[FIRST_WEIGHT]
+    mean = mean_of(with_feedback)
     assert float((mean - G).norm() / G.norm()) < 0.1 * floor
 
 
@@ -217,6 +222,25 @@ def test_averages_leak_the_same_of_a_single_worker_that_has_a_record() -> None:
     assert label_of(message, LAST_BIAS).tolist() == [3]
 
 
+@pytest.mark.parametrize("compressor", [PowerSGD(rank=1), PowerSGD(rank=2)])
+def test_of_workers_together_each_gives_its_own_record_away(compressor: Any) -> None:
+    """P̂ is that of the mean and holds no worker's gradient: P̂P̂ᵀδ xᵀ is sent, and δ in clear."""
+    records, models = [images(1, seed) for seed in range(3)], [mlp() for _ in range(3)]
+    own: dict[str, Any] = {"lr": 0.0, "momentum_form": "sgd", "compressor": compressor}
+    optimizers = [ErrorFeedbackSGD(model.parameters(), **own) for model in models]
+    for label, (model, x) in enumerate(zip(models, records, strict=True)):
+        cross_entropy(model(x), torch.tensor([label])).backward()
+    with observe(optimizers) as recording:
+        step_together(optimizers)
+    for message, model, x in zip(recording, models, records, strict=True):
+        sent, weight = message.parameter(FIRST_WEIGHT).decompressed, model[0].weight
+        assert weight.grad is not None
+        assert float((sent - weight.grad).norm()) > 1e-3 * float(weight.grad.norm())
+        found = linear_inputs(message, FIRST_WEIGHT, FIRST_BIAS)
+        # P̂ᵀδ is small where P̂ is of others: it is divided by.
+        torch.testing.assert_close(found, x[0], rtol=0, atol=1e4 * EPS)
+
+
 # ---- what cannot be asked -----------------------------------------------------------------------
 
 
@@ -232,8 +256,7 @@ def test_questions_that_make_no_sense_are_refused() -> None:
         singular_inputs(message, FIRST_WEIGHT, count=33)
     with pytest.raises(ValueError, match="batch"):
         label_of(message, LAST_BIAS, batch=0)
-    with pytest.raises(ValueError, match="There are no messages"):
-        mean_gradients([])
     nothing = message_of(Identity(), torch.zeros(0, INPUTS, dtype=torch.float64), torch.arange(0))
     with pytest.raises(ValueError, match="gradient of the bias is zero"):
         linear_inputs(nothing, FIRST_WEIGHT, FIRST_BIAS)
+    assert label_of(nothing, LAST_BIAS).tolist() == []

@@ -7,9 +7,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from examples.audit import file_name, main, parse_arguments, parts, scores, spread
-from examples.audit_cases import COMPRESSORS, Case, audit
+from examples.audit import (
+    file_name,
+    main,
+    named,
+    parse_arguments,
+    parts,
+    picture,
+    scores,
+    spread,
+    ssim_table,
+)
+from examples.audit_cases import COMPRESSORS, Case, audit, images
 from examples.audit_membership import METHODS, Outcome, membership_table, train
 from examples.reporting import markdown
 from tests.launcher import ROOT
@@ -47,11 +58,28 @@ def test_the_whole_has_all_methods_and_settings() -> None:
     whole = [case for each in parts(parse_arguments(["--full"])).values() for case in each]
     assert set(first) < set(whole)
     assert {case.method for case in whole} == set(COMPRESSORS)
-    assert {case.batch_size for case in whole} == {1, 4, 8}
+    assert {case.batch_size for case in whole} == {1, 2, 4, 8}
     assert {case.model for case in whole} == {"MLP", "convolutions"}
     assert {case.data for case in whole} == {"faces", "digits"}
     assert {case.noise_multiplier for case in whole} == {None, 0.0, 0.001, 0.01, 0.1}
     assert {case.steps for case in whole} == {1, 4, 16}
+    assert {case.workers for case in whole} == {1, 4}
+
+
+def test_averages_have_a_row_of_their_own(tmp_path: Path) -> None:
+    cases = [
+        Case("digits", "MLP", 2, method, workers=2, iterations=1)
+        for method in ("Rank 1", "Top-K 10 %")
+    ]
+    results = {case: [audit(case)] for case in cases}
+    assert list(named(results)) == ["Rank 1", "Rank 1, averages", "Top-K 10 %"]
+    table = markdown(ssim_table("Digits", results))
+    assert table.count("averages") == 1
+    [each] = results[cases[0]]
+    assert torch.equal(each.originals, images("digits")[:2])
+    assert each.averages is not None
+    assert torch.equal(each.averages.originals, images("digits")[:4])
+    picture(tmp_path / "picture.png", results)
 
 
 def test_the_table_of_membership() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from efsgd.testing.lockstep import Traced
 from efsgd.testing.trial import Trial, law
 from efsgd.testing.violations import Violation
 from efsgd.wire.control_words import ControlWords
+from efsgd.wire.lockstep import Traced
 
 
 @law(
