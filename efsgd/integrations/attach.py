@@ -112,6 +112,12 @@ def attach(
             )
         gradients = HookedGradients(wrapper, optimizer, groups, compressor, scaler, options)
     else:
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "A part of the model is a DistributedDataParallel, which averages its gradients at "
+                "full size. Pass attach that wrapper, around all that is trained, or a model "
+                "without any."
+            )
         averager = GradientAverager(groups, compressor, process_group=process_group, **options)
         broadcast_model(model, averager)
         gradients = LocalGradients(optimizer, averager, scaler)

@@ -134,6 +134,7 @@ class Attached:
         return args, {**kwargs, "closure": evaluate}
 
     def _prepare_step(self) -> None:
+        self._withheld.clear()  # of a step that has raised
         self._follow_groups()
         if not self._gradients.prepare():
             for parameter in parameters_of(self._optimizer):

@@ -37,7 +37,12 @@ class HookedGradients:
         _require_same(model, optimizer)
         self._optimizer, self._scaler = optimizer, scaler
         self._state = CompressionState(
-            list(groups), compressor, scaler=scaler, process_group=model.process_group, **options
+            list(groups),
+            compressor,
+            scaler=scaler,
+            process_group=model.process_group,
+            model=model.module,
+            **options,
         )
         self.averager = self._state.averager
         try:

@@ -1,5 +1,6 @@
 """Gradients that a plain model leaves on each worker, and when they are averaged: once."""
 
+from collections.abc import Callable
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -47,7 +48,7 @@ class LocalGradients:
         """The optimizer may have other parameters now."""
         for parameter in parameters_of(self._optimizer):
             if parameter.requires_grad and parameter not in self._hooks:
-                hook = parameter.register_post_accumulate_grad_hook(self._note_backward)
+                hook = parameter.register_post_accumulate_grad_hook(_noting(ref(self)))
                 self._hooks[parameter] = hook
 
     def average_(self) -> bool:
@@ -67,7 +68,7 @@ class LocalGradients:
             raise RuntimeError(
                 "A backward pass has added local gradients to averaged ones: call "
                 "attached.average_() after the last backward pass of a step, and "
-                "optimizer.zero_grad() before the first."
+                "optimizer.zero_grad(), which sets gradients to None, before the first."
             )
         if self._is_averaged and not self._knew_scale and hasattr(self._optimizer, "found_inf"):
             raise RuntimeError(
@@ -132,6 +133,17 @@ class LocalGradients:
                 "efsgd.attach; with a GradScaler pass scaler=scaler, and clip after "
                 "scaler.unscale_(optimizer)."
             )
+
+
+def _noting(gradients: "ReferenceType[LocalGradients]") -> Callable[[Tensor], None]:
+    """A hook that does not keep alive what it tells: Python's collector does not see torch's."""
+
+    def note(parameter: Tensor) -> None:
+        told = gradients()
+        if told is not None:
+            told._note_backward(parameter)
+
+    return note
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

@@ -1,7 +1,9 @@
 """GradScaler decides on each worker by itself; here it is made to decide alike on all of them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod, ref
 
 import torch
 from torch.optim import Optimizer
@@ -24,19 +26,45 @@ def follow_scaler(
             setattr(optimizer, FLAG, True)
             return lambda: delattr(optimizer, FLAG)
         return lambda: None
-    original, before, is_over = scaler.unscale_, vars(scaler).get("unscale_"), False
-
-    def unscale_(which: Optimizer) -> None:
-        if which is optimizer and not is_over and scaler.is_enabled():
-            average_()
-        original(which)
+    averaging = _Averaging(scaler, optimizer, average_)
 
     def end() -> None:
-        nonlocal is_over
-        is_over = True
-        if vars(scaler).get("unscale_") is unscale_:
+        averaging.is_over = True
+        if vars(scaler).get("unscale_") is averaging:
             del vars(scaler)["unscale_"]
-            vars(scaler).update({} if before is None else {"unscale_": before})
+            if averaging.before is not None:
+                vars(scaler)["unscale_"] = averaging.before
 
-    vars(scaler)["unscale_"] = unscale_
+    vars(scaler)["unscale_"] = averaging
     return end
+
+
+class _Averaging:
+    """`scaler.unscale_`, which has the gradients of one optimizer averaged first.
+
+    A scaler that is pickled leaves that behind. `before` is what else stands in this place.
+    """
+
+    def __init__(
+        self, scaler: torch.amp.GradScaler, optimizer: Optimizer, average_: Callable[[], Any]
+    ) -> None:
+        self._scaler, self._optimizer = ref(scaler), ref(optimizer)
+        self._average_ = WeakMethod(average_)
+        self.before: Callable[[Optimizer], None] | None = vars(scaler).get("unscale_")
+        self.is_over = False
+
+    def __call__(self, which: Optimizer) -> None:
+        scaler, average_ = self._scaler(), self._average_()
+        assert scaler is not None
+        is_ours = which is self._optimizer() and not self.is_over
+        if is_ours and average_ is not None and scaler.is_enabled():
+            average_()
+        if self.before is not None:
+            self.before(which)
+        else:
+            type(scaler).unscale_(scaler, which)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        scaler = self._scaler()
+        assert scaler is not None
+        return functools.partial, (type(scaler).unscale_, scaler)

@@ -1,8 +1,11 @@
 """efsgd.attach without DistributedDataParallel: what programs do with an optimizer of torch."""
 
 import copy
+import gc
 import pickle
+import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -504,3 +507,45 @@ def test_names_are_the_model_s_within_whatever_compiles_it() -> None:
     layers = {"side.weight", "first.weight"}
     found = {name for name in attached.metrics(by_layer=True) if "relative_error/" in name}
     assert found == {f"efsgd/relative_error/{layer}" for layer in layers}
+
+
+def test_nothing_is_kept_alive_by_the_model_s_parameters() -> None:
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu")
+    averager = weakref.ref(attach(model, optimizer, scaler=scaler).averager)
+    gone = weakref.ref(optimizer)
+    assert averager() is not None  # the optimizer's hooks have it
+    del optimizer
+    gc.collect()
+    assert (gone(), averager()) == (None, None)
+
+
+def test_a_model_with_a_wrapped_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapper(nn.Linear):
+        pass
+
+    module = sys.modules["efsgd.integrations.attach"]
+    monkeypatch.setattr(module, "DistributedDataParallel", Wrapper)
+    model = nn.Sequential(Wrapper(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="A part of the model is a DistributedDataParallel"):
+        attach(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+
+
+def test_gradients_of_a_step_that_raised_do_not_come_back() -> None:
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    attach(model, optimizer, nonfinite="skip")
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    (model(torch.ones(2, 8)) * torch.nan).sum().backward()
+    hook = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    hook.remove()
+    optimizer.zero_grad()
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

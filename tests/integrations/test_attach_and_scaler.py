@@ -1,5 +1,6 @@
 """efsgd.attach under torch.amp.GradScaler, without DistributedDataParallel."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -117,3 +118,18 @@ def test_two_optimizers_share_a_scaler_and_end_in_any_order() -> None:
         for optimizer in optimizers:
             scaler.step(optimizer)
         assert [attached[which].communication_stats()["steps"] for which in order] == [2, 3]
+
+
+def test_a_scaler_that_is_saved_leaves_the_averaging_behind() -> None:
+    model = Model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    attached = attach(model, adamw(model), COMPRESSOR, scaler=scaler)
+    again = pickle.loads(pickle.dumps(scaler))
+    other = Model()
+    optimizer = adamw(other)
+    again.scale(loss_of(other, 0, 0)).backward()
+    scaled = [p.grad.clone() for p in other.parameters() if p.grad is not None]
+    again.unscale_(optimizer)
+    unscaled = [p.grad for p in other.parameters() if p.grad is not None]
+    assert all(torch.equal(a / 4, b) for a, b in zip(scaled, unscaled, strict=True))
+    assert attached.communication_stats()["steps"] == 0
