@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 import efsgd
 from examples.builtin import DIGITS, digits_task
@@ -60,21 +61,30 @@ def writer_of(folder: Path) -> Callable[..., None]:
     return SummaryWriter(folder).add_scalar
 
 
+def positive(curve: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Steps and values but for zeros: the first error is none, and has no logarithm."""
+    kept = [(step, value) for step, value in curve if value > 0]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
 def plot(path: Path, runs: dict[str, Curves]) -> None:
     """Relative errors of all ranks, those of layers at the lowest, and bytes."""
     figure, (whole, layers, sent) = pyplot.subplots(1, 3, figsize=(12, 3.6))
     for color, (name, curves) in zip(COLORS, runs.items(), strict=False):
-        whole.plot(*zip(*curves[RELATIVE], strict=True), color=color, label=name)
+        whole.plot(*positive(curves[RELATIVE]), color=color, label=name)
         steps, totals = zip(*curves["efsgd/total_bytes_sent"], strict=True)
         sent.plot(steps, [total / MIB for total in totals], color=color, label=name)
     first, curves = next(iter(runs.items()))
     names = [name for name in curves if name.startswith(f"{RELATIVE}/")]
     for color, name in zip(COLORS, names, strict=False):
-        layers.plot(*zip(*curves[name], strict=True), color=color, label=name.split("/")[-1])
+        layers.plot(*positive(curves[name]), color=color, label=name.split("/")[-1])
     titles = "relative error ‖e‖/‖g‖", f"the same by layer, {first}", "sent in all, MiB"
     for axes, title in zip((whole, layers, sent), titles, strict=True):
         axes.set(title=title, xlabel="step", yscale="linear" if axes is sent else "log")
         axes.legend(fontsize="small")
+    for axes in (whole, layers):
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
     save_figure(path, figure)
 
 

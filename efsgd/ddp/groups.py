@@ -30,7 +30,17 @@ def own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         dist.get_process_group_ranks(whole),
         timeout=getattr(options, "_timeout", None),
         backend="gloo",
-        use_local_synchronization=group is not None,
+        use_local_synchronization=whole is not dist.group.WORLD,
         group_desc="efsgd",
     )
     return own
+
+
+def end_own_group(own: dist.ProcessGroup, group: dist.ProcessGroup | None) -> None:
+    """Ends what `own_group` has made of a group, where another one may be made after it.
+
+    torch names groups of some workers by these workers: the next one would find the addresses of
+    the last, and wait for them.
+    """
+    if group is None or group is dist.group.WORLD:
+        dist.destroy_process_group(own)

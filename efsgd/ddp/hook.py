@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from efsgd.algorithms.interfaces import Compressor
 from efsgd.ddp.backward import Pass, Worker
-from efsgd.ddp.groups import own_group
+from efsgd.ddp.groups import end_own_group, own_group
 from efsgd.ddp.stand_ins import StandIns
 from efsgd.optimizers.averager import GradientAverager
 from efsgd.wire.collectives import leave_modes
@@ -186,7 +186,7 @@ class CompressionState:
         self._wait()
         if self._own_group is not None and not self._is_detached:
             self.averager.process_group = self._given_group
-            dist.destroy_process_group(self._own_group)
+            end_own_group(self._own_group, self._given_group)
         self._is_detached = True
 
     def __getstate__(self) -> dict[str, Any]:

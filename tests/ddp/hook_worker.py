@@ -299,6 +299,21 @@ def joined(worker: int) -> Report:
     return {"fingerprint": training.fingerprint(), "stats": training.state.communication_stats()}
 
 
+def again(worker: int) -> Report:
+    """A state after another that was ended, with all workers and with a group of them."""
+    found = []
+    for group in (None, dist.group.WORLD, dist.new_group([0, 1])):
+        for _ in range(2):
+            model = Tower()
+            ddp = DistributedDataParallel(model, process_group=group)
+            state = CompressionState(ddp, process_group=group)
+            ddp.register_comm_hook(state, compress)
+            ddp(torch.ones(2, 16) + worker).square().mean().backward()
+            state.detach()
+            found.append(_sums(model))
+    return {"found": found}
+
+
 def detached(worker: int) -> Report:
     """Without the hook's work DDP averages as ever."""
     found = []
@@ -361,6 +376,7 @@ TASKS: dict[str, Callable[[int], Report]] = {
         groups,
         unknown,
         detached,
+        again,
         sparse,
         joined,
         broken_off,

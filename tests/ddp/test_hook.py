@@ -196,6 +196,11 @@ def test_without_its_work_ddp_averages_as_ever(workers: Reports) -> None:
     assert workers[0]["detached"] == workers[1]["detached"]
 
 
+def test_a_state_may_follow_another_in_the_same_group(workers: Reports) -> None:
+    first, second = (report["again"]["found"] for report in workers)
+    assert first == second == [first[0]] * 6
+
+
 def test_it_needs_a_process_group() -> None:
     assert not dist.is_initialized()
     with pytest.raises(RuntimeError, match="Call init_process_group first"):
