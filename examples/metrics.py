@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 import efsgd
 from examples.builtin import DIGITS, digits_task
@@ -83,7 +83,7 @@ def plot(path: Path, runs: dict[str, Curves]) -> None:
         axes.set(title=title, xlabel="step", yscale="linear" if axes is sent else "log")
         axes.legend(fontsize="small")
     for axes in (whole, layers):
-        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     save_figure(path, figure)
 
