@@ -77,6 +77,7 @@ class CompressionState:
     Attributes:
         averager: exchanges gradients: a `GradientAverager`, whose parameters share the memory of
             the model's, in the order in which these were given.
+        passes: how many backward passes have exchanged gradients.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -114,6 +115,7 @@ class CompressionState:
         if model is not None:
             self.averager.engine.plan.order = self._stand_ins.places_in(model)
         self.scaler = scaler
+        self.passes = 0
         self._pass: Pass | None = None
         self._worker = Worker()
         self._is_detached = False
@@ -207,6 +209,7 @@ class CompressionState:
 
     def _begin(self) -> Pass:
         self._settle()
+        self.passes += 1
         unasked = None if self._pass is None else self._pass.error
         current = self._pass = Pass(error=unasked)
         self._stand_ins.follow()

@@ -150,7 +150,8 @@ def _require_fit(model: object, optimizer: object) -> None:
     if optimizer in ATTACHED:
         raise ValueError(
             "Something is attached to this optimizer already. Call detach() of what attach "
-            "returned first, to attach with other settings."
+            "returned first, to attach with other settings, and wrap the model in a new "
+            "DistributedDataParallel, if it is in one: that takes one hook in its life."
         )
     if {*model.parameters()}.isdisjoint(parameters_of(optimizer)):
         raise ValueError(

@@ -45,6 +45,7 @@ class HookedGradients:
             **options,
         )
         self.averager = self._state.averager
+        self._passes = 0  # those before the last step
         try:
             model.register_comm_hook(self._state, compress)
         except RuntimeError as error:
@@ -70,6 +71,13 @@ class HookedGradients:
 
     def average_(self) -> bool:
         """Whether the gradients of the last backward pass were averaged."""
+        is_told = self._state.passes != self._passes
+        if not is_told and any(p.grad is not None for p in parameters_of(self._optimizer)):
+            raise RuntimeError(
+                "There are gradients that no worker has been sent: since the last step every "
+                "backward pass was within no_sync(), or has raised. Leave no_sync() out for the "
+                "last backward pass before a step, and zero_grad() after one that has raised."
+            )
         return self._state.check()
 
     def prepare(self) -> bool:
@@ -81,10 +89,11 @@ class HookedGradients:
                 "were averaged as they are, and their errors kept in units of a scale that "
                 "changes. Tell of the scaler: efsgd.attach(..., scaler=scaler)."
             )
-        return self._state.check()
+        return self.average_()
 
     def forget(self) -> None:
         """What comes next are new gradients."""
+        self._passes = self._state.passes
 
     def detach(self) -> None:
         """From now on DDP averages gradients at full size."""

@@ -171,6 +171,13 @@ def refusals() -> dict[str, Any]:
         loss_of(called, dist.get_rank(), 0).backward()
         optimizer.step()
 
+    def after_no_sync() -> None:
+        called, _, optimizer, _ = make()
+        train(called, optimizer, range(1))
+        with called.no_sync():
+            loss_of(called, dist.get_rank(), 0).backward()
+        optimizer.step()
+
     def averaged_twice() -> None:
         model = Model()
         called = DistributedDataParallel(model, find_unused_parameters=True)
@@ -180,7 +187,7 @@ def refusals() -> dict[str, Any]:
         optimizer.step()
 
     cases: list[Callable[[], None]] = [with_another_hook, of_a_part, of_more, with_a_group]
-    cases += [with_more_later]
+    cases += [with_more_later, after_no_sync]
     found: dict[str, Any] = {case.__name__: error_of(case) for case in cases}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

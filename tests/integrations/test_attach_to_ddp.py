@@ -66,6 +66,7 @@ def test_after_detach_ddp_averages_as_ever(workers: Reports) -> None:
         ("of_more", "Wrap a module that contains all of them"),
         ("with_a_group", "pass it there"),
         ("with_more_later", "before efsgd.attach"),
+        ("after_no_sync", "zero_grad() after one that has raised"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_remedy(
@@ -73,7 +74,8 @@ def test_what_does_not_fit_is_refused_with_the_remedy(
 ) -> None:
     for worker in workers:
         error = worker["refusals"][case]
-        assert error["type"] == "ValueError" and words in error["text"], error
+        kind = "RuntimeError" if case == "after_no_sync" else "ValueError"
+        assert error["type"] == kind and words in error["text"], error
 
 
 def test_the_model_within_ddp_is_noticed(workers: Reports) -> None:
