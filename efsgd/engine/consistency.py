@@ -46,7 +46,7 @@ def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
             group = info.group
             said = settings_said(group, method).items()
             if not lines:
-                lines.append(f"compressor {type(method.compressor).__name__}")
+                lines.append(f"compressor={type(method.compressor).__name__}")
             lines += [f"{name}={value} in the group of {info.name}" for name, value in said]
         if not info.is_trained:
             lines.append(f"{info.name}, frozen")
