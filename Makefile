@@ -81,11 +81,11 @@ demo-audit: $(VENV)/.with-examples ## attack what is sent, and see what it gives
 	@echo 'This was one table. "make demo-audit-full" has larger batches, noise, and membership.'
 
 .PHONY: demo-audit-full
-demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (a quarter of an hour on two free cores)
+demo-audit-full: $(VENV)/.with-examples ## the same with all tables of the documentation (long)
 	$(BIN)/python examples/audit.py --full $(DEMO_FLAGS)
 
 .PHONY: test
-test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about thirteen minutes on two cores)
+test: $(VENV)/.with-test $(VENV)/.with-frameworks ## run the tests (about fifteen minutes on two cores)
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_FLAGS)
 
 # The promises on few examples, the floors, the laws for four compressors, and two real processes.

@@ -104,7 +104,7 @@ def through_a_file(value: Any) -> Any:
 
 def broadcast(optimizers: Sequence[ErrorFeedbackSGD], source: int = 0) -> None:
     """`broadcast_parameters` of all workers together, which has no public form without a group."""
-    lockstep([broadcast_parameters(o.param_groups, o._method, source) for o in optimizers])
+    lockstep([broadcast_parameters(o.param_groups, o.method, source) for o in optimizers])
 
 
 def snapshot(optimizers: Sequence[ErrorFeedbackSGD]) -> list[Any]:

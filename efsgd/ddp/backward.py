@@ -37,12 +37,13 @@ class Pass:
     def add(self, views: dict[Tensor, Tensor], answer: tuple[Any, Tensor], *, last: bool) -> None:
         """A bucket of gradients is there."""
         with self._news:
-            self.views |= views
             self.answers.append(answer)
             self._is_whole = self._is_whole or last
-            self._news.notify_all()
             if self.is_over:  # the exchange has failed before this bucket was there
                 self._answer()
+            else:
+                self.views |= views
+                self._news.notify_all()
 
     def break_off(self, failure: Exception) -> None:
         """No more gradients come: whoever waits for them raises this."""
@@ -93,7 +94,8 @@ class Pass:
 class Worker:
     """Runs one job after the other, in a thread that the first one starts.
 
-    It computes with as many threads as who gives the job, and ends with this object.
+    It computes with as many threads as who gives the job, and ends with this object. Those of
+    concurrent.futures would keep a program alive that waits for a worker which has died.
     """
 
     def __init__(self) -> None:

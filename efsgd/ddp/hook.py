@@ -127,20 +127,17 @@ class CompressionState:
         buffer = bucket.buffer()
         devices = [] if buffer.device.type == "cpu" else [buffer.device]
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
-        current, failure = self._pass, None
+        current = self._pass
+        if bucket.index() == 0 or current is None:
+            current = self._begin()
         views: dict[Tensor, Tensor] = {}
         try:
-            if bucket.index() == 0 or current is None:
-                current = self._begin()
             views = self._show(bucket)
         except Exception as error:  # DDP would hide it
-            failure = error
-        assert current is not None
-        if failure is not None:
-            current.break_off(failure)
+            current.break_off(error)
         current.add(views, (future, buffer), last=bucket.is_last())
         if bucket.is_last():
-            if self._own_group is None or devices:
+            if not self._is_threaded:
                 self._average(current)
             with contextlib.suppress(RuntimeError):  # in no backward pass: a worker has joined
                 # DDP's own callback comes between the two, and must not be left out.
@@ -164,6 +161,10 @@ class CompressionState:
         if error is not None:
             raise error
         return bool(current.is_averaged)
+
+    def stand_in_of(self, parameter: Tensor) -> Tensor | None:
+        """What the averager has in place of a parameter; None for one that it does not know."""
+        return self._stand_ins.by_parameter.get(parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the averager: this worker's errors, and the factors that all have in common."""
@@ -205,15 +206,21 @@ class CompressionState:
         if current is not None and not current.is_over:
             if not current.is_whole:
                 current.break_off(_broken_off())
+                if not self._is_threaded:
+                    self._average(current)  # which tells the others
             current.join()
+
+    @property
+    def _is_threaded(self) -> bool:
+        """Whether gradients are exchanged while others are computed; else, once all are there."""
+        return self._own_group is not None and self.averager.join_device.type == "cpu"
 
     def _begin(self) -> Pass:
         self._settle()
         self.passes += 1
         unasked = None if self._pass is None else self._pass.error
         current = self._pass = Pass(error=unasked)
-        self._stand_ins.follow()
-        if self._own_group is not None and self.averager.join_device.type == "cpu":
+        if self._is_threaded:
             self._worker.give(functools.partial(self._average, current))
         return current
 
@@ -227,7 +234,7 @@ class CompressionState:
             )
         views: dict[Tensor, Tensor] = {}
         for parameter, view in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            stand_in = self._stand_ins.by_parameter.get(parameter)
+            stand_in = self.stand_in_of(parameter)
             if stand_in is None:
                 raise ValueError(
                     f"DistributedDataParallel has a gradient for a parameter of shape "
@@ -243,6 +250,7 @@ class CompressionState:
     def _average(self, current: Pass) -> None:
         """Averages the gradients of a pass, and gives DDP its answers, whatever happens."""
         try:
+            self._stand_ins.follow()
             self.averager.engine.plan.arrivals = current.wait_for
             current.is_averaged = self.averager.average_(self.scaler)
             with leave_modes():

@@ -45,8 +45,6 @@ def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
         if info.group is not group:
             group = info.group
             said = settings_said(group, method).items()
-            if not lines:
-                lines.append(f"compressor={type(method.compressor).__name__}")
             lines += [f"{name}={value} in the group of {info.name}" for name, value in said]
         if not info.is_trained:
             lines.append(f"{info.name}, frozen")
@@ -63,6 +61,7 @@ def describe(infos: Iterable[ParameterInfo], method: Method) -> list[str]:
 def settings_said(group: Mapping[str, Any], method: Method) -> dict[str, Any]:
     """What a group says that workers must agree on; numbers are the same whatever their type."""
     names = sorted(set(method.compared) - {PER_PARAMETER})
+    names.sort(key=lambda name: name != "compressor")  # the first difference is what errors name
     return {name: _plain(group[name]) for name in names}
 
 

@@ -20,7 +20,7 @@ def broadcast_model(model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> None
 
 def _exchange(model: nn.Module, optimizer: ErrorFeedbackOptimizer) -> Exchange[None]:
     groups = optimizer.settled_groups
-    yield from broadcast_parameters(groups, optimizer._method, 0)
+    yield from broadcast_parameters(groups, optimizer.method, 0)
     known = {parameter for group in groups for parameter in group["params"]}
     others = {
         name: parameter

@@ -57,7 +57,7 @@ class HookedGradients:
 
     def standing_for(self, parameter: Tensor) -> Tensor:
         """What the averager has in place of a parameter."""
-        stand_in = self._state._stand_ins.by_parameter.get(parameter)
+        stand_in = self._state.stand_in_of(parameter)
         if stand_in is None:
             raise ValueError(
                 f"The optimizer has a parameter of shape {list(parameter.shape)} that "

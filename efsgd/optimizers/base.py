@@ -121,7 +121,7 @@ class ErrorFeedbackOptimizer(Reporting, StatefulOptimizer):
         """
         transport = self.transport
         if transport.world_size > 1:
-            exchange = compare_all(self.settled_groups, self.state, self._method)
+            exchange = compare_all(self.settled_groups, self.state, self.method)
             run(exchange, transport, "compare_workers()")
 
     def broadcast_parameters(self, source: Any = 0) -> None:
@@ -136,7 +136,7 @@ class ErrorFeedbackOptimizer(Reporting, StatefulOptimizer):
         """
         transport = self.transport
         require_integer("source", source, 0, transport.world_size - 1, remedy="It is a worker.")
-        exchange = broadcast_parameters(self.settled_groups, self._method, plain(source))
+        exchange = broadcast_parameters(self.settled_groups, self.method, plain(source))
         run(exchange, transport, "broadcast_parameters()")
 
     @property

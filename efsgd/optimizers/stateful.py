@@ -25,6 +25,7 @@ class StatefulOptimizer(Optimizer):
 
     Attributes:
         engine: takes the steps, and keeps what is derived from the groups between them.
+        method: how the groups are treated.
     """
 
     _keeps_momentum: ClassVar[bool] = False
@@ -75,7 +76,7 @@ class StatefulOptimizer(Optimizer):
         """Sets what is neither saved nor pickled."""
         self._compressor, self._process_group, self._weight = compressor, process_group, weight
         self._loading: dict[str, Any] | None = None
-        self._method = Method(
+        self.method = Method(
             compressor,
             tuple(name for name in defaults if name not in settings.LOCAL),
             functools.partial(settings.validate_groups, self._validate_again, compressor),
@@ -83,7 +84,7 @@ class StatefulOptimizer(Optimizer):
             self._keeps_momentum,
             self._takes_sparse,
         )
-        self.engine = Step(self._method, defaults)
+        self.engine = Step(self.method, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group; on every worker the same, and between the same two steps.
@@ -108,7 +109,7 @@ class StatefulOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         with leave_modes():
-            loading.complete_states_(self.param_groups, self.state, self._method)
+            loading.complete_states_(self.param_groups, self.state, self.method)
 
     @property
     def settled_groups(self) -> Groups:
@@ -179,7 +180,7 @@ class StatefulOptimizer(Optimizer):
         if "engine" not in self.__dict__:
             self._begin(compressor, defaults)
         # It raises before anything changes.
-        loading.complete_states_(state["param_groups"], state["state"], self._method)
+        loading.complete_states_(state["param_groups"], state["state"], self.method)
         super().__setstate__(state)
         self.engine.reload(self.param_groups)
         if note is not None:

@@ -110,10 +110,12 @@ def test_a_compressor_of_the_same_kind_takes_the_saved_settings() -> None:
     assert second.param_groups[0]["density"] == 0.1
 
 
-def test_workers_with_different_compressors_are_told_which() -> None:
+@pytest.mark.parametrize("other", [RandomK(density=0.1), PowerSGD(1)])
+def test_workers_with_different_compressors_are_told_which(other: Any) -> None:
     workers = make_workers([torch.zeros(8, 6)], 2, TopK(density=0.1))
-    workers[1] = make_workers([torch.zeros(8, 6)], 1, RandomK(density=0.1))[0]
-    with pytest.raises(WorkerMismatchError, match=r"compressor=TopK.*compressor=RandomK"):
+    workers[1] = make_workers([torch.zeros(8, 6)], 1, other)[0]
+    words = rf"worker 0: compressor=TopK.*worker 1: compressor={type(other).__name__}"
+    with pytest.raises(WorkerMismatchError, match=words):
         step_with(workers, [[gaussian((8, 6), worker)] for worker in range(2)])
 
 

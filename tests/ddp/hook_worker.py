@@ -44,6 +44,7 @@ VARIANTS: dict[str, Callable[[], Report]] = {
     "plain": dict,
     "views": lambda: {"ddp": {"gradient_as_bucket_view": True}},
     "static": lambda: {"ddp": {"static_graph": True}},
+    "inline": lambda: {"inline": True},
     "one bucket": lambda: {"options": {"bucket_bytes": None}},
     "accumulating": lambda: {"accumulates": True, "ddp": {"gradient_as_bucket_view": True}},
     "keeping zeros": lambda: {"keeps_zeros": True},
@@ -203,9 +204,9 @@ def failing(worker: int) -> Report:
     return report
 
 
-def broken_off(worker: int) -> Report:
+def broken_off(worker: int, *, inline: bool = False) -> Report:
     """On one worker the backward pass raises in the midst; its program then asks for the state."""
-    training = Training(True, worker).train(range(2))
+    training = Training(True, worker, inline=inline).train(range(2))
     before = state_of(training)
 
     def fail(gradient: Tensor) -> Tensor:
@@ -329,6 +330,11 @@ def detached(worker: int) -> Report:
     return {"found": found}
 
 
+def broken_off_inline(worker: int) -> Report:
+    """The same where gradients are exchanged once all are there."""
+    return broken_off(worker, inline=True)
+
+
 def dying(worker: int) -> Report:
     """Worker 1 dies in the midst of a backward pass."""
     training = Training(True, worker).train(range(2))
@@ -380,6 +386,7 @@ TASKS: dict[str, Callable[[int], Report]] = {
         sparse,
         joined,
         broken_off,
+        broken_off_inline,
     )
 }
 FATAL = {"dying": dying}

@@ -137,11 +137,12 @@ def test_an_exception_in_one_bucket_is_told_to_all(workers: Reports) -> None:
         assert hooked == twin
 
 
-def test_a_backward_pass_that_is_broken_off_is_told_to_all(workers: Reports) -> None:
-    kinds = [report["broken_off"]["error"][0] for report in workers]
+@pytest.mark.parametrize("task", ["broken_off", "broken_off_inline"])
+def test_a_backward_pass_that_is_broken_off_is_told_to_all(workers: Reports, task: str) -> None:
+    kinds = [report[task]["error"][0] for report in workers]
     assert kinds == ["CollectiveError", "ZeroDivisionError"]
-    assert "before all gradients were there" in workers[1]["broken_off"]["check"][1]
-    assert all(report["broken_off"]["unchanged"] for report in workers)
+    assert "before all gradients were there" in workers[1][task]["check"][1]
+    assert all(report[task]["unchanged"] for report in workers)
 
 
 def test_a_worker_that_dies_is_an_error_and_no_wait(tmp_path: Path) -> None:

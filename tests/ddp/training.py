@@ -58,6 +58,7 @@ class Training:
         options: of the state or of the averager.
         accumulates: whether each step is made of two backward passes.
         keeps_zeros: whether gradients are set to zero, not to None.
+        inline: whether the hook exchanges when all gradients are there, as on accelerators.
         without: which layer a worker leaves out in a step.
         wrap: what is done to the model before DDP gets it.
     """
@@ -70,6 +71,7 @@ class Training:
     scaler: Any = None
     accumulates: bool = False
     keeps_zeros: bool = False
+    inline: bool = False
     without: Callable[[int, int], int | None] = lambda worker, step: None
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model
 
@@ -80,6 +82,8 @@ class Training:
         if self.hooked:
             self.net = DistributedDataParallel(self.net, **{"bucket_cap_mb": 0.002, **self.ddp})
             self.state = CompressionState(self.model, compressor, scaler=self.scaler, **options)
+            if self.inline:
+                self.state._own_group = None
             self.net.register_comm_hook(self.state, compress)
             self.averager = self.state.averager
         else:

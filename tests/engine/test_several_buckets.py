@@ -1,6 +1,5 @@
 """Several buckets: the same bits as one after the other, one verdict, one transaction."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -24,8 +23,7 @@ from efsgd.engine import plan
 from efsgd.testing import step_together
 from efsgd.testing.gradients import gaussian
 from efsgd.testing.strategies import seeds, world_sizes
-from efsgd.wire.collectives import Exchange
-from efsgd.wire.together import together
+from efsgd.wire.together import one_by_one, together
 from tests.simulation import (
     a_run,
     bits,
@@ -55,13 +53,6 @@ FAMILY: dict[str, Any] = {
 }
 
 
-def in_turn(exchanges: Sequence[Exchange[T]]) -> Exchange[list[T]]:
-    results = []
-    for exchange in exchanges:
-        results.append((yield from exchange))
-    return results
-
-
 @pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
 @examples(20)
 @given(world_sizes(), st.sampled_from([1, 300, 800]), seeds())
@@ -74,7 +65,7 @@ def test_they_give_the_same_bits_as_one_after_the_other(
     ]
     for number in range(3):
         traces = []
-        for team, drive in zip(teams, (together, in_turn), strict=True):
+        for team, drive in zip(teams, (together, one_by_one), strict=True):
             gradients = [  # of its own: averagers write to them
                 [gaussian(shape, seed, 2, number, w, i) for i, shape in enumerate(SHAPES)]
                 for w in range(world_size)

@@ -103,7 +103,7 @@ class FieldMachine(RuleBasedStateMachine):
     def some_workers_have_joined(self, place: int) -> None:
         workers = self.workers
         workers.step(joined=range(place % (workers.world_size - 1) + 1))
-        lockstep([compare_all(o.settled_groups, o.state, o._method) for o in workers.optimizers])
+        lockstep([compare_all(o.settled_groups, o.state, o.method) for o in workers.optimizers])
 
     # ---- settings -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from efsgd.errors import CollectiveError
 from efsgd.testing import lockstep
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, Start, run
-from efsgd.wire.together import together
+from efsgd.wire.together import one_by_one, together
 from efsgd.wire.transports import Alone
 
 Kinds = Sequence[str]
@@ -39,14 +39,8 @@ def test_results_are_those_of_one_after_the_other(listed: list[Kinds], world_siz
     def all_of(worker: int) -> list[Exchange[list[float]]]:
         return [sums(f"exchange {n}", kinds, worker) for n, kinds in enumerate(listed)]
 
-    def in_turn(exchanges: list[Exchange[list[float]]]) -> Exchange[list[list[float]]]:
-        results = []
-        for exchange in exchanges:
-            results.append((yield from exchange))
-        return results
-
     found = lockstep([together(all_of(worker)) for worker in range(world_size)])
-    expected = lockstep([in_turn(all_of(worker)) for worker in range(world_size)])
+    expected = lockstep([one_by_one(all_of(worker)) for worker in range(world_size)])
     assert found.results == expected.results
     rounds = [int(each.purpose.split()[0]) for each in found.trace]
     assert rounds == sorted(rounds)
