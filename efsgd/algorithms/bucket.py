@@ -23,6 +23,7 @@ class Bucket:
             takes along.
         indices: of all tensors.
         compressed: of those that are compressed.
+        late_error: what this worker has met in this step after it had sent something.
 
     Args:
         dtype: of errors, deltas and updates.
@@ -57,6 +58,7 @@ class Bucket:
         self.deltas = Blocks(layout, *kind, flat=scratch)
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
         self.pending_errors: dict[int, Tensor] = {}
+        self.late_error: Exception | None = None
 
     def commit_(self, absent: frozenset[int]) -> None:
         """Makes the new errors and the compressor's new state those of the next step.

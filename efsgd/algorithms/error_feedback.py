@@ -25,6 +25,7 @@ from efsgd.errors import CollectiveError
 from efsgd.layout import Blocks, Elementwise, real_view
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import Abstention, Verdict, all_finite
+from efsgd.wire.late_errors import spoil_rest
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def exchange_gradients(
 ) -> Exchange[Outcome]:
     """Algorithm 2, lines 7 to 10: from each worker's gradients to the mean of what they sent.
 
-    A worker that meets an error before it has sent anything takes part with zeros, and says so.
+    A worker that meets an error before it has sent anything takes part with zeros, and says so; one
+    that meets it later spoils what is left, so that no worker applies the step. After the last
+    collective nobody hears of it.
 
     Args:
         bucket: only its scratch is modified.
@@ -108,8 +111,14 @@ def exchange_gradients(
     except CollectiveError:
         raise
     except Exception as error:
-        if bucket.control.has_sent or abstains is not None:
+        if abstains is not None:
             raise
+        if bucket.control.sent:  # the others count on the rest
+            bucket.late_error = error
+            deltas.flat.zero_()
+            aggregator.abstains = True
+            rest = spoil_rest(lines_8_to_10(), bucket.control, traffic.record_check)
+            return Outcome(None, Verdict(frozenset(), {}, overflowed=(yield from rest)), error)
         unable = exchange_gradients(bucket, gradients, step, is_scaled=is_scaled, abstains="unable")
         return dataclasses.replace((yield from unable), error=error)
     return Outcome(mean, verdict.with_mean(is_finite=mean.is_finite), failure)

@@ -156,7 +156,14 @@ class Plan:
 
     def exchange_all(self, exchanges: Sequence[Exchange[T]]) -> Exchange[list[T]]:
         """Takes part in an exchange for each bucket, in an order that all workers have."""
+        for bucket in self.buckets:
+            bucket.late_error = None
         return together(exchanges) if self.arrivals is None else one_by_one(exchanges)
+
+    def late_error(self) -> Exception | None:
+        """What some bucket has met in this step after it had sent something."""
+        errors = [bucket.late_error for bucket in self.buckets]
+        return next((error for error in errors if error is not None), None)
 
     def await_gradients(self, bucket: Bucket | None = None) -> None:
         """Waits until the gradients of a bucket are there, or all of them."""

@@ -32,6 +32,7 @@ from efsgd.errors import CollectiveError, NonFiniteGradientError, warn_user
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import describe_change, describe_rejection, raise_unable
+from efsgd.wire.late_errors import spoil_once
 from efsgd.wire.traffic import TrafficCounter
 
 
@@ -154,7 +155,7 @@ class Step:
         self, bucket: Bucket, step: int, weight: float, scaling: LossScaling | None
     ) -> Exchange[Outcome]:
         """Algorithm 2, lines 7 to 10, for one bucket, once its gradients are there."""
-        failure: Exception | None = None
+        failure = self.plan.late_error()
         try:
             self.plan.await_gradients(bucket)
         except Exception as error:  # the other workers are waiting, so it is raised afterwards
@@ -171,7 +172,8 @@ class Step:
         )
         for listener in self.listeners:
             exchange = listener(self.plan, bucket, step, exchange)
-        outcome = yield from exchange
+
+        outcome = yield from spoil_once(self.plan.late_error, exchange, bucket.control)
         return outcome if failure is None else dataclasses.replace(outcome, error=failure)
 
     def _agree(
@@ -248,9 +250,13 @@ class Step:
         """
         verdicts = [outcome.verdict for outcome in outcomes]
         self.plan.note_sparse(verdicts)
-        if all(verdict.is_good for verdict in verdicts):
-            return True
         step = self.notes.step
+        if all(verdict.is_good for verdict in verdicts):
+            error = self.plan.late_error()
+            if error is None:
+                return True
+            self.handshake.fall_behind(step)  # the others cannot know, and apply the step
+            raise error
         self.handshake.withdraw(step)
         for outcome in outcomes:
             if outcome.error is not None:

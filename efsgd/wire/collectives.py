@@ -3,7 +3,6 @@
 An *exchange* is a generator. It yields a request and is resumed with the answer::
 
     mean = yield AllReduceMean(buffer, "P factors")            # paused until the mean is there
-
     in_flight = yield Start(AllReduceMean(buffer, "Q factors"))  # resumed at once
     ...                                                          # work that needs no answer
     mean = yield in_flight                                       # paused until the mean is there
@@ -200,6 +199,7 @@ def intercept(
     exchange: Exchange[T],
     outgoing: Callable[[Collective], None],
     incoming: Callable[[Tensor], None] | None = None,
+    in_flight: dict[Collective, InFlight] | None = None,
 ) -> Exchange[T]:
     """The same exchange, watched.
 
@@ -207,10 +207,9 @@ def intercept(
         exchange: the exchange to pass on.
         outgoing: called with each collective before it is handed over; may change its buffer.
         incoming: called with each answer before `exchange` receives it.
-
-    Returns:
-        The result of `exchange`.
+        in_flight: holds what was started and is not answered (modified in place).
     """
+    in_flight = {} if in_flight is None else in_flight
     answer: Tensor | InFlight | None = None
     failure: Exception | None = None
     while True:
@@ -220,13 +219,17 @@ def intercept(
             result: T = end.value
             return result
         answer = failure = None
-        if not isinstance(request, InFlight):
+        if isinstance(request, InFlight):
+            in_flight.pop(request.collective, None)
+        else:
             outgoing(request.collective if isinstance(request, Start) else request)
         try:
             answer = yield request
         except Exception as error:
             failure = error
-        if incoming is not None and isinstance(answer, Tensor):
+        if isinstance(answer, InFlight):
+            in_flight[answer.collective] = answer
+        elif incoming and answer is not None:
             incoming(answer)
 
 

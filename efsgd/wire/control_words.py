@@ -18,7 +18,7 @@ from torch import Tensor
 
 from efsgd.errors import CollectiveError
 from efsgd.layout import is_fake, real_view
-from efsgd.wire.collectives import Collective, Exchange, intercept
+from efsgd.wire.collectives import Collective, Exchange, InFlight, intercept
 
 T = TypeVar("T")
 
@@ -73,11 +73,14 @@ DIGESTS = 1 << 20
 class ControlWords:
     """The control words of one worker for the parameters of one bucket, in the order of `indices`.
 
-    `has_sent` says whether the exchange that they were last attached to has asked for a collective.
+    Attributes:
+        sent: how many collectives the exchange has asked for that they were last attached to.
+        in_flight: those of them which it has started and not awaited.
     """
 
     def __init__(self, indices: Sequence[int], world_size: int, worker: int) -> None:
-        self.world_size, self.has_sent = world_size, False
+        self.world_size, self.sent = world_size, 0
+        self.in_flight: dict[Collective, InFlight] = {}
         self._indices, self._worker = tuple(indices), worker
         self._all_present = [1.0] * len(self._indices)  # the mean, where all have dense gradients
         self._last: tuple[list[float], Tensor] = ([], torch.empty(0, device="cpu"))
@@ -117,26 +120,26 @@ class ControlWords:
             abstains: why this worker takes part with zeros alone, if it does.
             digest: of this worker's settings; below `DIGESTS`.
         """
-        self.has_sent, is_good, mean_is_finite = False, abstains is None, True
+        self.sent, is_good, mean_is_finite = 0, abstains is None, True
         is_checked = False
 
         def outgoing(collective: Collective) -> None:
             nonlocal is_good, is_checked
             buffer, head = collective.buffer, collective.buffer[: len(words)]
-            if not self.has_sent:
+            if not self.sent:
                 head.zero_()  # what the last step has left there is not this worker's
                 is_good = is_good and not has_overflowed and all_finite(buffer)
                 is_checked = self.world_size == 1  # the answer is the same buffer
             if not is_good:
                 buffer.zero_()
-            if not self.has_sent:
+            if not self.sent:
                 code = self._code(_USUAL) + 2 * digest + is_scaled
                 if abstains is not None:
                     code = self._code(_UNABLE if abstains == "unable" else _CHANGED)
                 elif not is_good:
                     code = self._overflow(gradients, is_scaled=is_scaled)
                 head.copy_(self._own_words(gradients, code))
-            self.has_sent = True
+            self.sent += 1
             record(collective)
 
         def incoming(answer: Tensor) -> None:
@@ -144,7 +147,8 @@ class ControlWords:
             mean_is_finite = mean_is_finite and (is_checked or all_finite(answer))
             is_checked = False
 
-        result = yield from intercept(exchange, outgoing, incoming)
+        self.in_flight.clear()
+        result = yield from intercept(exchange, outgoing, incoming, self.in_flight)
         is_unread = type(words) is not Tensor and is_fake(words)
         found = self._mean_of_equals() if is_unread else words.tolist()
         return result, self._read(found, overflowed=not mean_is_finite)
@@ -239,7 +243,7 @@ def describe_rejection(verdicts: Sequence[Verdict], names: Mapping[int, str], st
     if not found:
         found.append(
             "the workers' gradients are finite, but their mean overflows, or what the compressor "
-            "makes of it is NaN or infinite"
+            "makes of it is NaN or infinite, or a worker met an error, which it raises itself"
         )
     return (
         f"Step {step} was abandoned: {'; '.join(found)}. Nothing has changed on any worker. "

@@ -11,6 +11,7 @@ from torch import Tensor
 from efsgd import (
     CollectiveError,
     ErrorFeedbackSGD,
+    NonFiniteGradientError,
     PowerSGD,
     PowerSGDOptimizer,
     TopK,
@@ -18,8 +19,9 @@ from efsgd import (
 )
 from efsgd.algorithms.operators import Payload
 from efsgd.layout import Blocks
+from efsgd.profiling import Phases
 from efsgd.randomness import Draws
-from efsgd.testing import lockstep, step_together
+from efsgd.testing import LockstepError, lockstep, step_together
 from tests.engine.test_handshake import change
 from tests.simulation import (
     a_run,
@@ -168,3 +170,83 @@ def test_a_worker_without_a_scaler_skips_with_those_that_have_one() -> None:
         exchanges = [worker.exchange(3, place) for place, worker in enumerate(workers)]
         assert lockstep(exchanges).results == [not overflows] * 3
         assert (bits(snapshot(workers)) == before) == overflows
+
+
+class FailingPhases(Phases):
+    """Raises once, at the beginning of a phase."""
+
+    fails_at = "nowhere"
+
+    def __call__(self, name: str) -> Any:
+        if name.startswith(self.fails_at):
+            self.fails_at = "nowhere"
+            raise MemoryError("no memory left")
+        return super().__call__(name)
+
+
+def fail_at(optimizer: ErrorFeedbackSGD, phase: str) -> None:
+    phases: Any = optimizer.engine.phases
+    phases.__class__ = FailingPhases
+    phases.fails_at = phase
+
+
+@pytest.mark.parametrize("options", [{}, {"bucket_bytes": 1}], ids=["one bucket", "several"])
+@pytest.mark.parametrize("phase", ["Alg. 1, line 5", "Alg. 1, line 6"])
+def test_an_error_between_p_and_q_is_found_by_all(phase: str, options: dict[str, Any]) -> None:
+    workers, scenario = a_run(3, **options)
+    train(scenario, range(2), workers)
+    set_gradients(workers, scenario.gradients(2))
+    before = bits(snapshot(workers))
+    fail_at(workers[1], phase)
+    with pytest.raises(
+        NonFiniteGradientError, match="met an error, which it raises itself"
+    ) as caught:
+        step_together(workers)
+    assert caught.value.__notes__[0] == "worker 1: MemoryError: no memory left"
+    assert bits(snapshot(workers)) == before
+    step_together(workers)
+    assert replicated(workers[0]) == replicated(workers[1]) == replicated(workers[2])
+
+
+def test_those_who_skip_steps_that_are_not_finite_skip_this_one() -> None:
+    workers, scenario = a_run(2, nonfinite="skip")
+    train(scenario, range(2), workers)
+    set_gradients(workers, scenario.gradients(2))
+    before = bits(snapshot(workers))
+    fail_at(workers[1], "Alg. 1, line 6")
+    exchanges = [worker.exchange(2, place) for place, worker in enumerate(workers)]
+    with pytest.raises(
+        LockstepError, match=r"worker 0 returned False; worker 1 raised MemoryError"
+    ):
+        lockstep(exchanges)
+    assert bits(snapshot(workers)) == before
+    step_together(workers)
+    assert replicated(workers[0]) == replicated(workers[1])
+
+
+def test_an_error_in_one_of_several_buckets_spoils_those_after_it() -> None:
+    workers, scenario = a_run(3, bucket_bytes=1)
+    train(scenario, range(2), workers)
+    assert len(workers[0].engine.plan.buckets) > 2
+    set_gradients(workers, scenario.gradients(2))
+    before = bits(snapshot(workers))
+    fail_at(workers[1], "Alg. 2, line 9")  # the first bucket's Q is on its way
+    with pytest.raises(NonFiniteGradientError, match="met an error, which it raises itself"):
+        step_together(workers)
+    assert bits(snapshot(workers)) == before
+    step_together(workers)
+    assert replicated(workers[0]) == replicated(workers[1]) == replicated(workers[2])
+
+
+@pytest.mark.parametrize("phase", ["Alg. 2, line 9", "Alg. 1, line 7"])
+def test_an_error_after_all_is_sent_is_one_of_the_next_step(phase: str) -> None:
+    workers, scenario = a_run(2)
+    train(scenario, range(2), workers)
+    set_gradients(workers, scenario.gradients(2))
+    fail_at(workers[1], phase)
+    exchanges = [worker.exchange(2, place) for place, worker in enumerate(workers)]
+    with pytest.raises(LockstepError, match=r"worker 0 returned True; worker 1 raised MemoryError"):
+        lockstep(exchanges)
+    set_gradients(workers, scenario.gradients(3))
+    with pytest.raises(WorkerMismatchError, match="worker 1"):
+        step_together(workers)
