@@ -65,10 +65,16 @@ def plot_times(path: Path, panels: Mapping[str, Rows]) -> None:
                 level += 1
             else:
                 by_rank[label].append((candidate.rank, row.net.scaled(1e3)))
+        listed = sorted({c.rank for c, _ in rows if c.rank is not None})
         for number, (label, points) in enumerate(by_rank.items()):
             ranks, spreads = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-            _line(axes, ranks, spreads, label=label, marker=MARKERS[number % len(MARKERS)])
-        _scales(axes, sorted({c.rank for c, _ in rows if c.rank is not None}), "rank", title)
+            # At one rank they stand side by side, where several would be lines.
+            places = ranks if len(listed) > 1 else [number - (len(by_rank) - 1) / 2]
+            _line(axes, places, spreads, label=label, marker=MARKERS[number % len(MARKERS)])
+        _scales(axes, listed, "rank", title)
+        if len(listed) == 1:
+            axes.set_xticks([0], [str(listed[0])])
+            axes.set_xlim(-len(by_rank), len(by_rank))
     plots[0].set_ylabel("ms per step")
     _save(figure, path, plots[0])
 
@@ -173,7 +179,7 @@ def _panels(count: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
 
 def _line(
     axes: Axes,
-    places: Sequence[int],
+    places: Sequence[float],
     spreads: Sequence[Quartiles],
     *,
     label: str,
