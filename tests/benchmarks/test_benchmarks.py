@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks import (
-    alpha_beta,
     candidates,
     checks,
     local,
@@ -24,7 +23,6 @@ from benchmarks import (
     timing,
     workloads,
 )
-from benchmarks.alpha_beta import Link
 from benchmarks.candidates import Bench, Candidate, compared
 from benchmarks.growth import LARGE, SMALL, predictions
 from benchmarks.memory_budget import sessions
@@ -37,12 +35,13 @@ from benchmarks.workloads import (
     shapes_of,
 )
 from efsgd import PowerSGDOptimizer
+from efsgd.planning import Link
 
 SHAPES = [(6, 5), (6,), (4, 2, 3, 3)]
 
 
 @pytest.mark.parametrize(
-    "module", [alpha_beta, memory, namespaces, results, timing, workloads], ids=lambda m: m.__name__
+    "module", [memory, namespaces, results, timing, workloads], ids=lambda m: m.__name__
 )
 def test_examples_in_docstrings(module: ModuleType) -> None:
     found = doctest.testmod(module)

@@ -1,0 +1,111 @@
+"""The planner's predictions, beside whole steps on slow networks; and tables for many workers.
+
+    python -m benchmarks.planning check --output docs/benchmarks/planning.json
+    python -m benchmarks.planning tables --output docs/planning-tables.md
+
+`check` needs Linux, root and iproute2: each worker is a process in a network namespace of its own.
+They share the cores of one machine, so that forward and backward passes sleep there: what is
+checked is what the network, its overlap with the backward pass, and compressing take. The link is
+that of two all-reduces, and what compressing takes is that of the same optimizers when nothing
+travels, all of them measured in the same rounds on all workers at once.
+
+`tables` computes. Nothing is measured then.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.namespaces import checked_rate, measured
+from benchmarks.planning_worker import (
+    BACKWARD,
+    CANDIDATES,
+    FORWARD,
+    PLAIN,
+    PROBES,
+    SHAPES,
+    UPDATE,
+)
+from benchmarks.results import describe_machine, in_milliseconds, show, write_results
+from benchmarks.timing import Quartiles
+from efsgd.planning import Link
+from efsgd.planning.measuring import Work
+from efsgd.planning.prediction import Setup
+from efsgd.planning.sending import Sending
+from efsgd.planning.tensors import trained_of
+
+WARM_UP = 2
+RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "planning.json"
+
+
+def predicted(workers: int, samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Whole steps of all candidates, from the link and the computing of the same rounds."""
+
+    def median(name: str) -> float:
+        return Quartiles.of(samples[name]).median
+
+    small, large = ((nbytes, median(name)) for name, nbytes in PROBES.items())
+    link = Link.measured(workers, small, large)
+    trained = trained_of(SHAPES)
+    setup = Setup(trained, FORWARD, BACKWARD, Work(median(f"compute of {UPDATE}")))
+    found = {PLAIN: setup.seconds_of_ddp(link)}
+    for name, compressor in CANDIDATES.items():
+        work = Work(median(f"compute of {name}"))
+        found[name] = setup.seconds_of(Sending(compressor, trained), work, link)
+    return found
+
+
+def rows_of(launch: Mapping[str, Any]) -> Iterator[tuple[str, Quartiles, float]]:
+    """Name, measured and predicted seconds of each candidate of a launch."""
+    for name, seconds in predicted(launch["workers"], launch["samples"]).items():
+        yield name, Quartiles.of(launch["samples"][name]), seconds
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Measures, predicts, and shows both."""
+    launches = []
+    for rate in arguments.rates:
+        for workers in arguments.workers:
+            job = {"module": "benchmarks.planning_worker", "rounds": arguments.rounds}
+            job["warm_up"] = WARM_UP
+            samples = measured(workers, rate, job, arguments.timeout)
+            launches.append({"workers": workers, "rate": rate, "samples": samples})
+            columns = ("", "measured, ms", "predicted, ms", "deviation")
+            rows = [
+                (name, in_milliseconds(each), f"{1e3 * s:.4g}", _deviation(s, each.median))
+                for name, each, s in rows_of(launches[-1])
+            ]
+            show(f"{workers} workers, {rate}: a whole step", columns, rows)
+    settings = {"workers": arguments.workers, "rates": arguments.rates, "rounds": arguments.rounds}
+    found = {"launches": launches}
+    write_results(arguments.output, "planning", describe_machine(1), settings, found)
+
+
+def _deviation(predicted: float, measured: float) -> str:
+    return f"{100 * (predicted / measured - 1):+.0f} %".replace("-", "−")
+
+
+def main(command_line: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.planning", description=__doc__.split("\n")[0]
+    )
+    kinds = parser.add_subparsers(dest="what", required=True)
+    checks = kinds.add_parser("check", help="measure whole steps")
+    checks.add_argument("--workers", type=int, nargs="+", default=[2, 4, 8, 16], metavar="W")
+    checks.add_argument(
+        "--rates", type=checked_rate, nargs="+", default=["10mbit", "100mbit"], help="as for tc"
+    )
+    checks.add_argument("--rounds", type=int, default=7, help="measured steps of each candidate")
+    checks.add_argument("--timeout", type=float, default=900, help="seconds for each launch")
+    tables = kinds.add_parser("tables", help="compute the tables of the documentation")
+    for each in (checks, tables):
+        each.add_argument("--output", type=Path, metavar="FILE", help="write the results there")
+    arguments = parser.parse_args(command_line)
+    if arguments.what == "check":
+        check(arguments)
+
+
+if __name__ == "__main__":
+    main()
