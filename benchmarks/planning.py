@@ -13,11 +13,13 @@ travels, all of them measured in the same rounds on all workers at once.
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.namespaces import checked_rate, measured
+from benchmarks.page import source_of, table
 from benchmarks.planning_worker import (
     BACKWARD,
     CANDIDATES,
@@ -29,14 +31,28 @@ from benchmarks.planning_worker import (
 )
 from benchmarks.results import describe_machine, in_milliseconds, show, write_results
 from benchmarks.timing import Quartiles
-from efsgd.planning import Link
+from efsgd.planning import Link, default_candidates
 from efsgd.planning.measuring import Work
 from efsgd.planning.prediction import Setup
 from efsgd.planning.sending import Sending
-from efsgd.planning.tensors import trained_of
+from efsgd.planning.tensors import KNOWN_SHAPES, trained_of
+from efsgd.planning.words import in_bits, in_time
 
 WARM_UP = 2
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "planning.json"
+
+# What the computed tables assume: about what the planner measures on the machine of the benchmarks.
+ASSUMED_PASSES, ASSUMED_UPDATE = (0.12, 0.28), 0.02
+ASSUMED_WORK = {
+    "PowerSGD(rank=1)": Work(0.05),
+    "PowerSGD(rank=4)": Work(0.06),
+    "TopK(density=0.01)": Work(0.15, 0.001),
+    "SignNorm()": Work(0.15, 0.04),
+}
+NETWORKS = ((12.5e6, 1e-3), (125e6, 2e-4), (3.125e9, 2e-5))
+MANY_WORKERS = (2, 8, 64, 512, 4096, 10_000)
+TRAINED = trained_of(KNOWN_SHAPES["resnet18"]())
+SENDINGS = {name: Sending(default_candidates()[name], TRAINED) for name in ASSUMED_WORK}
 
 
 def predicted(workers: int, samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -86,6 +102,71 @@ def _deviation(predicted: float, measured: float) -> str:
     return f"{100 * (predicted / measured - 1):+.0f} %".replace("-", "−")
 
 
+def checked_table(result: Mapping[str, Any]) -> str:
+    """What `check` has found, as Markdown."""
+    launches = result["launches"]
+    columns = ("", *(f"{each['workers']} workers, {each['rate']}" for each in launches))
+    found = [list(rows_of(launch)) for launch in launches]
+    rows = []
+    for same in zip(*found, strict=True):
+        cells = [
+            f"{_ms(measured.median)}, {_ms(seconds)} ({_deviation(seconds, measured.median)})"
+            for _, measured, seconds in same
+        ]
+        rows.append((same[0][0], *cells))
+    return table(columns, rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}"
+
+
+def computed_table(algorithm: str, bandwidth: float, latency: float) -> str:
+    """Predicted steps for some numbers of workers, as Markdown."""
+    columns = ("workers", PLAIN, *ASSUMED_WORK, "advice")
+    rows = []
+    for workers in MANY_WORKERS:
+        link = Link(workers, latency, bandwidth, algorithm)
+        setup = Setup(TRAINED, *ASSUMED_PASSES, Work(ASSUMED_UPDATE))
+        steps = {
+            name: setup.seconds_of(SENDINGS[name], work, link)
+            for name, work in ASSUMED_WORK.items()
+        }
+        ddp = setup.seconds_of_ddp(link)
+        best = min(steps, key=lambda name: steps[name])
+        gain = ddp / steps[best]
+        advice = f"{best}, {gain:.2g}×" if gain > 1 else "do not compress"
+        rows.append((f"{workers:,}", in_time(ddp), *map(in_time, steps.values()), advice))
+    return table(columns, rows)
+
+
+def page() -> str:
+    """The generated part of the page."""
+    parts = []
+    if RESULTS.exists():
+        result = json.loads(RESULTS.read_text())
+        parts += [checked_table(result), source_of(result)]
+    forward, backward = ASSUMED_PASSES
+    work = "; ".join(
+        f"`{name}` {in_time(own.step)}"
+        + (f", {in_time(own.each_payload)} more for each worker" if own.each_payload else "")
+        for name, own in ASSUMED_WORK.items()
+    )
+    parts += [
+        "## Computed: up to 10,000 workers",
+        "**These tables are computed, not measured**, by `make planning-tables`: "
+        "whole steps of a ResNet18 for CIFAR-10, of which "
+        f"a forward pass is taken to take {in_time(forward)}, a backward pass "
+        f"{in_time(backward)}, SGD's update {in_time(ASSUMED_UPDATE)}, and besides the passes: "
+        f"{work}. The advice names the fastest, and how many times as long DDP takes.",
+    ]
+    for algorithm in ("ring", "tree"):
+        for bandwidth, latency in NETWORKS:
+            title = f"**{algorithm}, {in_bits(bandwidth)}, latency {in_time(latency)}**"
+            parts += [title, computed_table(algorithm, bandwidth, latency)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
 def main(command_line: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -105,6 +186,10 @@ def main(command_line: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(command_line)
     if arguments.what == "check":
         check(arguments)
+    elif arguments.output is None:
+        print(page(), end="")
+    else:
+        arguments.output.write_text(page())
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def number_with_unit(text: str, units: dict[str, float], least: float, example: 
 
     Example:
         >>> from efsgd.plan import number_with_unit
-        >>> number_with_unit("470ms", {"ms": 1e-3, "s": 1.0}, 0, "470ms")
-        0.47
+        >>> number_with_unit("500ms", {"ms": 1e-3, "s": 1.0}, 0, "1s")
+        0.5
     """
     found = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?) ?([a-z]+)", text.strip().lower())
     try:

@@ -1,9 +1,7 @@
 """Whether compression pays, and which: predictions for each candidate, and what they say."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,9 +19,9 @@ from efsgd.planning.measuring import (
     measure_work,
 )
 from efsgd.planning.prediction import Setup, ranges_where
+from efsgd.planning.report import Plan, Row, describe
 from efsgd.planning.sending import Sending
 from efsgd.planning.tensors import trained_of
-from efsgd.planning.words import describe, shown
 from efsgd.wire.transports import Workers
 
 #: The name of what SGD computes after the backward pass, among measured seconds.
@@ -47,82 +45,6 @@ def default_candidates(ranks: Iterable[int] = (1, 2, 4, 8)) -> dict[str, Compres
         "UniformQuantized(bits=8)": UniformQuantized(bits=8),
         "LQSGD(rank=4, bits=8)": LQSGD(rank=4, bits=8),
     }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate.
-
-    Attributes:
-        name: of the candidate.
-        bytes_sent: what one worker hands to collectives in a step, control words included.
-        collectives: of a step; both are means over steps that are not alike.
-        compute: what a worker computes besides forward and backward, seconds.
-        seconds: of a whole step.
-        speed_up: how many times as long a step under DDP takes.
-        bandwidths: ranges in bytes per second in which it is faster than DDP, with these workers.
-        workers: ranges of numbers of workers in which it is, with this bandwidth.
-        memory: bytes that are kept beyond parameters and gradients, momentum included.
-    """
-
-    name: str
-    bytes_sent: float
-    collectives: float
-    compute: float
-    seconds: float
-    speed_up: float
-    bandwidths: tuple[tuple[float, float], ...]
-    workers: tuple[tuple[float, float], ...]
-    memory: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `advise` has found. `str()` of it is a table and the advice.
-
-    Attributes:
-        setup: the model, and its passes.
-        link: the network.
-        work: what is computed in a step by candidate; `UPDATE` is SGD's update.
-        ddp: seconds of a step under DDP.
-        alone: seconds of a step that sends nothing.
-        rows: the candidates.
-        best: the name of the one to use; None: do not compress.
-        advice: the same in words.
-    """
-
-    setup: Setup
-    link: Link
-    work: dict[str, Work]
-    ddp: float
-    alone: float
-    rows: tuple[Row, ...]
-    best: str | None
-    advice: str
-
-    def __str__(self) -> str:
-        return shown(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as plain dicts, lists, strings and numbers, in bytes and seconds.
-
-        Its entry "compute" may be given to `advise` as `compute`, on any machine.
-        """
-        trained = self.setup.trained
-        return {
-            "parameters": sum(map(math.prod, trained.shapes)),
-            "tensors": len(trained.shapes),
-            "gradient_bytes": trained.nbytes,
-            "link": dataclasses.asdict(self.link),
-            "forward": self.setup.forward,
-            "backward": self.setup.backward,
-            "compute": {name: list(dataclasses.astuple(w)) for name, w in self.work.items()},
-            "ddp": self.ddp,
-            "alone": self.alone,
-            "candidates": [dataclasses.asdict(row) for row in self.rows],
-            "best": self.best,
-            "advice": self.advice,
-        }
 
 
 def advise(
