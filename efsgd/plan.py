@@ -122,7 +122,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
         compute = None if given.compute is None else compute_of(given.compute)
         if is_group:
             dist.init_process_group("gloo")
-        torch.set_num_threads(1) if is_group else None
+            torch.set_num_threads(1)  # workers may share a machine
         plan = advise(
             model,
             workers=given.workers,

@@ -6,8 +6,8 @@ for is written down. All the other workers are taken to be like this one.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Message:
 
     kind: str
     nbytes: int
+
+
+#: For each kind of step: how often it is taken, and what is sent in it.
+Kinds: TypeAlias = list[tuple[float, tuple[Message, ...]]]
 
 
 class Echo:
@@ -73,15 +77,23 @@ class Sending:
 
     compressor: Compressor
     trained: Trained
+    _found: dict[int, Kinds] = field(default_factory=dict, repr=False, compare=False)
+    _recorded: dict[tuple[int, int], tuple[int, tuple[Message, ...]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def gathers(self) -> bool:
         """Whether what a worker receives grows with the number of workers."""
         return not self.compressor.claims().averages
 
-    def messages(self, workers: int) -> list[tuple[float, tuple[Message, ...]]]:
+    def messages(self, workers: int) -> Kinds:
         """What one worker hands over in a step, for each kind of step: how often, and what."""
-        return [(often, self._messages_of(step, workers)) for step, often in self._kinds().items()]
+        if workers not in self._found:
+            self._found[workers] = [
+                (often, self._messages_of(step, workers)) for step, often in self._kinds().items()
+            ]
+        return self._found[workers]
 
     def nbytes(self, workers: int) -> float:
         """The bytes that one worker hands over in a step, in the mean over steps."""
@@ -98,11 +110,11 @@ class Sending:
         return {kinds.index(kind): n / _STEPS for kind, n in Counter(kinds).items()}
 
     def _messages_of(self, step: int, workers: int) -> tuple[Message, ...]:
-        cache = self.__dict__.setdefault("_cache", {})
+        cache = self._recorded
         size = self.compressor.payload_bytes(self.trained.shapes, self.trained.dtype, step, workers)
         # Where the payload is the same, nothing but the control words can be another.
         if (step, size) not in cache:
-            cache[step, size] = workers, tuple(_recorded(self, step, workers))
+            cache[step, size] = workers, tuple(self._record(step, workers))
         known, (first, *others) = cache[step, size]
         own, before = (ControlWords.count(len(self.trained.shapes), w) for w in (workers, known))
         more = (own - before) * self.trained.dtype.itemsize
@@ -121,6 +133,15 @@ class Sending:
                 sizes[storage._cdata] = storage.nbytes()
             return sum(sizes.values())
 
+    def _record(self, step: int, workers: int) -> list[Message]:
+        transport = Echo(workers)
+        with FakeTensorMode():
+            # As a worker that cannot take part: the same is sent, and made-up code need not run.
+            absent = dict.fromkeys(range(len(self.trained.shapes)))
+            exchange = exchange_gradients(self._bucket(workers), absent, step, abstains="unable")
+            run(exchange, transport)
+        return transport.messages
+
     def _bucket(self, workers: int) -> Bucket:
         compressor, trained = self.compressor, self.trained
         own, count = {"start_compressing_at": 0, **compressor.settings()}, len(trained.shapes)
@@ -130,16 +151,6 @@ class Sending:
         aggregator = compressor.aggregator(layout, own, placement)
         words = ControlWords(range(count), workers, 0)
         return Bucket(layout, aggregator, words, trained.dtype, _CPU)
-
-
-def _recorded(sending: Sending, step: int, workers: int) -> list[Message]:
-    transport = Echo(workers)
-    with FakeTensorMode():
-        bucket = sending._bucket(workers)
-        # As a worker that cannot take part: the same is sent, and made-up code need not run.
-        absent = dict.fromkeys(range(len(sending.trained.shapes)))
-        run(exchange_gradients(bucket, absent, step, abstains="unable"), transport)
-    return transport.messages
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
