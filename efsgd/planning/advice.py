@@ -180,7 +180,7 @@ def _row(name: str, setup: Setup, link: Link, sending: Sending, work: Work) -> R
         ranges_where(
             lambda w: pays(dataclasses.replace(link, workers=int(w))), _WORKERS, integers=True
         ),
-        momentum + sending.kept_bytes(),
+        momentum + sending.kept_bytes,
     )
 
 

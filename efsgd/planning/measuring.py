@@ -191,7 +191,7 @@ def measure_link(
     if transport.world_size == 1:
         raise ValueError(
             "There is no network to measure: this process is alone. Start several workers, with "
-            "torchrun, and call init_process_group() first; or give latency and bandwidth."
+            "torchrun, and call init_process_group() first; or give workers, bandwidth and latency."
         )
     exchange = link_exchange(
         torch.device(device), transport.world_size, algorithm, repeats=repeats, clock=clock

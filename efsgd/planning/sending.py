@@ -7,6 +7,7 @@ for is written down. All the other workers are taken to be like this one.
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -91,7 +92,7 @@ class Sending:
         """What one worker hands over in a step, for each kind of step: how often, and what."""
         if workers not in self._found:
             self._found[workers] = [
-                (often, self._messages_of(step, workers)) for step, often in self._kinds().items()
+                (often, self._messages_of(step, workers)) for step, often in self._kinds.items()
             ]
         return self._found[workers]
 
@@ -103,6 +104,7 @@ class Sending:
         """How many collectives a step has, in the mean over steps."""
         return sum(often * len(own) for often, own in self.messages(workers))
 
+    @cached_property
     def _kinds(self) -> dict[int, float]:
         """A step of each kind, and the part of all steps that are of this kind."""
         settings = self.compressor.settings()
@@ -120,6 +122,7 @@ class Sending:
         more = (own - before) * self.trained.dtype.itemsize
         return (Message(first.kind, first.nbytes + more), *others)
 
+    @cached_property
     def kept_bytes(self) -> int:
         """The bytes that error feedback and the compressor keep from step to step, and as scratch.
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from efsgd import PowerSGD, SignNorm, TopK
 from efsgd.planning import Link, Plan, advise
+from efsgd.planning.advice import make_plan
 from efsgd.planning.measuring import Work, link_exchange, measure_passes, measure_work
 from efsgd.planning.prediction import Setup, ranges_where
 from efsgd.planning.sending import Sending
@@ -98,13 +99,8 @@ def test_a_better_network_is_never_slower(link: Link, factor: float) -> None:
 
 @given(LINKS, st.sampled_from(sorted(CANDIDATES)))
 def test_break_even_points_part_what_pays_from_what_does_not(link: Link, name: str) -> None:
-    plan = planned(
-        workers=link.workers,
-        bandwidth=link.bandwidth,
-        latency=link.latency,
-        algorithm=link.algorithm,
-        candidates={name: CANDIDATES[name]},
-    )
+    work = {name: Work(4e-3)}
+    plan = make_plan(SETUP, link, {name: SENDINGS[name]}, work)
     (row,) = plan.rows
     assert row.speed_up == pytest.approx(plan.ddp / row.seconds)
     assert (plan.best is None) == (row.seconds >= plan.ddp)
@@ -228,7 +224,9 @@ def test_a_link_is_found_by_all_workers(algorithm: str, bandwidth: float) -> Non
         return intercept(exchange, outgoing)
 
     found = lockstep([slowed() for _ in range(3)])
-    assert max(each.nbytes for each in found.trace) == (2**20 if bandwidth < 1e9 else 2**22)
+    enough = 10 * link.seconds(1024)
+    sizes = (size for size in (2**20, 2**22, 2**24) if link.seconds(size) >= enough)
+    assert max(each.nbytes for each in found.trace) == next(sizes)
     for own in found.results:
         assert own == found.results[0]
         assert own.latency == pytest.approx(link.latency)

@@ -84,7 +84,7 @@ def test_a_model_with_a_loss_needs_no_times(
         ([*PASSES, *NETWORK, "--forward", "nan"], "--forward: 'nan' must be a number"),
         ([*PASSES, *NETWORK, "--ranks", "0"], "--ranks: '0' must be an integer of at least 1"),
         ([*NETWORK], "Invalid forward: None. Must be a finite number of at least 0. It is in sec"),
-        ([*PASSES], "this process is alone. Give workers, bandwidth and latency"),
+        ([*PASSES], "or give workers, bandwidth and latency"),
         ([*PASSES, *NETWORK, "--compute", "no.json"], "must be a file that --json has written"),
     ],
 )

@@ -107,9 +107,10 @@ def test_many_workers_add_their_control_words() -> None:
 def test_memory_is_counted_from_buffers() -> None:
     trained = trained_of([(512, 512), (64,)])
     d = 4 * 512 * 512
-    # Errors and scratch, and factors; Top K has the mean as well.
-    assert 2 * d < Sending(PowerSGD(rank=1), trained).kept_bytes() < 2.6 * d
-    assert 3 * d < Sending(TopK(density=0.1), trained).kept_bytes() < 3.5 * d
+    # Errors and scratch, and what is multiplied out at once, which is all of so small a matrix,
+    # and factors; Top K has the mean.
+    assert 3 * d < Sending(PowerSGD(rank=1), trained).kept_bytes < 3.05 * d
+    assert 3 * d < Sending(TopK(density=0.1), trained).kept_bytes < 3.5 * d
 
 
 @pytest.mark.parametrize("name", KNOWN_SHAPES)
