@@ -41,7 +41,7 @@ from efsgd.planning.words import in_bits, in_time
 WARM_UP = 2
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks" / "planning.json"
 
-# What the computed tables assume: about what the planner measures on the machine of the benchmarks.
+# What the computed tables assume: round figures, of the size that one slow core has.
 ASSUMED_PASSES, ASSUMED_UPDATE = (0.12, 0.28), 0.02
 ASSUMED_WORK = {
     "PowerSGD(rank=1)": Work(0.05),
