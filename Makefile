@@ -214,6 +214,15 @@ bench-whole-steps: $(VENV)/.with-examples ## measure whole steps of the examples
 bench-adamw: $(VENV)/.with-examples ## measure whole steps with AdamW, in DDP's backward pass and before the step (Linux, root)
 	@set -ex; for rate in 100mbit 1gbit; do $(BENCH).adamw_steps --rate $$rate $(BENCH_FLAGS); done
 
+.PHONY: bench-planning
+bench-planning: $(VENV)/.with-examples ## hold the planner's predictions against whole steps on slow networks (Linux, root)
+	$(BENCH).planning check $(BENCH_FLAGS) --output $(RESULTS)/planning.json
+	$(BENCH).planning tables --output docs/planning-tables.md
+
+.PHONY: planning-tables
+planning-tables: $(VENV)/.with-examples ## compute the planner's tables of the documentation
+	$(BENCH).planning tables --output docs/planning-tables.md
+
 .PHONY: bench-pipeline
 bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow networks (Linux, root)
 	@set -ex; for rate in 100mbit 1gbit; do $(BENCH).pipeline --rate $$rate $(BENCH_FLAGS); done

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from benchmarks.alpha_beta import Link
 from benchmarks.candidates import Bench, Candidate
 from benchmarks.namespaces import (
     MissingPrerequisite,
@@ -30,6 +29,7 @@ from benchmarks.namespaces import (
 from benchmarks.results import describe_machine, in_milliseconds, show, write_results
 from benchmarks.timing import Quartiles, clock_for, differences, measure
 from benchmarks.workloads import WORKLOADS, made_gradients, message_floats, shapes_of
+from efsgd.planning import Link
 
 # Two each, one after the other, as in a step.
 SMALL, LARGE = (Candidate("all-reduce", nbytes=(n, n)) for n in (1024, 4_000_000))

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks.alpha_beta import Link
 from benchmarks.candidates import Candidate
 from benchmarks.growth import predictions
 from benchmarks.timing import Quartiles, Row
+from efsgd.planning import Link
 
 LABELS = {
     "copy": "a copy",

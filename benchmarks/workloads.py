@@ -1,13 +1,14 @@
 """What is stepped: the shapes of three models, and gradients that cost nothing to make."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from efsgd.layout import matrix_shape
+from efsgd.planning.tensors import gpt2_shapes
 from examples.models import CifarResNet18, LSTMLanguageModel
 
 Shape = tuple[int, ...]
@@ -26,7 +27,7 @@ def shapes_of(workload: str) -> list[Shape]:
         workload: a key of `WORKLOADS`.
     """
     if workload == "gpt2":
-        return list(_gpt2_shapes())
+        return list(gpt2_shapes())
     with torch.device("meta"):
         model = (
             CifarResNet18()
@@ -34,23 +35,6 @@ def shapes_of(workload: str) -> list[Shape]:
             else LSTMLanguageModel(28_869, embedding=650, hidden=650, layers=3)
         )
     return [tuple(parameter.shape) for parameter in model.parameters()]
-
-
-def _gpt2_shapes(width: int = 768, layers: int = 12) -> Iterator[Shape]:
-    """GPT-2 as published: linear layers as [inputs, outputs], the last one tied to the first."""
-
-    def with_bias(*shape: int) -> tuple[Shape, Shape]:
-        return shape, (shape[-1],)
-
-    yield from ((50_257, width), (1024, width))
-    for _ in range(layers):
-        yield from with_bias(width)  # a norm
-        yield from with_bias(width, 3 * width)  # attention: queries, keys and values
-        yield from with_bias(width, width)
-        yield from with_bias(width)
-        yield from with_bias(width, 4 * width)
-        yield from with_bias(4 * width, width)
-    yield from with_bias(width)
 
 
 def matrices_of(shapes: Sequence[Shape], rank: int) -> list[tuple[int, int]]:

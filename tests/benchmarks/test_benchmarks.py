@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks import (
-    alpha_beta,
     candidates,
     checks,
     local,
@@ -24,7 +23,6 @@ from benchmarks import (
     timing,
     workloads,
 )
-from benchmarks.alpha_beta import Link
 from benchmarks.candidates import Bench, Candidate, compared
 from benchmarks.growth import LARGE, SMALL, predictions
 from benchmarks.memory_budget import sessions
@@ -42,7 +40,7 @@ SHAPES = [(6, 5), (6,), (4, 2, 3, 3)]
 
 
 @pytest.mark.parametrize(
-    "module", [alpha_beta, memory, namespaces, results, timing, workloads], ids=lambda m: m.__name__
+    "module", [memory, namespaces, results, timing, workloads], ids=lambda m: m.__name__
 )
 def test_examples_in_docstrings(module: ModuleType) -> None:
     found = doctest.testmod(module)
@@ -94,24 +92,6 @@ def test_each_runner_is_prepared_and_stepped_once_per_round() -> None:
         assert prepared.split() == ["prepare", stepped.split()[1]]
 
 
-def test_time_of_an_all_reduce() -> None:
-    link = Link(workers=8, latency=2e-4, bandwidth=1e8)
-    # 14 rounds; a chunk of 0.8 MB takes 1 ms, and the latency passes meanwhile.
-    assert link.seconds(800_000) == pytest.approx(14 * 1e-3)
-    # Of a chunk that takes 0.1 ms, one half is hidden by the other one's latency.
-    assert link.seconds(80_000) == pytest.approx(14 * (2e-4 + 0.5e-4))
-    assert link.seconds(0) == pytest.approx(14 * 2e-4)
-
-
-@pytest.mark.parametrize("latency", [1e-5, 2e-4, 5e-2])  # hidden by the large one, and not hidden
-def test_alpha_and_beta_are_found_again(latency: float) -> None:
-    link = Link(8, latency, bandwidth=1e8)
-    small, large = ((n, link.seconds(n)) for n in (1024, 4_000_000))
-    found = Link.measured(8, small, large)
-    assert found.latency == pytest.approx(link.latency)
-    assert found.bandwidth == pytest.approx(link.bandwidth)
-
-
 def test_predictions_beside_measurements() -> None:
     message = Candidate("all-reduce", nbytes=(1024, 4_000_000))
     samples = {SMALL.name: [0.002], LARGE.name: [0.082], message.name: [0.035]}
@@ -120,11 +100,6 @@ def test_predictions_beside_measurements() -> None:
     # Halves of what two of the same size took.
     assert found.predicted == pytest.approx(0.001 + 0.041)
     assert found.deviation == pytest.approx(0.2)
-
-
-def test_bandwidth_cannot_be_told_where_more_bytes_were_faster() -> None:
-    with pytest.raises(ValueError, match="more bytes must take longer"):
-        Link.measured(2, (1024, 0.5), (4_000_000, 0.4))
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,13 @@
 """How long an all-reduce takes between these workers: a latency, and a time for each byte."""
 
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from efsgd.rank.checks import require_numbers
-from efsgd.wire.collectives import AllReduceMean, Exchange
-
-#: Tells seconds, from any beginning.
-Clock = Callable[[], float]
+from efsgd.wire.collectives import Exchange
+from efsgd.wire.measuring import Clock, all_reduce_seconds
 
 #: The size of the larger buffer that is timed: 1 MiB. The smaller one is a single float32.
 LARGE_BYTES = 2**20
@@ -49,32 +45,16 @@ class Network:
         return collectives * self.latency + nbytes * self.seconds_per_byte
 
 
-def seconds_now(device: torch.device, clock: Clock = time.perf_counter) -> float:
-    """The time at which all work that was given to the device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return clock()
-
-
 def measure_network(
     device: torch.device, world_size: int, *, repeats: int = 5, clock: Clock = time.perf_counter
 ) -> Exchange[Network]:
-    """Times all-reduces of one float32 and of `LARGE_BYTES`: medians, averaged over the workers.
+    """Times all-reduces of one float32 and of `LARGE_BYTES`; see `all_reduce_seconds`.
 
-    Of each size the first one is left out: it waits for the slowest worker to arrive. The network
-    that is found is the same on every worker. One worker alone sends nothing, which costs nothing.
+    The network that is found is the same on every worker. One worker alone sends nothing, which
+    costs nothing.
     """
     if world_size == 1:
         return Network(0.0, 0.0)
-    medians = []
-    for nbytes in (4, LARGE_BYTES):
-        buffer = torch.zeros(nbytes // 4, dtype=torch.float32, device=device)
-        durations = []
-        for _ in range(repeats + 1):
-            began = seconds_now(device, clock)
-            yield AllReduceMean(buffer, "a measurement of the network")
-            durations.append(seconds_now(device, clock) - began)
-        medians.append(statistics.median(durations[1:]))
-    own = torch.tensor(medians, dtype=torch.float64, device=device)
-    small, large = (yield AllReduceMean(own, "seconds of all-reduces")).tolist()
+    sizes = 4, LARGE_BYTES
+    small, large = yield from all_reduce_seconds(device, sizes, repeats=repeats, clock=clock)
     return Network(max(0.0, small), max(0.0, (large - small) / (LARGE_BYTES - 4)))

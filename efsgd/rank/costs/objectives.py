@@ -16,10 +16,11 @@ from efsgd.layout import Blocks, Layout
 from efsgd.randomness import generator_of
 from efsgd.rank.accumulation import shared_table
 from efsgd.rank.checks import require_counts
-from efsgd.rank.costs.network import Clock, Network, measure_network, seconds_now
+from efsgd.rank.costs.network import Network, measure_network
 from efsgd.rank.costs.volumes import byte_table, with_value
 from efsgd.rank.layers import Layer, Value
 from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.measuring import Clock, seconds_now
 from efsgd.wire.transports import Alone
 
 #: What each layer costs at each value, by compressor, layers, setting, values and the number of

@@ -15,11 +15,12 @@ from efsgd.compressors import Compressor
 from efsgd.errors import warn_user
 from efsgd.rank.base import RankPolicy
 from efsgd.rank.checks import require_counts
-from efsgd.rank.costs.network import Clock, Network, measure_network
+from efsgd.rank.costs.network import Network, measure_network
 from efsgd.rank.costs.volumes import byte_table, total_bytes
 from efsgd.rank.fitting import largest_within
 from efsgd.rank.layers import Layer, Value
 from efsgd.wire.collectives import AllReduceMean, Exchange
+from efsgd.wire.measuring import Clock
 
 _STEPS_KEPT = 1000  # the last ones of a window, whose median counts
 
