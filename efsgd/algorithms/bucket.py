@@ -9,6 +9,10 @@ from efsgd.profiling import Phases
 from efsgd.wire.control_words import ControlWords
 from efsgd.wire.traffic import TrafficCounter
 
+# What is added at once on a CPU: 1 MiB in float32, which stays in the cache from one operation to
+# the next. Larger tensors are added by themselves.
+FLOATS_OF_A_RUN = 2**18
+
 
 class Bucket:
     """Errors and scratch of the tensors of one layout, and who compresses them.
@@ -24,6 +28,7 @@ class Bucket:
         indices: of all tensors.
         compressed: of those that are compressed.
         late_error: what this worker has met in this step after it had sent something.
+        runs: those again, as they lie in memory, in parts that are worked on together.
 
     Args:
         dtype: of errors, deltas and updates.
@@ -54,6 +59,8 @@ class Bucket:
         self.phases.devices.add(device)
         self.indices = frozenset(entry.index for entry in layout.entries)
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
+        is_one = aggregator.placement.saves_launches
+        self.runs = runs_of(layout, layout.matrix_floats if is_one else FLOATS_OF_A_RUN)
         kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
         self.deltas = Blocks(layout, *kind, flat=scratch)
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
@@ -73,3 +80,19 @@ class Bucket:
             for index in absent & self.compressed:
                 self.deltas.views[index].copy_(self.errors.views[index])
             self.errors, self.deltas = self.deltas, self.errors
+
+
+def runs_of(layout: Layout, floats: int) -> list[tuple[tuple[int, ...], slice]]:
+    """Compressed tensors that are neighbors in memory: their indices, and where they lie.
+
+    Together they have at most so many elements, or it is one that has more.
+    """
+    found: list[tuple[tuple[int, ...], slice]] = []
+    indices, start, end = list[int](), 0, 0
+    for entry in (entry for batch in layout.batches for entry in batch.entries):
+        if indices and end + entry.numel - start > floats:
+            found.append((tuple(indices), slice(start, end)))
+            indices, start = [], end
+        indices.append(entry.index)
+        end += entry.numel
+    return [*found, (tuple(indices), slice(start, end))] if indices else found

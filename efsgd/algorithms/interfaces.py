@@ -85,6 +85,11 @@ class Placement:
     worker: int = 0
     world_size: int = 1
 
+    @property
+    def saves_launches(self) -> bool:
+        """Whether few operations are worth some padding: on accelerators, where starts are slow."""
+        return self.device.type != "cpu"
+
 
 class Aggregator(ABC):
     """Algorithm 2, lines 8 and 10, for the tensors of one layout.

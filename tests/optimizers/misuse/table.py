@@ -22,7 +22,7 @@ class Unreadable(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.add:
+        if func in (torch.add, torch._foreach_copy_):  # of one tensor, or of several
             raise NotImplementedError("unreadable: do not add it")
         return super().__torch_function__(func, types, args, kwargs)
 
