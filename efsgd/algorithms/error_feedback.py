@@ -79,7 +79,8 @@ def exchange_gradients(
     if abstains is None:
         try:
             with bucket.phases("Alg. 2, line 7: add errors and gradients"):
-                add_errors_and_gradients_(deltas, bucket, gradients, scale)  # Alg. 2, line 7
+                left = aggregator.add_ahead_(deltas, bucket.errors, gradients, scale, step)
+                add_errors_and_gradients_(deltas, bucket, left, scale)  # Alg. 2, line 7
         except Exception as error:  # the other workers are waiting, so it is raised afterwards
             failure, abstains = error, "unable"
     is_good = abstains is None and (aggregator.shows_nonfinite or all_finite(deltas.flat))

@@ -19,6 +19,8 @@ from efsgd.wire.collectives import Exchange
 
 #: The entries of a parameter group, of which a compressor reads its own.
 Settings: TypeAlias = Mapping[str, Any]
+#: One worker's gradients, by index; None where one is missing.
+Gradients: TypeAlias = Mapping[int, Tensor | None]
 
 
 class Compressed(ABC):
@@ -57,10 +59,10 @@ class Compressed(ABC):
         """
 
 
-def copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copies each of `values` to its target (modified in place)."""
+def copy_(values: Sequence[Tensor], targets: Sequence[Tensor], *, clip: Any = None) -> None:
+    """Copies each of `values`, multiplied by `clip`, to its target (both modified in place)."""
     for value, target in zip(values, targets, strict=True):
-        target.copy_(value)
+        target.copy_(value if clip is None else value.mul_(clip))
 
 
 def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
@@ -100,10 +102,9 @@ class Aggregator(ABC):
             called and their mean once `aggregate` has returned. The first collective's buffer
             begins with them, this memory itself or a copy, and is answered before any other.
         phases: names the phases of a step; set by the bucket that the aggregator works for.
-        groups: by index each tensor's parameter group as it is now, for what changes from step to
-            step without another layout; set by who makes the bucket.
-        abstains: whether what it compresses now is zero, and replaced by zeros where it is sent:
-            this worker cannot take part. What users have written need not run then.
+        groups: by index each tensor's parameter group as it is now; set by who makes the bucket.
+        abstains: whether it compresses zeros, as this worker cannot take part. What users have
+            written need not run then.
         shows_nonfinite: whether its first buffer is not finite wherever a delta is not. Otherwise
             deltas are looked through first, which costs a pass, and those that are not finite are
             replaced by zeros; nothing of them is sent.
@@ -132,6 +133,12 @@ class Aggregator(ABC):
         options: Mapping[str, Any],
     ) -> None:
         """Before a step: makes ready what `decompress_with_` will be asked for; changes nothing."""
+
+    def add_ahead_(
+        self, deltas: Blocks, errors: Blocks | None, gradients: Gradients, scale: float, step: int
+    ) -> Gradients:
+        """Line 7 with what `compress` begins with, if that is one pass; returns what is left."""
+        return gradients
 
     @abstractmethod
     def compress(self, deltas: Blocks, step: int) -> Exchange[Compressed]:

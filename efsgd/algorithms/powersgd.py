@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.interfaces import Placement
+from efsgd.algorithms.interfaces import Gradients, Placement
 from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt_, views
 from efsgd.algorithms.low_rank.reading import Factor, read_factors
 from efsgd.algorithms.reading import Reading, Transcript
@@ -58,22 +58,42 @@ class PowerIteration(LowRankAggregator):
         self._local_buffer = self._zeros(self._Q_shapes)
         self._local_Q = views(self._local_buffer, self._Q_shapes)
         self.queries = views(self._zeros(self._Q_shapes), self._Q_shapes)
+        self._is_ahead: frozenset[int] = frozenset()  # batches whose P was made with line 7
+
+    def add_ahead_(
+        self, deltas: Blocks, errors: Blocks | None, gradients: Gradients, scale: float, step: int
+    ) -> Gradients:
+        """Line 7 of Algorithm 2 in one pass with line 3, where that is native."""
+        self._is_ahead = frozenset()
+        if not (self.passes.are_native and self.shows_nonfinite):
+            return gradients
+        queries = [normalize_columns(Q.mT).mT for Q in self._queries_of(step)]
+        left = self.passes.lines_7_and_3(deltas, errors, gradients, scale, queries, self._P)
+        batches = [self.layout.batches[k] for k in left]
+        self._is_ahead = frozenset(range(len(queries))).difference(left)
+        entries = [*self.layout.vectors, *(entry for batch in batches for entry in batch.entries)]
+        return {entry.index: gradients[entry.index] for entry in entries}
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending: (P̂, Q_w), the mean Q in flight."""
-        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
+        done, self._is_ahead = frozenset() if self.abstains else self._is_ahead, frozenset()
+        queries = self._queries_of(step) if len(done) < len(self._P) else []
         with self.phases("Alg. 1, line 3: P = M Q"):
-            for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
+            for k, Q in enumerate(queries):
                 # The scale of Q's columns does not matter to P̂: bring it to where P is finite.
-                torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
+                if k not in done:
+                    M, P = deltas.batches[k], self._P[k]
+                    torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
         with self.phases("Alg. 1, line 4: all-reduce P"):
             yield AllReduceMean(self.P_buffer, "vectors and P (Alg. 1, line 4)")  # Alg. 1, line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
             P_hats = [orthogonalize(P) for P in self._P]  # Alg. 1, line 5
         with self.phases("Alg. 1, line 6: Q = M^T P"):
-            for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
-                torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
-            self._local_buffer.copy_(self.Q_buffer)
+            left = self.passes.line_6(deltas, P_hats, self._Q, self._local_Q)
+            for k in left:
+                torch.bmm(P_hats[k].mT, deltas.batches[k], out=self._Q[k])  # Alg. 1, line 6
+            if left:
+                self._local_buffer.copy_(self.Q_buffer)
         if not self._Q:
             return self._low_rank(P_hats, self._local_Q)
         mean = yield Start(AllReduceMean(self.Q_buffer, "Q (Alg. 1, line 7)"))  # Alg. 1, line 7
@@ -100,6 +120,9 @@ class PowerIteration(LowRankAggregator):
             for batch, queries in zip(self.layout.batches, self.queries, strict=True)
             for entry, query in batch.split(queries)
         }
+
+    def _queries_of(self, step: int) -> Sequence[Tensor]:
+        return self.queries if self.warm_start else self._draw_queries(self.seed, step)
 
     def public(self) -> Sequence[Tensor]:
         """Q, unless each step draws its own."""

@@ -151,5 +151,11 @@ def start_of(settings: Settings) -> int:
 
 def options_of(settings: Settings, device: torch.device) -> dict[str, Any]:
     """What all aggregators of this family are given."""
-    fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None
-    return {"seed": int(settings["seed"]), "warm_start": settings["warm_start"], "fusion": fusion}
+    is_native = settings["compile"] and device.type == "cpu"
+    fuses = settings["compile"] and not is_native and has_compiler(device)
+    return {
+        "seed": int(settings["seed"]),
+        "warm_start": settings["warm_start"],
+        "fusion": shared_fusion() if fuses else None,
+        "is_native": is_native,
+    }

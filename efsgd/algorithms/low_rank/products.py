@@ -25,6 +25,7 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement, subtract_
 from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.algorithms.low_rank.fusion import Fusion
+from efsgd.algorithms.low_rank.native.passes import Passes
 from efsgd.layout import Batch, Blocks, Elementwise, Layout
 from efsgd.wire.collectives import InFlight
 
@@ -44,6 +45,10 @@ class LowRankAggregator(Aggregator):
         seed: with `warm_start=False`, the seed from which factors are drawn at every step.
         warm_start: whether a step starts from the factors of the step before it.
         fusion: multiplies products of small rank out where they are used; None: never.
+        is_native: whether native passes do what they can.
+
+    Attributes:
+        passes: those that are native, if any.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class LowRankAggregator(Aggregator):
         seed: int = 0,
         warm_start: bool = True,
         fusion: Fusion | None = None,
+        is_native: bool = False,
     ) -> None:
         super().__init__(layout, placement)
         self.seed, self.warm_start, self._fusion = seed, warm_start, fusion
@@ -63,10 +69,13 @@ class LowRankAggregator(Aggregator):
         at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
         sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
         self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+        self.passes = Passes.of(layout, self._scratch) if is_native else Passes(layout, {})
 
     @property
     def numerics(self) -> str:
-        """Either "compiled", where products may be fused, or "eager"."""
+        """Either "native", or "compiled", where products may be fused, or "eager"."""
+        if self.passes.are_native:
+            return "native"
         return "eager" if self._fusion is None else "compiled"
 
     def prepare(
@@ -116,7 +125,7 @@ class LowRankAggregator(Aggregator):
     def _low_rank(
         self, P: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
     ) -> LowRank:
-        return LowRank(self.layout, self._scratch, self._fusion, P, Q, in_flight)
+        return LowRank(self.layout, self._scratch, self._fusion, P, Q, in_flight, self.passes)
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,7 @@ class LowRank(Compressed):
         P_hat: [b, n, r] for each batch.
         Q: [b, r, m] for each batch (the paper's Q, transposed).
         in_flight: where a factor is one worker's own: its mean, on its way.
+        passes: native ones, for what they can do; None: there are none.
     """
 
     layout: Layout
@@ -140,11 +150,17 @@ class LowRank(Compressed):
     P_hat: Sequence[Tensor]
     Q: Sequence[Tensor]
     in_flight: InFlight | None = None
+    passes: Passes | None = None
 
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
         """Hands P̂Q^T to `function`, a few rows or matrices at a time."""
+        wanted: Container[int] = operands[0].keys()
+        if self.passes is not None and self.passes.are_native:
+            wanted = operands[0].keys() - self.passes.lines_11_to_13(
+                self.P_hat, self.Q, function, operands, options
+            )
         for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
             done: set[int] = set()
             if self.fusion is not None:
@@ -153,7 +169,7 @@ class LowRank(Compressed):
                     own = [matrix.of(each[index]) for each in operands if index in each]
                     if own and self.fusion.apply_(function, *factors, own, options):
                         done.add(position)
-            for matrices, rows in batch.chunks(operands[0].keys(), self.scratch.numel(), done):
+            for matrices, rows in batch.chunks(wanted, self.scratch.numel(), done):
                 chosen = batch.matrices[matrices]
                 shape = (len(chosen), rows.stop - rows.start, batch.columns)
                 values = self.scratch[: math.prod(shape)].view(shape)
@@ -177,8 +193,13 @@ class LowRank(Compressed):
         In the product itself, except where rows are not aligned: there, as in `decompress_with_`.
         """
         others: dict[int, Tensor] = {}
-        factors = zip(self.P_hat, self.Q, strict=True)
-        for batch, M, (P_hat, Q) in zip(self.layout.batches, blocks.batches, factors, strict=True):
+        left: Container[int] = range(len(self.P_hat))
+        if self.passes is not None:
+            left = self.passes.line_9(blocks, self.P_hat, self.Q)
+        for k, (P_hat, Q) in enumerate(zip(self.P_hat, self.Q, strict=True)):
+            if k not in left:
+                continue
+            batch, M = self.layout.batches[k], blocks.batches[k]
             views = {entry.index: blocks.views[entry.index] for entry in batch.entries}
             if M.is_cpu and not is_aligned(batch, M.dtype):
                 others |= views
