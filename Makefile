@@ -233,6 +233,32 @@ bench-audit: $(VENV)/.with-examples ## ask with shadow models who was trained on
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured
 	$(BENCH).report
 
+# setuptools itself, since no other package is needed then.
+BUILD = $(BIN)/python -c 'import setuptools.build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
+
+.PHONY: wheel
+wheel: $(VENV)/.with-test ## build the source distribution and the wheel in dist/
+	rm -rf build dist
+	$(BUILD)
+
+.PHONY: wheel-native
+wheel-native: $(VENV)/.with-test ## build a wheel for this platform, which carries the native passes ready-made
+	rm -rf build dist
+	EFSGD_NATIVE_WHEEL=1 $(BUILD)
+
+# What was installed, and the tests without the sources.
+CHECK := build/check
+CHECKED := tests/promises/test_transaction.py tests/algorithms/test_native.py
+
+.PHONY: check-wheel
+check-wheel: wheel ## install the wheel by itself, and run some tests on it (half a minute)
+	mkdir -p $(CHECK)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index --target $(CHECK)/installed dist/*.whl
+	cp -r tests setup.cfg $(CHECK)
+	cd $(CHECK) && export PYTHONPATH=$$PWD/installed HYPOTHESIS_PROFILE=quick && \
+		$(abspath $(BIN))/python -c 'import efsgd, pathlib; assert "installed" in pathlib.Path(efsgd.__file__).parts' && \
+		$(abspath $(BIN))/python -m pytest -q $(PYTEST_FLAGS) $(CHECKED)
+
 .PHONY: venv
 venv: $(VENV)/.with-all ## make the virtual environment with everything that the other targets use
 

@@ -86,7 +86,7 @@ class AlternatingPowerIteration(LowRankAggregator):
         """Multiplies from one side and sends the product: (P_w, Q̂) or (P̂, Q_w)."""
         self._from_right = self._multiplies_from_right(step)
         if self._from_right:
-            queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
+            queries = self.queries if self.warm_start else self._drawn(step)
             with self.phases("alternating: orthogonalize Q"):
                 Q_hats = [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
             with self.phases("alternating: P = M Q"):
@@ -143,7 +143,7 @@ class AlternatingPowerIteration(LowRankAggregator):
         """P_w = M Q̂ or Q_w = M^T P̂, where Q̂ and P̂ are of the last step's mean."""
         sent, count = said.sent[0][self.layout.vector_floats :], len(self.layout.batches)
         if self._multiplies_from_right(said.step):
-            queries = said.public[:count] or self._draw_queries(self.seed, said.step)
+            queries = said.public[:count] or self._drawn(said.step)
             P, Q_hats = self._P_views(sent), [orthogonalize(Q.mT).mT.contiguous() for Q in queries]
             factor, product = Factor(P, [Q.mT for Q in Q_hats]), self._low_rank(P, Q_hats)
         else:
@@ -156,6 +156,9 @@ class AlternatingPowerIteration(LowRankAggregator):
     def _multiplies_from_right(self, step: int) -> bool:
         # Where nothing is compressed, and before that starts, all steps are the same.
         return not self.layout.batches or (step - self._start) % 2 == 0
+
+    def _drawn(self, step: int) -> list[Tensor]:
+        return views(self._draw_queries(self.seed, step), self._Q_shapes)
 
     def _draw_lefts(self, step: int) -> list[Tensor]:
         drawn = [torch.empty_like(left) for left in self.lefts]

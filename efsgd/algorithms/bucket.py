@@ -1,5 +1,7 @@
 """The tensors of one device and dtype on one worker: what Algorithm 2 works on."""
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,10 @@ from efsgd.layout import Blocks, Layout
 from efsgd.profiling import Phases
 from efsgd.wire.control_words import ControlWords
 from efsgd.wire.traffic import TrafficCounter
+
+# What is added at once on a CPU: 1 MiB in float32, which stays in the cache from one operation to
+# the next. Larger tensors are added by themselves.
+FLOATS_OF_A_RUN = 2**18
 
 
 class Bucket:
@@ -23,6 +29,7 @@ class Bucket:
             takes along.
         indices: of all tensors.
         compressed: of those that are compressed.
+        runs: those again, as they lie in memory, in parts that are worked on together.
 
     Args:
         dtype: of errors, deltas and updates.
@@ -53,6 +60,9 @@ class Bucket:
         self.phases.devices.add(device)
         self.indices = frozenset(entry.index for entry in layout.entries)
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
+        is_one = aggregator.placement.saves_launches
+        floats = layout.matrix_floats if is_one else FLOATS_OF_A_RUN
+        self.runs = runs_of(layout, floats, aggregator.added_ahead)
         kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
         self.deltas = Blocks(layout, *kind, flat=scratch)
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
@@ -71,3 +81,25 @@ class Bucket:
             for index in absent & self.compressed:
                 self.deltas.views[index].copy_(self.errors.views[index])
             self.errors, self.deltas = self.deltas, self.errors
+
+
+def runs_of(
+    layout: Layout, floats: int, left_out: Container[int] = ()
+) -> list[tuple[tuple[int, ...], slice]]:
+    """Compressed tensors that are neighbors in memory: their indices, and where they lie.
+
+    Together they have at most so many elements, or it is one that has more. Some are `left_out`.
+    """
+    found: list[tuple[tuple[int, ...], slice]] = []
+    indices, start, end = list[int](), 0, 0
+    for entry in (entry for batch in layout.batches for entry in batch.entries):
+        is_left_out = entry.index in left_out
+        if indices and (is_left_out or end + entry.numel - start > floats):
+            found.append((tuple(indices), slice(start, end)))
+            indices, start = [], end
+        end += entry.numel
+        if is_left_out:
+            start = end
+        else:
+            indices.append(entry.index)
+    return [*found, (tuple(indices), slice(start, end))] if indices else found

@@ -79,8 +79,8 @@ def exchange_gradients(
     if abstains is None:
         try:
             with bucket.phases("Alg. 2, line 7: add errors and gradients"):
-                left = aggregator.add_ahead_(deltas, bucket.errors, gradients, scale, step)
-                add_errors_and_gradients_(deltas, bucket, left, scale)  # Alg. 2, line 7
+                aggregator.add_ahead_(deltas, bucket.errors, gradients, scale, step)
+                add_errors_and_gradients_(deltas, bucket, gradients, scale)  # Alg. 2, line 7
         except Exception as error:  # the other workers are waiting, so it is raised afterwards
             failure, abstains = error, "unable"
     is_good = abstains is None and (aggregator.shows_nonfinite or all_finite(deltas.flat))
@@ -142,22 +142,46 @@ def add_errors_and_gradients_(
     """Δ_w = g_w + e_w for each tensor of `bucket`, written to `deltas` (modified in place).
 
     A missing gradient is zero, a sparse one is made dense, a complex one is its real view. A tensor
-    that is sent uncompressed has no error.
+    that is sent uncompressed has no error. What was added ahead is left out.
     """
-    for index, gradient in gradients.items():
-        delta, error = deltas.views[index], bucket.pending_errors.get(index)
-        if bucket.errors is not None and index in bucket.compressed:
-            error = bucket.errors.views[index]
-        if gradient is None:
-            delta.zero_() if error is None else delta.copy_(error)
+    for indices, place in bucket.runs:
+        own = [gradients[index] for index in indices]
+        views = [deltas.views[index] for index in indices]
+        if bucket.errors is not None and len(own) == 1 and own[0] is not None:
+            error = bucket.errors.views[indices[0]]
+            torch.add(error, real_view(own[0]), alpha=scale, out=views[0])
             continue
-        gradient = real_view(gradient)
-        if error is not None:
-            torch.add(error, gradient, alpha=scale, out=delta)
-        elif scale == 1.0:
-            delta.copy_(gradient)
+        delta = deltas.flat[place]
+        copy_gradients_(own, views)
+        if bucket.errors is not None:
+            torch.add(bucket.errors.flat[place], delta, alpha=scale, out=delta)
+        elif scale != 1.0:
+            delta.mul_(scale)
+    indices = tuple(entry.index for entry in bucket.layout.vectors)
+    copy_gradients_([gradients[i] for i in indices], [deltas.views[i] for i in indices])
+    if scale != 1.0:
+        bucket.aggregator.vectors[bucket.layout.control_words :].mul_(scale)
+    for index, error in bucket.pending_errors.items():
+        gradient, delta = gradients[index], deltas.views[index]
+        if gradient is None:
+            delta.copy_(error)
         else:
-            torch.mul(gradient, scale, out=delta)
+            torch.add(error, real_view(gradient), alpha=scale, out=delta)
+
+
+def copy_gradients_(gradients: Sequence[Tensor | None], targets: Sequence[Tensor]) -> None:
+    """Copies gradients, of which some may be missing, sparse or complex, to dense real tensors."""
+    given, taken, missing = [], [], []
+    for gradient, target in zip(gradients, targets, strict=True):
+        if gradient is None:
+            missing.append(target)
+        else:
+            given.append(real_view(gradient))
+            taken.append(target)
+    if given:
+        torch._foreach_copy_(taken, given)
+    if missing:
+        torch._foreach_zero_(missing)
 
 
 def descend_(
@@ -169,7 +193,7 @@ def descend_(
     momentum: float | Tensor,
     weight_decay: float | Tensor | None = None,
     maximize: bool = False,
-    together: bool = False,
+    together: bool | None = False,
     clip: float | Tensor | None = None,
 ) -> None:
     """Algorithm 2, lines 12 and 13, with weight decay on the aggregated update.
@@ -184,7 +208,7 @@ def descend_(
         weight_decay: multiple of x that is added to Δ'; the same on every worker, so it is
             neither compressed nor kept in the errors.
         maximize: ascend instead.
-        together: whether many tensors share a kernel, where all have one dtype: on accelerators.
+        together: whether many tensors share a kernel, where all have one dtype; None: they do not.
         clip: Δ' is multiplied by this first.
 
     Example:

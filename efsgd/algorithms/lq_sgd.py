@@ -21,7 +21,7 @@ import torch
 
 from efsgd.algorithms.interfaces import Placement
 from efsgd.algorithms.low_rank.products import LowRank, rank_of, views
-from efsgd.algorithms.powersgd import PowerIteration, normalize_columns, orthogonalize
+from efsgd.algorithms.powersgd import PowerIteration, orthogonalize
 from efsgd.algorithms.quantization.coded_mean import GatheredMean, ScatteredMean
 from efsgd.algorithms.quantization.log_quantizer import LogQuantizer
 from efsgd.algorithms.reading import Reading, Transcript
@@ -52,7 +52,6 @@ class QuantizedPowerIteration(PowerIteration):
         **options: Any,
     ) -> None:
         super().__init__(layout, placement, **options)
-        self._P_flat = self.P_buffer[layout.vector_floats :]
         kind = ScatteredMean if scatters and layout.batches else GatheredMean
         self._P_mean, self._Q_mean = (
             kind(quantizer, sizes, placement) for sizes in factor_sizes(layout)
@@ -64,30 +63,32 @@ class QuantizedPowerIteration(PowerIteration):
         if not self._Q:
             yield vectors
             return self._low_rank([], [])
-        queries = self.queries if self.warm_start else self._draw_queries(self.seed, step)
+        cells, matrices = self.cells, self.cells.M.of(deltas.flat)
         with self.phases("Alg. 1, line 3: P = M Q"):
-            for M, Q, P in zip(deltas.batches, queries, self._P, strict=True):
-                # A matrix has one scale, for which the columns of P must be of similar size.
-                torch.bmm(M, normalize_columns(Q.mT), out=P)  # line 3
-            coded_P = self._P_mean.encode(self._P_flat.nan_to_num_())
+            # A matrix has one scale, for which the columns of P must be of similar size.
+            for M, Q, P in zip(matrices, self._normalized_queries(step), self._P, strict=True):
+                torch.bmm(M, Q.mT, out=P)  # line 3
+            cells.P.put_(self._P, self.P_flat)
+            coded_P = self._P_mean.encode(self.P_flat.nan_to_num_())
         with self.phases("Alg. 1, line 4: average P"):
             what = "codes of P (Alg. 1, line 4)"
             in_flight = yield Start(self._P_mean.send(coded_P, what))
             yield vectors  # answers come in the order of the questions
             received = yield in_flight
             mean_P = yield from self._P_mean.mean(received, "mean P (Alg. 1, line 4)")
-            self._P_flat.copy_(mean_P)  # line 4
+            self.P_flat.copy_(mean_P)  # line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
-            P_hats = [orthogonalize(P) for P in self._P]  # line 5
+            P_hats = cells.of_each_P(orthogonalize, self.P_flat)  # line 5
         with self.phases("Alg. 1, line 6: Q = M^T P"):
-            for M, P_hat, Q in zip(deltas.batches, P_hats, self._Q, strict=True):
+            for M, P_hat, Q in zip(matrices, P_hats, self._Q, strict=True):
                 torch.bmm(P_hat.mT, M, out=Q)  # line 6
+            cells.Q.put_(self._Q, self.Q_buffer)
             limit = torch.finfo(self._dtype).max * _LARGEST_PART
             coded_Q = self._Q_mean.encode(self.Q_buffer.nan_to_num_().clamp_(-limit, limit))
             self._local_buffer.copy_(self._Q_mean.decode(coded_Q))
         what = "codes of Q (Alg. 1, line 7)"
         in_flight = yield Start(self._Q_mean.send(coded_Q, what))  # line 7
-        return self._low_rank(P_hats, self._local_Q, in_flight)
+        return self._low_rank_of_cells(P_hats, cells.Q.of(self._local_buffer), in_flight)
 
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         """Line 7's answer and line 8: (P̂, Q), the same on every worker."""
@@ -97,7 +98,7 @@ class QuantizedPowerIteration(PowerIteration):
                 what = "mean Q (Alg. 1, line 7)"
                 mean_Q = yield from self._Q_mean.mean(received, what)
                 self.Q_buffer.copy_(mean_Q)  # line 7
-        return self._low_rank(local.P_hat, self._Q)  # line 8
+        return self._low_rank_of_cells(local.P_hat, self.cells.Q.of(self.Q_buffer))  # line 8
 
     def read(self, said: Transcript) -> dict[int, Reading]:
         """P_w and Q_w as their codes decode: M Q and M^T P̂ but for what codes miss."""

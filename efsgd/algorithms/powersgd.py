@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Gradients, Placement
-from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, adopt_, views
+from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, views
 from efsgd.algorithms.low_rank.reading import Factor, read_factors
 from efsgd.algorithms.reading import Reading, Transcript
 from efsgd.layout import Blocks, Layout
@@ -52,63 +52,89 @@ class PowerIteration(LowRankAggregator):
         self.P_buffer = self._zeros(self._P_shapes, head=layout.vector_floats)
         self.Q_buffer = self._zeros(self._Q_shapes)
         self.vectors = self.P_buffer[: layout.vector_floats]
-        self._P = self._P_views(self.P_buffer[layout.vector_floats :])
-        self._Q = views(self.Q_buffer, self._Q_shapes)
+        self.P_flat = self.P_buffer[layout.vector_floats :]
+        self._P = self.cells.P.targets(self.P_flat)
+        self._Q = self.cells.Q.targets(self.Q_buffer)
         # This worker's own Q, which line 9 of Algorithm 2 needs while the mean is on its way.
         self._local_buffer = self._zeros(self._Q_shapes)
-        self._local_Q = views(self._local_buffer, self._Q_shapes)
-        self.queries = views(self._zeros(self._Q_shapes), self._Q_shapes)
-        self._is_ahead: frozenset[int] = frozenset()  # batches whose P was made with line 7
+        self._queries_buffer = self._zeros(self._Q_shapes)
+        self.queries = views(self._queries_buffer, self._Q_shapes)
+        self._is_ahead = False
+        if self.shows_nonfinite:
+            batches = [layout.batches[k] for k in self.passes.served]
+            self.added_ahead = frozenset(entry.index for b in batches for entry in b.entries)
 
     def add_ahead_(
         self, deltas: Blocks, errors: Blocks | None, gradients: Gradients, scale: float, step: int
-    ) -> Gradients:
+    ) -> None:
         """Line 7 of Algorithm 2 in one pass with line 3, where that is native."""
-        self._is_ahead = frozenset()
-        if not (self.passes.are_native and self.shows_nonfinite):
-            return gradients
-        queries = [normalize_columns(Q.mT).mT for Q in self._queries_of(step)]
-        left = self.passes.lines_7_and_3(deltas, errors, gradients, scale, queries, self._P)
-        batches = [self.layout.batches[k] for k in left]
-        self._is_ahead = frozenset(range(len(queries))).difference(left)
-        entries = [*self.layout.vectors, *(entry for batch in batches for entry in batch.entries)]
-        return {entry.index: gradients[entry.index] for entry in entries}
+        self._is_ahead = False
+        if self.added_ahead:
+            queries = self._normalized_queries(step)
+            self.passes.lines_7_and_3(deltas, errors, gradients, scale, queries, self._P)
+            self._is_ahead = True
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending: (P̂, Q_w), the mean Q in flight."""
-        done, self._is_ahead = frozenset() if self.abstains else self._is_ahead, frozenset()
-        queries = self._queries_of(step) if len(done) < len(self._P) else []
+        cells, matrices = self.cells, self.cells.M.of(deltas.flat)
+        is_ahead, self._is_ahead = self._is_ahead and not self.abstains, False
+        done = self.passes.served if is_ahead else frozenset[int]()
         with self.phases("Alg. 1, line 3: P = M Q"):
+            queries = self._normalized_queries(step) if len(done) < len(matrices) else []
             for k, Q in enumerate(queries):
-                # The scale of Q's columns does not matter to P̂: bring it to where P is finite.
                 if k not in done:
-                    M, P = deltas.batches[k], self._P[k]
-                    torch.bmm(M, normalize_columns(Q.mT), out=P)  # Alg. 1, line 3
+                    torch.bmm(matrices[k], Q.mT, out=self._P[k])  # Alg. 1, line 3
+            cells.P.put_(self._P, self.P_flat)
         with self.phases("Alg. 1, line 4: all-reduce P"):
             yield AllReduceMean(self.P_buffer, "vectors and P (Alg. 1, line 4)")  # Alg. 1, line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
-            P_hats = [orthogonalize(P) for P in self._P]  # Alg. 1, line 5
+            P_hats = cells.of_each_P(orthogonalize, self.P_flat)  # Alg. 1, line 5
         with self.phases("Alg. 1, line 6: Q = M^T P"):
-            left = self.passes.line_6(deltas, P_hats, self._Q, self._local_Q)
-            for k in left:
-                torch.bmm(P_hats[k].mT, deltas.batches[k], out=self._Q[k])  # Alg. 1, line 6
-            if left:
+            done = self.passes.line_6(deltas, P_hats, self.Q_buffer, self._local_buffer)
+            for k, (M, P_hat, Q) in enumerate(zip(matrices, P_hats, self._Q, strict=True)):
+                if k not in done:
+                    torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
+            cells.Q.put_(self._Q, self.Q_buffer)
+            if len(done) < len(matrices):
                 self._local_buffer.copy_(self.Q_buffer)
+        local_Q = cells.Q.of(self._local_buffer)
         if not self._Q:
-            return self._low_rank(P_hats, self._local_Q)
+            return self._low_rank_of_cells(P_hats, local_Q)
         mean = yield Start(AllReduceMean(self.Q_buffer, "Q (Alg. 1, line 7)"))  # Alg. 1, line 7
-        return self._low_rank(P_hats, self._local_Q, in_flight=mean)
+        return self._low_rank_of_cells(P_hats, local_Q, in_flight=mean)
 
     def aggregate(self, local: LowRank) -> Exchange[LowRank]:
         """Line 7's answer and line 8: (P̂, Q), the same on every worker."""
         if local.in_flight is not None:
             with self.phases("Alg. 1, line 7: all-reduce Q"):
                 yield local.in_flight
-        return self._low_rank(local.P_hat, self._Q)  # Alg. 1, line 8
+        Q = self.cells.Q.of(self.Q_buffer)
+        return self._low_rank_of_cells(local.P_hat, Q)  # Alg. 1, line 8
+
+    def _normalized_queries(self, step: int) -> list[Tensor]:
+        """The cells of the Q that a step starts from, in the memory of the Q that it will send.
+
+        The scale of Q's columns does not matter to P̂: they are brought to where P is finite.
+        """
+        queries = self._queries_buffer if self.warm_start else self._draw_queries(self.seed, step)
+        scales = scales_of(self.cells.largest_of_columns(queries))
+        torch.mul(queries, self.cells.spread_over_columns(scales), out=self.Q_buffer)
+        return self.cells.Q.of(self.Q_buffer)
 
     def commit_(self, absent: frozenset[int] = frozenset()) -> None:
-        """Makes the averaged Q of the last exchange the next step's Q; see `adopt_`."""
-        adopt_(self.queries, self._Q, self.layout, absent)
+        """Makes the averaged Q of the last exchange the next step's Q.
+
+        A column that is exactly zero (a layer without gradient, a matrix of lower rank) keeps its
+        last value instead: from a zero column nothing could ever be learned again. So do `absent`
+        parameters.
+        """
+        is_zero = self.cells.largest_of_columns(self.Q_buffer) == 0
+        keep = self.cells.spread_over_columns(is_zero)
+        for batch, kept in zip(self.layout.batches, views(keep, self._Q_shapes), strict=True):
+            for position, matrix in enumerate(batch.matrices if absent else ()):
+                if matrix.owner in absent:
+                    kept[position] = True
+        torch.where(keep, self._queries_buffer, self.Q_buffer, out=self._queries_buffer)
 
     def state(self) -> dict[int, dict[str, Tensor]]:
         """For each compressed parameter, {"q": its warm-started Q [m, r]}, a live view.
@@ -120,9 +146,6 @@ class PowerIteration(LowRankAggregator):
             for batch, queries in zip(self.layout.batches, self.queries, strict=True)
             for entry, query in batch.split(queries)
         }
-
-    def _queries_of(self, step: int) -> Sequence[Tensor]:
-        return self.queries if self.warm_start else self._draw_queries(self.seed, step)
 
     def public(self) -> Sequence[Tensor]:
         """Q, unless each step draws its own."""
@@ -144,7 +167,7 @@ class PowerIteration(LowRankAggregator):
         Q: Sequence[Tensor] | None,
     ) -> dict[int, Reading]:
         """What a worker's P and Q say; of a step that has failed, P alone."""
-        queries = said.public or self._draw_queries(self.seed, said.step)
+        queries = said.public or views(self._draw_queries(self.seed, said.step), self._Q_shapes)
         factors = [Factor(P, [normalize_columns(query.mT) for query in queries])]
         product = None
         if P_mean is not None and Q is not None:
@@ -166,13 +189,15 @@ def normalize_columns(matrices: Tensor) -> Tensor:
         >>> normalize_columns(torch.tensor([[3.0, 1e-30], [4.0, 0.0]]))[:, 0]
         tensor([0.3750, 0.5000])
     """
-    largest = torch.linalg.vector_norm(matrices, ord=math.inf, dim=-2, keepdim=True)
-    exponent = torch.frexp(largest).exponent
-    # 2**exponent must itself be a normal number, at both ends of the dtype's range.
-    limit = math.frexp(torch.finfo(matrices.dtype).max)[1] - 2
-    scales = torch.ldexp(torch.ones_like(largest), exponent.clamp_(-limit, limit).neg_())
-    # Older torch gives powers the default dtype, whatever that of the tensor.
-    return matrices * scales.to(matrices.dtype)
+    return matrices * scales_of(matrices.abs().amax(dim=-2, keepdim=True))
+
+
+def scales_of(largest: Tensor) -> Tensor:
+    """The powers of two that bring the largest entries of columns to [0.5, 1); of 0 any."""
+    # The power must itself be a normal number, at both ends of the dtype's range.
+    limit = math.frexp(torch.finfo(largest.dtype).max)[1] - 2
+    bounded = largest.clamp(2.0**-limit, 2.0 ** (limit - 1))
+    return torch.frexp(bounded).mantissa / bounded  # exact
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

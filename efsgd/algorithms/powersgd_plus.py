@@ -67,20 +67,22 @@ class RefreshedPowerIteration(PowerIteration):
             return (yield from super().compress(deltas, step))
         mean = yield from self._average(deltas)
         with self.phases("PowerSGD+: SVD"):
-            P_hats = []
-            for batch, matrices in zip(self.layout.batches, mean.batches, strict=True):
+            factors = zip(mean.batches, self._P_views(self.P_flat), strict=True)
+            for batch, (matrices, P_hat) in zip(self.layout.batches, factors, strict=True):
                 drawn = [generator_of(self.seed, M.number, step, _STREAM) for M in batch.matrices]
                 generators = drawn if self._svd == "randomized" else None
-                P_hats.append(leading_left_singular_vectors(matrices, rank_of(batch), generators))
+                P_hat.copy_(leading_left_singular_vectors(matrices, rank_of(batch), generators))
         with self.phases("PowerSGD+: Q = M^T P"):
-            sources = mean if self._is_exact else deltas
-            for M, P_hat, Q in zip(sources.batches, P_hats, self._Q, strict=True):
+            P_hats = self.cells.P.of(self.P_flat)
+            sources = self.cells.M.of((mean if self._is_exact else deltas).flat)
+            for M, P_hat, Q in zip(sources, P_hats, self._Q, strict=True):
                 torch.bmm(P_hat.mT, M, out=Q)
+            self.cells.Q.put_(self._Q, self.Q_buffer)
             self._local_buffer.copy_(self.Q_buffer)
         if self._is_exact:
             return Whole(self._matrices(deltas.flat), mean=mean)
         in_flight = yield Start(AllReduceMean(self.Q_buffer, "Q (PowerSGD+, refresh)"))
-        return self._low_rank(P_hats, self._local_Q, in_flight)
+        return self._low_rank_of_cells(P_hats, self.cells.Q.of(self._local_buffer), in_flight)
 
     def aggregate(self, local: Any) -> Exchange[Any]:
         """(P̂, Q), or the mean as a whole; the same on every worker."""

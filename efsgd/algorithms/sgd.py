@@ -9,6 +9,9 @@ from torch.optim.sgd import sgd as torch_sgd_
 
 from efsgd.algorithms.error_feedback import add_multiple_, regularize_
 
+# Elements of a tensor for which starting an operation takes longer than what it does.
+SMALL = 2**14
+
 
 def sgd_(
     updates: Sequence[Tensor],
@@ -22,7 +25,7 @@ def sgd_(
     nesterov: bool,
     weight_decay: float | Tensor | None = None,
     maximize: bool = False,
-    together: bool = False,
+    together: bool | None = False,
     foreach: bool | None = None,
     fused: bool | None = None,
     clip: float | Tensor | None = None,
@@ -32,7 +35,7 @@ def sgd_(
     Those are updated from float32: a sum of gradients and errors may exceed what float16 holds.
     Updates, which `clip` multiplies first, parameters and momenta are modified in place. In the
     first step momenta are not begun yet. With `together` torch's own function does it, with its
-    kernels for many tensors, `foreach` or `fused`.
+    kernels for many tensors, `foreach` or `fused`; None: where tensors are small.
     """
     if clip is not None:
         updates = [update.mul_(clip) for update in updates]
@@ -41,6 +44,8 @@ def sgd_(
     # torch's fused kernel for CPUs leaves parts of bfloat16 parameters as they were (torch 2.13).
     is_safe = not fused or all(x.dtype.itemsize >= 4 or not x.is_cpu for x in parameters)
     is_uniform = all(x.dtype == u.dtype for x, u in zip(parameters, given, strict=True))
+    if together is None and is_uniform:
+        together = foreach = sum(x.numel() for x in parameters) < SMALL * len(parameters)
     if together and is_safe and is_uniform:
         kernels = {"foreach": foreach, "fused": fused}
         numbers = {"lr": lr, "momentum": momentum, "dampening": dampening}

@@ -27,7 +27,7 @@ from efsgd.engine.parameters import (
     require_writable,
 )
 from efsgd.engine.state import State, StateViews, complete_, detach_from_buffer_
-from efsgd.engine.update import Method, Rules, prepare_updates
+from efsgd.engine.update import Kind, Method, Rules, kinds_of, prepare_updates
 from efsgd.profiling import Phases
 from efsgd.wire.collectives import Exchange
 from efsgd.wire.control_words import Verdict
@@ -58,6 +58,7 @@ class Plan:
         states: of those that are trained, by index.
         views: what these states show of the buckets.
         buckets: of the same parameters; empty before the first step.
+        members: for each bucket its parameters, in its order.
         nbytes: the size of all their gradients.
         sparse: the parameters that are known to have sparse gradients.
         context: the number of workers, and which of them this one is.
@@ -84,6 +85,7 @@ class Plan:
         self.states: dict[int, State] = {}
         self.views = StateViews([], {}, method)
         self.buckets: list[Bucket] = []
+        self.members: dict[Bucket, list[ParameterInfo]] = {}
         self.nbytes = 0
         self.sparse: set[Tensor] = set()
         self.context: tuple[int, int] = (1, 0)
@@ -94,6 +96,8 @@ class Plan:
         names = ("error_feedback", "start_compressing_at", "check_every", "bucket_bytes")
         self._signed = (*method.compressor.settings(), *names)
         self._prepared: list[Hashable] = []
+        # For each bucket the kinds of its parameters in the last step, by rules.
+        self._kinds: dict[Bucket, tuple[Rules, list[Kind]]] = {}
         # Of states that the last `update` changed: what they had under these names.
         self._replaced: list[tuple[State, dict[str, Tensor | None]]] = []
         # Those that had no state before it, and where it is now.
@@ -113,7 +117,7 @@ class Plan:
 
     def reset(self) -> None:
         """Frees the buckets; they are made anew by the next `update`."""
-        self.buckets, self.signature = [], None
+        self.buckets, self.members, self._kinds, self.signature = [], {}, {}, None
 
     def invalidate(self) -> None:
         """The next `update` makes the buckets anew; until then the others may count on these."""
@@ -127,11 +131,12 @@ class Plan:
             for name in self._signed:
                 signed.append(group[name])
             signed += [frozen(group), group.get("momentum", 0) != 0]
-            for p in group["params"]:
-                if p.requires_grad and not is_lazy(p):
-                    signed.append((id(p), id(state.get(p)), p.dtype, p.device, p.shape))
-                else:
-                    signed.append(id(p))
+            signed += [
+                (id(p), id(state.get(p)), p.dtype, p.device, p.shape)
+                if p.requires_grad and not is_lazy(p)
+                else id(p)
+                for p in group["params"]
+            ]
         start = self._notes.shared(groups)["start_compressing_at"]
         phase = self.phase(self._notes.step, start)
         return Signature(tuple(signed), phase)
@@ -161,17 +166,12 @@ class Plan:
     def await_gradients(self, bucket: Bucket | None = None) -> None:
         """Waits until the gradients of a bucket are there, or all of them."""
         if self.arrivals is not None:
-            indices = () if bucket is None else bucket.indices
-            own = [info.parameter for info in self.infos if info.index in indices]
-            self.arrivals(None if bucket is None else own)
+            own = () if bucket is None else self.members[bucket]
+            self.arrivals(None if bucket is None else [info.parameter for info in own])
 
     def gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
         """This worker's gradients g_w, for the tensors of a bucket in its order."""
-        own = {}
-        for info in self.infos:
-            if info.index in bucket.indices:
-                own[info.index] = info.gradient
-        return own
+        return {info.index: info.gradient for info in self.members[bucket]}
 
     def update(
         self,
@@ -212,6 +212,7 @@ class Plan:
             bucket = make_bucket(infos, compressor, context, self._phases, self._traffic, own)
             self.views.attach_(bucket)
             self.buckets.append(bucket)
+            self.members[bucket] = infos
         self.context, self._prepared = context, []
         self.nbytes = sum(p.numel() * p.element_size() for p in trained)
         self.sparse &= {info.parameter for info in self.infos}
@@ -224,9 +225,19 @@ class Plan:
         kinds = [rule.kind for rule in rules.values()]
         if kinds != self._prepared:
             for bucket in self.buckets:
-                own = [info for info in self.infos if info.index in bucket.indices]
-                prepare_updates(bucket, own, self.states, rules)
+                prepare_updates(bucket, self.members[bucket], self.states, rules)
         self._prepared = kinds
+
+    def kinds(self, bucket: Bucket, absent: frozenset[int], rules: Rules) -> list[Kind]:
+        """The parameters of a bucket but `absent` ones, by what rules do with them."""
+        rules_before, kinds = self._kinds.get(bucket, ({}, []))
+        if rules_before is rules and self.views.is_steady and not absent:
+            return kinds
+        own = [info for info in self.members[bucket] if info.index not in absent]
+        kinds = kinds_of(own, self.states, rules)
+        if self.views.is_steady and not absent:
+            self._kinds[bucket] = rules, kinds
+        return kinds
 
     def keep_changes(self) -> None:
         """The step is applied: what `update` has made of the state stays."""

@@ -160,6 +160,12 @@ class StateViews:
         self._infos, self._states, self._method = list(infos), states, method
         # By index and name, the tensors that were last known to be in the state.
         self._shown: dict[int, dict[str, Tensor | None]] = {}
+        self._momenta: _Momenta | None = None
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether states are known to hold what they held, all momenta begun, since `update`."""
+        return self._momenta is not None
 
     def release_zeros_(self, kept: Iterable[Tensor] = ()) -> None:
         """Frees the memory of local state that is zero, until `attach_`.
@@ -204,6 +210,10 @@ class StateViews:
 
     def adopt_replaced_(self) -> None:
         """Takes over tensors that users have put into a state in place of those it showed."""
+        if self._momenta is not None and self._momenta.are_as_they_were and self._shows_its_own():
+            return
+        self._momenta, is_steady = None, True
+        momenta: list[tuple[Tensor, Tensor, Tensor]] = []
         keeps_momentum = self._method.keeps_momentum
         for info in self._infos:
             state, shown = self._states[info.index], self._shown[info.index]
@@ -223,10 +233,40 @@ class StateViews:
                 )
                 if momentum is not None and is_known:
                     is_known = bool(has_started) and momentum.stride() == info.parameter.stride()
+                is_steady = is_steady and is_known
                 if not is_known:
                     complete_momentum_(state, info)
                     shown["momentum_buffer"] = state.get("momentum_buffer")
                     shown["momentum_started"] = state["momentum_started"]
+                elif momentum is not None and has_started is not None:
+                    momenta.append((momentum, info.parameter, has_started))
+                    is_steady = is_steady and not has_started.is_inference()
+        if is_steady:
+            self._momenta = _Momenta(momenta)
+
+    def _shows_its_own(self) -> bool:
+        """Whether nothing was replaced in a state."""
+        for index, shown in self._shown.items():
+            state = self._states[index]
+            for name, view in shown.items():
+                if view is not None and state.get(name) is not view:
+                    return False
+        return True
+
+
+class _Momenta:
+    """Momenta that were all begun, with parameters and flags: told without reading a value."""
+
+    def __init__(self, momenta: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._momenta = momenta
+        self._seen = self._look()
+
+    @property
+    def are_as_they_were(self) -> bool:
+        return self._look() == self._seen
+
+    def _look(self) -> list[object]:
+        return [(m.stride(), p.stride(), flag._version) for m, p, flag in self._momenta]
 
 
 def detach_from_buffer_(state: State) -> None:

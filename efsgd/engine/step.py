@@ -197,7 +197,8 @@ class Step:
         device = device_of(groups)
         try:
             rules = self._check(groups, context)
-            is_new = handshake.is_new(plan.sign(groups, state))
+            signature = plan.sign(groups, state)
+            is_new = handshake.is_new(signature)
             if is_new or compares:
                 plan.await_gradients()
                 validate_states(list_parameters(groups), state, self._method.compressor)
@@ -206,10 +207,13 @@ class Step:
             raise
         if is_new and not compares:
             yield from handshake.announce_change(groups, step)
-        if is_new or compares:
+        has_compared = is_new or compares
+        if has_compared:
             is_new = yield from handshake.compare(groups, state, context, new=is_new)
         try:
-            plan.update(groups, state, context, plan.sign(groups, state))
+            if has_compared:  # and may have found what is sparse
+                signature = plan.sign(groups, state)
+            plan.update(groups, state, context, signature)
             plan.prepare(rules)
         except Exception as error:
             yield from handshake.report_failure(error, device, step, compares=is_new)
@@ -282,10 +286,6 @@ class Step:
             self.traffic.grad_norm = norm = math.sqrt(sum(squared_norm(*each) for each in found))
             changes["clip"] = min(1.0, max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         for bucket, mean, absent in found:
-            present = bucket.indices - absent
-            own = []
-            for info in plan.infos:
-                if info.index in present:
-                    own.append(info)
+            kinds = plan.kinds(bucket, absent, rules)
             with self.phases("Alg. 2, lines 11 to 13: update"):
-                apply_updates_(bucket, mean, own, plan.states, rules, **changes)
+                apply_updates_(bucket, mean, kinds, plan.states, rules, **changes)

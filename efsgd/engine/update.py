@@ -91,8 +91,22 @@ class LossScaling:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Parameters of one group that are updated in the same way.
+
+    `targets` are what is written to besides momenta, by index; None: to be found in each step.
+    """
+
+    group: int
+    is_first: bool
+    infos: Sequence[ParameterInfo]
+    targets: Mapping[int, Tensor] | None
+    momenta: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
 class _Job:
-    """Parameters of one group that are updated in the same way, with their momenta, and how."""
+    """What is updated, with momenta, and how."""
 
     operands: Sequence[Mapping[int, Tensor]]
     started: Sequence[Tensor]
@@ -103,52 +117,68 @@ class _Job:
 _State: TypeAlias = Mapping[int, MutableMapping[str, Tensor]]
 
 
-def _jobs(
-    bucket: Bucket,
-    infos: Iterable[ParameterInfo],
-    states: _State,
-    rules: Rules,
-    target: Callable[[ParameterInfo, Rule], Tensor],
-) -> list[_Job]:
+def kinds_of(infos: Iterable[ParameterInfo], states: _State, rules: Rules) -> list[Kind]:
+    """Parameters, by what is done with them."""
     grouped: dict[tuple[int, bool, bool], list[ParameterInfo]] = {}
     for info in infos:
         state = states[info.index]
         has_momentum = "momentum_buffer" in state and rules[id(info.group)].keeps_momentum
         is_first = has_momentum and not state["momentum_started"]
         grouped.setdefault((id(info.group), has_momentum, is_first), []).append(info)
-    jobs = []
-    for (identity, has_momentum, is_first), chosen in grouped.items():
-        rule, targets, momenta, started = rules[identity], {}, {}, []
-        for info in chosen:
-            targets[info.index] = target(info, rule)
-            if has_momentum:
-                momenta[info.index] = real_view(states[info.index]["momentum_buffer"])
-            if is_first:
-                started.append(states[info.index]["momentum_started"])
+    kinds = []
+    for (group, has_momentum, is_first), own in grouped.items():
+        momenta = {
+            info.index: real_view(states[info.index]["momentum_buffer"])
+            for info in (own if has_momentum else ())
+        }
+        # Gradients are others in each step, and a complex parameter's real view may be.
+        is_fixed = not rules[group].writes_gradients
+        is_fixed = is_fixed and not any(info.parameter.is_complex() for info in own)
+        targets = {info.index: info.values for info in own} if is_fixed else None
+        kinds.append(Kind(group, is_first, own, targets, momenta))
+    return kinds
+
+
+def _jobs(
+    bucket: Bucket,
+    kinds: Sequence[Kind],
+    states: _State,
+    rules: Rules,
+    target: Callable[[ParameterInfo, Rule], Tensor],
+) -> list[_Job]:
+    jobs, begun = [], {kind.group for kind in kinds if kind.momenta and not kind.is_first}
+    for kind in kinds:
+        rule, targets = rules[kind.group], kind.targets
+        if targets is None:
+            targets = {info.index: target(info, rule) for info in kind.infos}
         options = dict(rule.options)
         if "together" in options and options["together"] is None:
-            options["together"] = bucket.device.type != "cpu"
+            options["together"] = bucket.aggregator.placement.saves_launches or None
         if rule.function is sgd_:
-            options["is_first"] = is_first
+            options["is_first"] = kind.is_first
             # Where only some momenta are begun, torch takes them one by one; bfloat16 shows it.
-            is_mixed = (identity, has_momentum, not is_first) in grouped
-            options["together"] = options["together"] and (options["fused"] or not is_mixed)
-        operands = [targets, momenta] if has_momentum else [targets]
-        jobs.append(_Job(operands, started, rule.function, options))
+            is_mixed = kind.group in begun and any(
+                other.group == kind.group and other.is_first for other in kinds
+            )
+            if kind.momenta and is_mixed:
+                options["together"] = bool(options["together"] and options["fused"])
+        flags = [states[i.index]["momentum_started"] for i in kind.infos] if kind.is_first else []
+        operands = [targets, kind.momenta] if kind.momenta else [targets]
+        jobs.append(_Job(operands, flags, rule.function, options))
     return jobs
 
 
 def apply_updates_(
     bucket: Bucket,
     mean: Compressed,
-    infos: Iterable[ParameterInfo],
+    kinds: Sequence[Kind],
     states: _State,
     rules: Rules,
     **changes: float,
 ) -> None:
     """Updates momenta and parameters, after `Bucket.commit_`; `changes` replace rules' options."""
     numbers = {name: float(value) for name, value in changes.items()}  # a scalar tensor, perhaps
-    for job in _jobs(bucket, infos, states, rules, _target):
+    for job in _jobs(bucket, kinds, states, rules, _target):
         decompress_with_(bucket, mean, job.function, *job.operands, **job.options | numbers)
         for flag in job.started:
             flag.fill_(True)
@@ -159,7 +189,8 @@ def prepare_updates(
 ) -> None:
     """Has an aggregator compile, if it does so, all that `apply_updates_` will need."""
     # Gradients, which may be missing yet, are like the parameters.
-    for job in _jobs(bucket, infos, states, rules, lambda info, _: info.values):
+    kinds = kinds_of(infos, states, rules)
+    for job in _jobs(bucket, kinds, states, rules, lambda info, _: info.values):
         bucket.aggregator.prepare(job.function, job.operands, job.options)
         if job.options.get("is_first"):
             later = job.options | {"is_first": False}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 
 from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement, subtract_
+from efsgd.algorithms.low_rank.cells import FactorCells
+from efsgd.algorithms.low_rank.chunks import Chunks
 from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.algorithms.low_rank.fusion import Fusion
 from efsgd.algorithms.low_rank.native.passes import Passes
+from efsgd.algorithms.low_rank.packing import Cells, Packed
 from efsgd.layout import Batch, Blocks, Elementwise, Layout
 from efsgd.wire.collectives import InFlight
 
@@ -45,10 +48,7 @@ class LowRankAggregator(Aggregator):
         seed: with `warm_start=False`, the seed from which factors are drawn at every step.
         warm_start: whether a step starts from the factors of the step before it.
         fusion: multiplies products of small rank out where they are used; None: never.
-        is_native: whether native passes do what they can.
-
-    Attributes:
-        passes: those that are native, if any.
+        is_native: whether there are native `passes`, for what they can do.
     """
 
     def __init__(
@@ -66,17 +66,22 @@ class LowRankAggregator(Aggregator):
         self._dtype, self._device = dtype, device = placement.dtype, placement.device
         self._P_shapes = [(len(b.matrices), b.rows, rank_of(b)) for b in layout.batches]
         self._Q_shapes = [(len(b.matrices), rank_of(b), b.columns) for b in layout.batches]
-        at_once = FLOATS_AT_ONCE if device.type == "cpu" else 64 * FLOATS_AT_ONCE
-        sizes = [max(batch.columns, min(at_once, batch.floats)) for batch in layout.batches]
-        self._scratch = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
+        at_once = 64 * FLOATS_AT_ONCE if placement.saves_launches else FLOATS_AT_ONCE
+        row = max((batch.columns for batch in layout.batches), default=0)
+        size = max(row, min(at_once, layout.matrix_floats))
+        self._scratch = torch.empty(size, dtype=dtype, device=device)
+        P, Q = (torch.empty(_floats(s), device="meta") for s in (self._P_shapes, self._Q_shapes))
         self.passes = Passes.of(layout, self._scratch) if is_native else Passes(layout, {})
+        # Where products are fused, matrices have kernels of their own.
+        packs = placement.saves_launches and fusion is None and not self.passes.are_native
+        factors = self._P_views(P), P, views(Q, self._Q_shapes), Q
+        self.cells = FactorCells(layout, *factors, device, packs_matrices=packs)
 
     @property
     def numerics(self) -> str:
         """Either "native", or "compiled", where products may be fused, or "eager"."""
-        if self.passes.are_native:
-            return "native"
-        return "eager" if self._fusion is None else "compiled"
+        is_eager = self._fusion is None
+        return "native" if self.passes.are_native else "eager" if is_eager else "compiled"
 
     def prepare(
         self,
@@ -100,19 +105,20 @@ class LowRankAggregator(Aggregator):
                     is_ready = prepare(subtract_, operands=[M], options={}) and is_ready
                 self._fusion = self._fusion if is_ready else None
 
-    def _draw_queries(self, seed: int, step: int) -> list[Tensor]:
-        """A Q for each batch that nothing is known of yet: Algorithm 1, line 1."""
-        drawn = views(self._zeros(self._Q_shapes), self._Q_shapes)
-        for batch, queries in zip(self.layout.batches, drawn, strict=True):
+    def _draw_queries(self, seed: int, step: int) -> Tensor:
+        """A Q for each matrix that nothing is known of yet: Algorithm 1, line 1."""
+        drawn = self._zeros(self._Q_shapes)
+        factors = zip(self.layout.batches, views(drawn, self._Q_shapes), strict=True)
+        for batch, queries in factors:
             for own, matrix in zip(queries, batch.matrices, strict=True):
                 shape = (batch.columns, rank_of(batch))
                 own.copy_(initial_query(seed, matrix.number, *shape, step=step).mT)
         return drawn
 
     def _zeros(self, shapes: Sequence[Sequence[int]], head: int = 0) -> Tensor:
-        """One buffer for tensors of these shapes, after a head."""
-        floats = head + sum(map(math.prod, shapes))
-        return torch.zeros(floats, dtype=self._dtype, device=self._device)
+        """One buffer for tensors of these shapes, after a head, and behind it the zero of cells."""
+        floats = head + _floats(shapes)
+        return torch.zeros(floats + 1, dtype=self._dtype, device=self._device)[:floats]
 
     def _P_views(self, buffer: Tensor) -> list[Tensor]:
         """The P of each batch, in a buffer; one column after the other where that is faster."""
@@ -125,7 +131,15 @@ class LowRankAggregator(Aggregator):
     def _low_rank(
         self, P: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
     ) -> LowRank:
-        return LowRank(self.layout, self._scratch, self._fusion, P, Q, in_flight, self.passes)
+        """Of the factors of each batch."""
+        own = self.layout, self._scratch, self._fusion
+        return LowRank(*own, P, Q, in_flight, passes=self.passes)
+
+    def _low_rank_of_cells(
+        self, P: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
+    ) -> LowRank:
+        own = self.layout, self._scratch, self._fusion
+        return LowRank(*own, P, Q, in_flight, self.cells.M, self.passes)
 
 
 @dataclass(frozen=True)
@@ -138,9 +152,10 @@ class LowRank(Compressed):
         layout: whose matrices these are.
         scratch: memory for the chunks that are multiplied out.
         fusion: multiplies out where the product is used, without `scratch`; None: never.
-        P_hat: [b, n, r] for each batch.
-        Q: [b, r, m] for each batch (the paper's Q, transposed).
+        P_hat: [b, n, r] for each cell.
+        Q: [b, r, m] for each cell (the paper's Q, transposed).
         in_flight: where a factor is one worker's own: its mean, on its way.
+        cells: of the matrices; None: each batch is one.
         passes: native ones, for what they can do; None: there are none.
     """
 
@@ -150,75 +165,93 @@ class LowRank(Compressed):
     P_hat: Sequence[Tensor]
     Q: Sequence[Tensor]
     in_flight: InFlight | None = None
+    cells: Cells | None = None
     passes: Passes | None = None
 
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
         """Hands P̂Q^T to `function`, a few rows or matrices at a time."""
-        wanted: Container[int] = operands[0].keys()
         if self.passes is not None and self.passes.are_native:
-            wanted = operands[0].keys() - self.passes.lines_11_to_13(
-                self.P_hat, self.Q, function, operands, options
-            )
-        for batch, P_hat, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
-            done: set[int] = set()
+            is_done = self.passes.lines_11_to_13(self.P_hat, self.Q, function, operands, options)
+            operands = tuple({i: x for i, x in o.items() if i not in is_done} for o in operands)
+        chunks = Chunks(self.scratch, function, operands, options)
+        for batches, P_hat, Q, packed in self._factors():
+            if packed is not None:
+                if any(entry.index in operands[0] for each in batches for entry in each.entries):
+                    values = chunks.memory(packed.floats)
+                    packed.unpacked(torch.bmm(P_hat, Q), out=values)
+                    for batch, part in zip(
+                        batches, values.split([batch.floats for batch in batches]), strict=True
+                    ):
+                        chunks.add(batch, part.view(-1, batch.rows, batch.columns))
+                continue
+            batch, done = batches[0], set[int]()
             if self.fusion is not None:
                 for position, matrix in enumerate(batch.matrices):
                     index, factors = matrix.owner, (P_hat[position], Q[position])
                     own = [matrix.of(each[index]) for each in operands if index in each]
                     if own and self.fusion.apply_(function, *factors, own, options):
                         done.add(position)
-            for matrices, rows in batch.chunks(wanted, self.scratch.numel(), done):
-                chosen = batch.matrices[matrices]
-                shape = (len(chosen), rows.stop - rows.start, batch.columns)
-                values = self.scratch[: math.prod(shape)].view(shape)
+            for matrices, rows in batch.chunks(operands[0].keys(), self.scratch.numel(), done):
+                shape = (matrices.stop - matrices.start, rows.stop - rows.start, batch.columns)
+                values = chunks.memory(math.prod(shape)).view(shape)
                 torch.bmm(P_hat[matrices, rows], Q[matrices], out=values)  # Alg. 1, line 11
-                products: list[Tensor] = []
-                others: list[list[Tensor]] = [[] for _ in operands]
-                is_whole = shape[1] == batch.rows  # then nothing is to be cut out
-                for value, matrix in zip(values.unbind(), chosen, strict=True):
-                    own_shape = matrix.shape if is_whole else (-1, *matrix.shape[1:])
-                    products.append(value.view(own_shape))
-                    for found, operand in zip(others, operands, strict=True):
-                        part = operand[matrix.owner]
-                        if matrix.place:
-                            part = part[matrix.place]
-                        found.append(part if is_whole else part[rows])
-                function(products, *others, **options)
+                chunks.add(batch, values, matrices.start, rows)
+        chunks.hand_over()
 
     def subtract_from_(self, blocks: Blocks) -> None:
         """Subtracts P̂Q^T from each matrix of `blocks` (modified in place).
 
-        In the product itself, except where rows are not aligned: there, as in `decompress_with_`.
+        In the product itself, except where rows are not aligned: there it is multiplied out, or
+        fused.
         """
-        others: dict[int, Tensor] = {}
-        left: Container[int] = range(len(self.P_hat))
-        if self.passes is not None:
-            left = self.passes.line_9(blocks, self.P_hat, self.Q)
-        for k, (P_hat, Q) in enumerate(zip(self.P_hat, self.Q, strict=True)):
-            if k not in left:
+        fused: dict[int, Tensor] = {}
+        is_done = () if self.passes is None else self.passes.line_9(blocks, self.P_hat, self.Q)
+        cells = blocks.batches if self.cells is None else self.cells.targets(blocks.flat)
+        pairs = enumerate(zip(self._factors(), cells, strict=True))
+        for k, ((batches, P_hat, Q, packed), M) in pairs:
+            if k in is_done:
                 continue
-            batch, M = self.layout.batches[k], blocks.batches[k]
+            if packed is not None:
+                packed.subtract_(torch.bmm(P_hat, Q), blocks.flat)
+                continue
+            batch = batches[0]
             views = {entry.index: blocks.views[entry.index] for entry in batch.entries}
-            if M.is_cpu and not is_aligned(batch, M.dtype):
-                others |= views
+            is_direct = not M.is_cpu or is_aligned(batch, M.dtype)
+            if not is_direct and self.fusion is not None:
+                fused |= views
                 continue
-            floats = FLOATS_OF_A_PRODUCT if M.is_cpu else batch.floats
-            for matrices, rows in batch.chunks(views, floats):
-                M[matrices, rows].baddbmm_(P_hat[matrices, rows], Q[matrices], alpha=-1)
-        if others:
-            self.decompress_with_(subtract_, others)
+            floats = FLOATS_OF_A_PRODUCT if is_direct else self.scratch.numel()
+            for matrices, rows in batch.chunks(views, floats if M.is_cpu else batch.floats):
+                own, factors = M[matrices, rows], (P_hat[matrices, rows], Q[matrices])
+                if is_direct:
+                    own.baddbmm_(*factors, alpha=-1)
+                else:
+                    values = self.scratch[: own.numel()].view(own.shape)
+                    own.sub_(torch.bmm(*factors, out=values))
+        if fused:
+            self.decompress_with_(subtract_, fused)
 
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         """The traces of (P^T P)(Q^T Q), whichever of the factors is orthonormal."""
         found = []
-        for batch, P, Q in zip(self.layout.batches, self.P_hat, self.Q, strict=True):
+        for batches, P, Q, _ in self._factors():
             left, right = P.mT.double() @ P.double(), Q.double() @ Q.mT.double()  # [b, r, r]
             norms = (left * right).sum(dim=(1, 2))
-            pairs = zip(batch.matrices, norms.unbind(), strict=True)
-            found += [norm for matrix, norm in pairs if matrix.owner in wanted]
+            owners = (matrix.owner for batch in batches for matrix in batch.matrices)
+            pairs = zip(owners, norms.unbind(), strict=True)
+            found += [norm for owner, norm in pairs if owner in wanted]
         return found
+
+    def _factors(self) -> Iterator[tuple[Sequence[Batch], Tensor, Tensor, Packed | None]]:
+        """For each cell its batches, P̂ and Q, and if there are several how they are packed."""
+        for number, (P_hat, Q) in enumerate(zip(self.P_hat, self.Q, strict=True)):
+            if self.cells is None:
+                yield self.layout.batches[number : number + 1], P_hat, Q, None
+            else:
+                batches = [self.layout.batches[i] for i in self.cells.members[number]]
+                yield batches, P_hat, Q, self.cells.packed(number)
 
 
 def adopt_(
@@ -240,6 +273,10 @@ def adopt_(
             if matrix.owner in absent:
                 keep[position] = True
         torch.where(keep, own, mean, out=own)
+
+
+def _floats(shapes: Sequence[Sequence[int]]) -> int:
+    return sum(map(math.prod, shapes))
 
 
 def is_aligned(batch: Batch, dtype: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 """What native passes do for the matrices of one layout, and what they leave to others.
 
 They serve float32 on CPUs and ranks up to 8. Each method is named after lines of the paper, does
-what these say for the matrices that it can serve, and returns what is left: the caller's own code,
-which is the specification, does that. Where nothing is native, all is left.
+what these say for the matrices that are served, and returns which those are. All others are left to
+the caller's own code, which is the specification.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class _Table:
 
     Attributes:
         positions: of these batches in the layout.
-        offsets: where each begins in a flat buffer, in bytes.
+        offsets, Q_offsets: where each begins in buffers of D and of Q, in bytes.
         batches: one for each position.
         members: parameters with the number of their matrices: of each batch, in order.
         gradients, parameters, momenta, is_half: what `batches` point to, for each matrix.
@@ -42,6 +42,7 @@ class _Table:
     library: ctypes.CDLL
     positions: list[int]
     offsets: list[int]
+    Q_offsets: list[int]
     batches: Any
     members: list[list[tuple[Entry, int]]]
     gradients: list[Any]
@@ -55,6 +56,7 @@ class Passes:
 
     Attributes:
         are_native: whether any are.
+        served: the positions in the layout of the batches that they serve.
     """
 
     @classmethod
@@ -69,14 +71,8 @@ class Passes:
 
     def __init__(self, layout: Layout, libraries: Mapping[int, ctypes.CDLL]) -> None:
         self.are_native = bool(libraries)
-        sizes = [4 * batch.floats for batch in layout.batches]
-        self._tables = [
-            _table(layout, rank, found, [sum(sizes[:k]) for k in range(len(sizes))])
-            for rank, found in libraries.items()
-        ]
-        served = {position for table in self._tables for position in table.positions}
-        self._all = list(range(len(layout.batches)))
-        self._left = [k for k in self._all if k not in served]
+        self._tables = [_table(layout, rank, found) for rank, found in libraries.items()]
+        self.served = frozenset(position for table in self._tables for position in table.positions)
 
     def lines_7_and_3(
         self,
@@ -86,11 +82,8 @@ class Passes:
         scale: float,
         queries: Sequence[Tensor],
         P: Sequence[Tensor],
-    ) -> list[int]:
-        """Δ = e + scale g, and P = Δ Q. Returns the positions of batches that are left.
-
-        That are all where a gradient has a wrong shape: the caller's code knows what to say of it.
-        """
+    ) -> None:
+        """Δ = e + scale g, and P = Δ Q, for `served`."""
         for table in self._tables:
             for members, places, halves in zip(
                 table.members, table.gradients, table.is_half, strict=True
@@ -101,36 +94,38 @@ class Passes:
                     if gradient is None:
                         gradient = deltas.views[entry.index].zero_()
                     elif not _is_plain(gradient, entry.shape):
-                        gradient = real_view(gradient)
-                        if gradient.shape != entry.shape:
-                            return self._all
-                        gradient = deltas.views[entry.index].copy_(gradient)
+                        gradient = deltas.views[entry.index].copy_(real_view(gradient))
                     _point_(places, halves, at, gradient, matrices)
                     at += matrices
         for table in self._tables:
             kept = [_put_Q_(batch, queries[k]) for batch, k in _pairs(table)]
             self._put_(table, deltas, errors, P)
             table.library.add_and_project(table.batches, len(kept), _threads(), scale)
-        return self._left
 
     def line_6(
-        self, deltas: Blocks, P_hat: Sequence[Tensor], Q: Sequence[Tensor], own: Sequence[Tensor]
-    ) -> list[int]:
-        """Q = Δ^T P̂, written to `own` as well: both [b, r, m], contiguous."""
+        self, deltas: Blocks, P_hat: Sequence[Tensor], Q: Tensor, own: Tensor
+    ) -> frozenset[int]:
+        """Q = Δ^T P̂, written to `own` as well: both hold the Q of all batches one after the other.
+
+        Returns the positions of batches that are done.
+        """
         for table in self._tables:
             self._put_(table, deltas, None, P_hat)
-            for batch, k in _pairs(table):
-                batch.q, batch.own = Q[k].data_ptr(), own[k].data_ptr()
+            starts = Q.data_ptr(), own.data_ptr()
+            for batch, offset in zip(table.batches, table.Q_offsets, strict=True):
+                batch.q, batch.own = (start + offset for start in starts)
             table.library.back_project(table.batches, len(table.positions), _threads())
-        return self._left
+        return self.served
 
-    def line_9(self, blocks: Blocks, P_hat: Sequence[Tensor], Q: Sequence[Tensor]) -> list[int]:
-        """Δ - P̂Q^T, in place."""
+    def line_9(
+        self, blocks: Blocks, P_hat: Sequence[Tensor], Q: Sequence[Tensor]
+    ) -> frozenset[int]:
+        """Δ - P̂Q^T, in place. Returns the positions of batches that are done."""
         for table in self._tables:
             kept = [_put_Q_(batch, Q[k]) for batch, k in _pairs(table)]
             self._put_(table, blocks, None, P_hat)
             table.library.subtract(table.batches, len(kept), _threads())
-        return self._left
+        return self.served
 
     def lines_11_to_13(
         self,
@@ -182,7 +177,11 @@ class Passes:
             batch.e = None if e is None else e + offset
 
 
-def _table(layout: Layout, rank: int, found: ctypes.CDLL, offsets: Sequence[int]) -> _Table:
+def _table(layout: Layout, rank: int, found: ctypes.CDLL) -> _Table:
+    M_bytes = [4 * batch.floats for batch in layout.batches]
+    Q_bytes = [
+        4 * len(batch.matrices) * cast(int, batch.level) * batch.columns for batch in layout.batches
+    ]
     positions = [k for k, batch in enumerate(layout.batches) if batch.level == rank]
     chosen = [layout.batches[k] for k in positions]
     members = [
@@ -197,7 +196,8 @@ def _table(layout: Layout, rank: int, found: ctypes.CDLL, offsets: Sequence[int]
     for own, batch, *pointers in zip(batches, chosen, *arrays, strict=True):
         own.count, own.n, own.m = len(batch.matrices), batch.rows, batch.columns
         own.g, own.x, own.w, own.is_half = map(ctypes.addressof, pointers)
-    return _Table(found, positions, [offsets[k] for k in positions], batches, members, *arrays)
+    places, Q_places = ([sum(own[:k]) for k in positions] for own in (M_bytes, Q_bytes))
+    return _Table(found, positions, places, Q_places, batches, members, *arrays)
 
 
 def _pairs(table: _Table) -> Any:
