@@ -233,18 +233,22 @@ bench-audit: $(VENV)/.with-examples ## ask with shadow models who was trained on
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured
 	$(BENCH).report
 
-# setuptools itself, since no other package is needed then.
-BUILD = $(BIN)/python -c 'import setuptools.build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
+# By setuptools itself: no other package is needed then.
+NATIVE := efsgd/algorithms/low_rank/native
 
 .PHONY: wheel
 wheel: $(VENV)/.with-test ## build the source distribution and the wheel in dist/
 	rm -rf build dist
-	$(BUILD)
+	$(BIN)/python -c 'import setuptools.build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
 
 .PHONY: wheel-native
 wheel-native: $(VENV)/.with-test ## build a wheel for this platform, which carries the native passes ready-made
 	rm -rf build dist
-	EFSGD_NATIVE_WHEEL=1 $(BUILD)
+	$(BIN)/python -c 'from $(subst /,.,$(NATIVE)) import build as b; \
+		[b.make(rank, b.compiler_at_hand(), b.ready_made(rank)) for rank in range(1, 9)]'
+	$(BIN)/python -c 'import setuptools.build_meta as b, sysconfig as s; \
+		b.build_wheel("dist", {"--build-option": "--plat-name=" + s.get_platform().replace("-", "_")})'; \
+		status=$$?; rm -f $(NATIVE)/*.so; exit $$status
 
 # What was installed, and the tests without the sources.
 CHECK := build/check

@@ -130,8 +130,8 @@ def clock_for(
     """A function that says how many seconds another one takes on `device`.
 
     On a CPU, with `of_thread`, those that this thread was at work: on a machine that others use as
-    well they vary less. On CUDA these are the seconds between two events on the present stream, which the call has
-    waited for.
+    well they vary less. On CUDA these are the seconds between two events on the present stream,
+    which the call has waited for.
     """
 
     def on_cpu(step: Callable[[], object]) -> float:

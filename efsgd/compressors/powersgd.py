@@ -34,7 +34,8 @@ class PowerSGD(Compressor):
         warm_start: whether power iteration starts from the last step's Q; else Q is drawn anew at
             each step.
         seed: of Q's first values, the same on every worker.
-        compile: whether torch.compile fuses products of ranks up to 8 into what is done with them.
+        compile: for ranks up to 8, whether passes over memory are native code on CPUs, and products
+            fused by torch.compile with what is done with them on accelerators.
         alternating: whether a step multiplies from one side only, by turns from the right and from
             the left: one all-reduce per step and half the bytes, and in each step an approximation
             from a subspace that is one step older. See `efsgd.algorithms.alternating`.
