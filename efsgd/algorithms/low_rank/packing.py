@@ -52,7 +52,7 @@ class Packing:
 
 
 #: On accelerators, where starting an operation takes as long as reading or writing megabytes.
-FOR_LAUNCHES = Packing(largest=2**18, padding=2**18)
+FOR_LAUNCHES = Packing(largest=2**19, padding=2**19)
 #: On CPUs, for factors.
 FOR_CALLS = Packing(largest=2**14, padding=2**12)
 #: A cell for each batch.
@@ -146,7 +146,7 @@ class Packed:
             kept.append(cells[own].reshape(-1))
             places.append(view.places().reshape(-1))
             first += b
-        self._length = 1 + int(taken.max())
+        self._length = 1 + max(fill, *(view.offset + view.size.numel() - 1 for view in views))
         kind = torch.int32 if max(self._length, cells.numel()) < 2**31 else torch.int64
         self._taken = taken.view(-1).to(device, kind)
         self._kept = torch.cat(kept).to(device, kind)

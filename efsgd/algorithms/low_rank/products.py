@@ -13,6 +13,7 @@ Legend. b matrices of equal shape lie in one batch::
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -133,13 +134,13 @@ class LowRankAggregator(Aggregator):
     ) -> LowRank:
         """Of the factors of each batch."""
         own = self.layout, self._scratch, self._fusion
-        return LowRank(*own, P, Q, in_flight, passes=self.passes)
+        is_chunked = not self.placement.saves_launches
+        return LowRank(*own, P, Q, in_flight, None, is_chunked, self.passes)
 
     def _low_rank_of_cells(
         self, P: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
     ) -> LowRank:
-        own = self.layout, self._scratch, self._fusion
-        return LowRank(*own, P, Q, in_flight, self.cells.M, self.passes)
+        return dataclasses.replace(self._low_rank(P, Q, in_flight), cells=self.cells.M)
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class LowRank(Compressed):
         Q: [b, r, m] for each cell (the paper's Q, transposed).
         in_flight: where a factor is one worker's own: its mean, on its way.
         cells: of the matrices; None: each batch is one.
+        is_chunked: whether products are subtracted in chunks that stay in a cache: on CPUs.
         passes: native ones, for what they can do; None: there are none.
     """
 
@@ -166,6 +168,7 @@ class LowRank(Compressed):
     Q: Sequence[Tensor]
     in_flight: InFlight | None = None
     cells: Cells | None = None
+    is_chunked: bool = True
     passes: Passes | None = None
 
     def decompress_with_(
@@ -176,7 +179,8 @@ class LowRank(Compressed):
             is_done = self.passes.lines_11_to_13(self.P_hat, self.Q, function, operands, options)
             operands = tuple({i: x for i, x in o.items() if i not in is_done} for o in operands)
         chunks = Chunks(self.scratch, function, operands, options)
-        for batches, P_hat, Q, packed in self._factors():
+        for numbers, P_hat, Q, packed in self._factors():
+            batches = [self.layout.batches[number] for number in numbers]
             if packed is not None:
                 if any(entry.index in operands[0] for each in batches for entry in each.entries):
                     values = chunks.memory(packed.floats)
@@ -208,22 +212,20 @@ class LowRank(Compressed):
         """
         fused: dict[int, Tensor] = {}
         is_done = () if self.passes is None else self.passes.line_9(blocks, self.P_hat, self.Q)
-        cells = blocks.batches if self.cells is None else self.cells.targets(blocks.flat)
-        pairs = enumerate(zip(self._factors(), cells, strict=True))
-        for k, ((batches, P_hat, Q, packed), M) in pairs:
-            if k in is_done:
+        for numbers, P_hat, Q, packed in self._factors():
+            if numbers[0] in is_done:
                 continue
             if packed is not None:
                 packed.subtract_(torch.bmm(P_hat, Q), blocks.flat)
                 continue
-            batch = batches[0]
+            batch, M = self.layout.batches[numbers[0]], blocks.batches[numbers[0]]
             views = {entry.index: blocks.views[entry.index] for entry in batch.entries}
-            is_direct = not M.is_cpu or is_aligned(batch, M.dtype)
+            is_direct = not self.is_chunked or is_aligned(batch, M.dtype)
             if not is_direct and self.fusion is not None:
                 fused |= views
                 continue
             floats = FLOATS_OF_A_PRODUCT if is_direct else self.scratch.numel()
-            for matrices, rows in batch.chunks(views, floats if M.is_cpu else batch.floats):
+            for matrices, rows in batch.chunks(views, floats if self.is_chunked else batch.floats):
                 own, factors = M[matrices, rows], (P_hat[matrices, rows], Q[matrices])
                 if is_direct:
                     own.baddbmm_(*factors, alpha=-1)
@@ -236,22 +238,22 @@ class LowRank(Compressed):
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         """The traces of (P^T P)(Q^T Q), whichever of the factors is orthonormal."""
         found = []
-        for batches, P, Q, _ in self._factors():
+        for numbers, P, Q, _ in self._factors():
             left, right = P.mT.double() @ P.double(), Q.double() @ Q.mT.double()  # [b, r, r]
             norms = (left * right).sum(dim=(1, 2))
+            batches = [self.layout.batches[number] for number in numbers]
             owners = (matrix.owner for batch in batches for matrix in batch.matrices)
             pairs = zip(owners, norms.unbind(), strict=True)
             found += [norm for owner, norm in pairs if owner in wanted]
         return found
 
-    def _factors(self) -> Iterator[tuple[Sequence[Batch], Tensor, Tensor, Packed | None]]:
-        """For each cell its batches, P̂ and Q, and if there are several how they are packed."""
+    def _factors(self) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Packed | None]]:
+        """For each cell the numbers of its batches, P̂ and Q, and how it is packed, if it is."""
         for number, (P_hat, Q) in enumerate(zip(self.P_hat, self.Q, strict=True)):
             if self.cells is None:
-                yield self.layout.batches[number : number + 1], P_hat, Q, None
+                yield [number], P_hat, Q, None
             else:
-                batches = [self.layout.batches[i] for i in self.cells.members[number]]
-                yield batches, P_hat, Q, self.cells.packed(number)
+                yield self.cells.members[number], P_hat, Q, self.cells.packed(number)
 
 
 def adopt_(
