@@ -301,6 +301,22 @@ def test_a_step_that_fails_changes_nothing(fail_at: int) -> None:
     assert bits(snapshot(failing)) == bits(snapshot(twins))
 
 
+def test_a_worker_that_fails_after_the_first_pass_takes_part_with_zeros() -> None:
+    failing, twins = a_team(), a_team()
+    for step in range(3):
+        given = [gradients(step, worker) for worker in range(2)]
+        if step == 1:
+            set_gradients(failing, given)
+            vector = parameters_of(failing[1])[5].grad
+            assert vector is not None
+            vector.data = torch.zeros(3)
+            with unchanged(failing), pytest.raises(RuntimeError):
+                step_together(failing)
+        step_with(failing, given)
+        step_with(twins, given)
+    assert bits(snapshot(failing)) == bits(snapshot(twins))
+
+
 def test_powers_of_two_change_no_digit() -> None:
     ends = []
     for factor in (1.0, 2.0**-60, 2.0**40):

@@ -160,7 +160,8 @@ class Passes:
                 self._put_(table, None, None, P_hat)
                 number, threads = len(kept), _threads()
                 table.library.descend(table.batches, number, threads, ctypes.byref(rule))
-                increment_version(written)  # for autograd, as torch's own operations do
+                for tensor in written:  # as torch's own operations tell autograd
+                    increment_version(tensor)
         return frozenset(done)
 
     def _put_(
