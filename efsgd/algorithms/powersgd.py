@@ -3,7 +3,8 @@
 Source: Vogels, Karimireddy, Jaggi: "PowerSGD: Practical Low-Rank Gradient Compression for
 Distributed Optimization", NeurIPS 2019, arXiv 1905.13727. Algorithm 1, whose lines are marked.
 
-Legend. b matrices of equal shape lie in one batch; every line below serves the whole batch::
+Legend. b matrices of equal shape lie in one batch; every line below serves the whole batch. Small
+ones may share a cell, padded with zeros to one shape (`low_rank.cells`), which changes nothing::
 
     M        [b, n, m]   the worker's own corrected gradients Δ_w
     Q        [b, r, m]   the paper's Q, transposed: M Q is `M @ Q.mT` here. Stored by rows because

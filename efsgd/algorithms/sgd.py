@@ -44,7 +44,8 @@ def sgd_(
     # torch's fused kernel for CPUs leaves parts of bfloat16 parameters as they were (torch 2.13).
     is_safe = not fused or all(x.dtype.itemsize >= 4 or not x.is_cpu for x in parameters)
     is_uniform = all(x.dtype == u.dtype for x, u in zip(parameters, given, strict=True))
-    if together is None and is_uniform:
+    # Of fewer digits torch's loop, which it takes by itself, has other bits than its kernels.
+    if together is None and is_uniform and all(x.dtype.itemsize >= 4 for x in parameters):
         together = foreach = sum(x.numel() for x in parameters) < SMALL * len(parameters)
     if together and is_safe and is_uniform:
         kernels = {"foreach": foreach, "fused": fused}

@@ -96,8 +96,8 @@ class Plan:
         names = ("error_feedback", "start_compressing_at", "check_every", "bucket_bytes")
         self._signed = (*method.compressor.settings(), *names)
         self._prepared: list[Hashable] = []
-        # For each bucket the kinds of its parameters in the last step, by rules.
-        self._kinds: dict[Bucket, tuple[Rules, list[Kind]]] = {}
+        # For each bucket the kinds of its parameters, and what they hold for.
+        self._kinds: dict[Bucket, tuple[Hashable, list[Kind]]] = {}
         # Of states that the last `update` changed: what they had under these names.
         self._replaced: list[tuple[State, dict[str, Tensor | None]]] = []
         # Those that had no state before it, and where it is now.
@@ -230,13 +230,16 @@ class Plan:
 
     def kinds(self, bucket: Bucket, absent: frozenset[int], rules: Rules) -> list[Kind]:
         """The parameters of a bucket but `absent` ones, by what rules do with them."""
-        rules_before, kinds = self._kinds.get(bucket, ({}, []))
-        if rules_before is rules and self.views.is_steady and not absent:
-            return kinds
+        since = self.views.steady_since
+        rest = tuple((g, rule.keeps_momentum, rule.writes_gradients) for g, rule in rules.items())
+        if not absent and since is not None and bucket in self._kinds:
+            known_for, kinds = self._kinds[bucket]
+            if known_for == (since, rest):
+                return kinds
         own = [info for info in self.members[bucket] if info.index not in absent]
         kinds = kinds_of(own, self.states, rules)
-        if self.views.is_steady and not absent:
-            self._kinds[bucket] = rules, kinds
+        if not absent and since is not None:
+            self._kinds[bucket] = (since, rest), kinds
         return kinds
 
     def keep_changes(self) -> None:

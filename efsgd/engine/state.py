@@ -21,7 +21,7 @@ optimizer's state they change with the next step: copy a state_dict (torch.save,
 keep it.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Hashable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -163,9 +163,9 @@ class StateViews:
         self._momenta: _Momenta | None = None
 
     @property
-    def is_steady(self) -> bool:
-        """Whether states are known to hold what they held, all momenta begun, since `update`."""
-        return self._momenta is not None
+    def steady_since(self) -> Hashable:
+        """The same while states hold the same tensors, all momenta begun; None: unknown."""
+        return self._momenta
 
     def release_zeros_(self, kept: Iterable[Tensor] = ()) -> None:
         """Frees the memory of local state that is zero, until `attach_`.

@@ -31,6 +31,31 @@ def test_foreign_entries_in_a_group_are_nobody_s_business() -> None:
     step_with(workers, scenario.gradients(0))
 
 
+@pytest.mark.parametrize("form", ["sgd", "paper"])
+@pytest.mark.parametrize("how", ["replaced", "begun anew", "written to"])
+def test_momenta_that_are_changed_after_many_steps_are_used_from_then_on(
+    form: str, how: str
+) -> None:
+    p = torch.zeros(3, requires_grad=True)
+    options = {"momentum": 0.5, "dampening": 0.5 if form == "sgd" else 0}
+    optimizer = PowerSGDOptimizer([p], lr=1.0, momentum_form=form, **options)
+    own = optimizer.state[p]
+    for step in range(6):
+        if step == 4 and how == "replaced":
+            own["momentum_buffer"] = torch.full((3,), 8.0)
+        elif step == 4 and how == "begun anew":
+            own["momentum_started"].fill_(False)
+            own["momentum_buffer"].zero_()
+        elif step == 4:
+            own["momentum_buffer"].fill_(8.0)
+        before = own["momentum_buffer"].clone()
+        p.grad = torch.ones(3)
+        optimizer.step()
+        is_first = form == "sgd" and (step == 0 or (step == 4 and how == "begun anew"))
+        share = 1.0 if form == "paper" or is_first else 0.5
+        assert own["momentum_buffer"].tolist() == (0.5 * before + share).tolist()
+
+
 def test_the_number_of_workers_may_change_in_mid_run() -> None:
     workers, scenario = a_run(2)
     step_with(workers, scenario.gradients(0)[:2])
