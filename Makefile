@@ -242,6 +242,36 @@ bench-audit: $(VENV)/.with-examples ## ask with shadow models who was trained on
 bench-docs: $(VENV)/.with-examples ## make docs/benchmarks.md and its plots of what was measured
 	$(BENCH).report
 
+# By setuptools itself: no other package is needed then.
+NATIVE := efsgd/algorithms/low_rank/native
+
+.PHONY: wheel
+wheel: $(VENV)/.with-test ## build the source distribution and the wheel in dist/
+	rm -rf build dist
+	$(BIN)/python -c 'import setuptools.build_meta as b; b.build_sdist("dist"); b.build_wheel("dist")'
+
+.PHONY: wheel-native
+wheel-native: $(VENV)/.with-test ## build a wheel for this platform, which carries the native passes ready-made
+	rm -rf build dist
+	$(BIN)/python -c 'from $(subst /,.,$(NATIVE)) import build as b; \
+		[b.make(rank, b.compiler_at_hand(), b.ready_made(rank)) for rank in range(1, 9)]'
+	$(BIN)/python -c 'import setuptools.build_meta as b, sysconfig as s; \
+		b.build_wheel("dist", {"--build-option": "--plat-name=" + s.get_platform().replace("-", "_")})'; \
+		status=$$?; rm -f $(NATIVE)/*.so; exit $$status
+
+# What was installed, and the tests without the sources.
+CHECK := build/check
+CHECKED := tests/promises/test_transaction.py tests/algorithms/test_native.py
+
+.PHONY: check-wheel
+check-wheel: wheel ## install the wheel by itself, and run some tests on it (half a minute)
+	mkdir -p $(CHECK)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index --target $(CHECK)/installed dist/*.whl
+	cp -r tests setup.cfg $(CHECK)
+	cd $(CHECK) && export PYTHONPATH=$$PWD/installed HYPOTHESIS_PROFILE=quick && \
+		$(abspath $(BIN))/python -c 'import efsgd, pathlib; assert "installed" in pathlib.Path(efsgd.__file__).parts' && \
+		$(abspath $(BIN))/python -m pytest -q $(PYTEST_FLAGS) $(CHECKED)
+
 .PHONY: venv
 venv: $(VENV)/.with-all ## make the virtual environment with everything that the other targets use
 

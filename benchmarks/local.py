@@ -50,6 +50,11 @@ def arguments_of(command_line: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 32], metavar="R")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of each candidate")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument(
+        "--thread-time",
+        action="store_true",
+        help="CPU time of one thread, where others are at work",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--only", nargs="+", metavar="KIND", help="of hook, hook-batched, epfml, efsgd"
@@ -82,7 +87,7 @@ def measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 runners,
                 arguments.rounds,
                 warm_up=WARM_UP,
-                clock=clock_for(device),
+                clock=clock_for(device, of_thread=arguments.thread_time),
                 after_round=lambda bar=progress, task=task: bar.advance(task),
             )
         found.append({"candidates": list(map(asdict, candidates)), "samples": samples})

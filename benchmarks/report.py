@@ -115,7 +115,8 @@ Single operations on one matrix, every way that they could be done, medians on o
 that efsgd takes is in bold. *Householder* is the only way to orthogonalize that is safe for columns
 which are zero or depend on each other: Gram-Schmidt, as other implementations have it, turns them
 into NaN or loses them for ever, and the Cholesky decomposition fails. *Fused* is what
-`compile=True` does, for the shapes and ranks for which it is chosen.
+torch.compile makes of them, as `compile=True` has it on accelerators; measured here on a CPU, where
+it has since used [native passes](speed.md).
 """
 
 

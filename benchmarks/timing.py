@@ -124,17 +124,21 @@ def orders(names: Iterable[str], rounds: int, seed: int = 0) -> Iterator[list[st
         yield list(order)
 
 
-def clock_for(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def clock_for(
+    device: torch.device, *, of_thread: bool = False
+) -> Callable[[Callable[[], object]], float]:
     """A function that says how many seconds another one takes on `device`.
 
-    On CUDA these are the seconds between two events on the present stream, which the call has
-    waited for.
+    On a CPU, with `of_thread`, those that this thread was at work: on a machine that others use as
+    well they vary less. On CUDA these are the seconds between two events on the present stream,
+    which the call has waited for.
     """
 
     def on_cpu(step: Callable[[], object]) -> float:
-        began = time.perf_counter()
+        now = time.thread_time if of_thread else time.perf_counter
+        began = now()
         step()
-        return time.perf_counter() - began
+        return now() - began
 
     def on_cuda(step: Callable[[], object]) -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

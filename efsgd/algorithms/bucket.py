@@ -1,5 +1,7 @@
 """The tensors of one device and dtype on one worker: what Algorithm 2 works on."""
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,8 @@ class Bucket:
         self.indices = frozenset(entry.index for entry in layout.entries)
         self.compressed = frozenset(e.index for batch in layout.batches for e in batch.entries)
         is_one = aggregator.placement.saves_launches
-        self.runs = runs_of(layout, layout.matrix_floats if is_one else FLOATS_OF_A_RUN)
+        floats = layout.matrix_floats if is_one else FLOATS_OF_A_RUN
+        self.runs = runs_of(layout, floats, aggregator.added_ahead)
         kind, (own, scratch) = (dtype, device, aggregator.vectors), memory or (None, None)
         self.deltas = Blocks(layout, *kind, flat=scratch)
         self.errors = Blocks(layout, *kind, flat=own) if error_feedback else None
@@ -82,17 +85,23 @@ class Bucket:
             self.errors, self.deltas = self.deltas, self.errors
 
 
-def runs_of(layout: Layout, floats: int) -> list[tuple[tuple[int, ...], slice]]:
+def runs_of(
+    layout: Layout, floats: int, left_out: Container[int] = ()
+) -> list[tuple[tuple[int, ...], slice]]:
     """Compressed tensors that are neighbors in memory: their indices, and where they lie.
 
-    Together they have at most so many elements, or it is one that has more.
+    Together they have at most so many elements, or it is one that has more. Some are `left_out`.
     """
     found: list[tuple[tuple[int, ...], slice]] = []
     indices, start, end = list[int](), 0, 0
     for entry in (entry for batch in layout.batches for entry in batch.entries):
-        if indices and end + entry.numel - start > floats:
+        is_left_out = entry.index in left_out
+        if indices and (is_left_out or end + entry.numel - start > floats):
             found.append((tuple(indices), slice(start, end)))
             indices, start = [], end
-        indices.append(entry.index)
         end += entry.numel
+        if is_left_out:
+            start = end
+        else:
+            indices.append(entry.index)
     return [*found, (tuple(indices), slice(start, end))] if indices else found

@@ -82,6 +82,7 @@ def exchange_gradients(
     if abstains is None:
         try:
             with bucket.phases("Alg. 2, line 7: add errors and gradients"):
+                aggregator.add_ahead_(deltas, bucket.errors, gradients, scale, step)
                 add_errors_and_gradients_(deltas, bucket, gradients, scale)  # Alg. 2, line 7
         except Exception as error:  # the other workers are waiting, so it is raised afterwards
             failure, abstains = error, "unable"
@@ -150,7 +151,7 @@ def add_errors_and_gradients_(
     """Δ_w = g_w + e_w for each tensor of `bucket`, written to `deltas` (modified in place).
 
     A missing gradient is zero, a sparse one is made dense, a complex one is its real view. A tensor
-    that is sent uncompressed has no error.
+    that is sent uncompressed has no error. What was added ahead is left out.
     """
     for indices, place in bucket.runs:
         own = [gradients[index] for index in indices]

@@ -19,6 +19,7 @@ from efsgd.wire.collectives import Exchange
 
 #: The entries of a parameter group, of which a compressor reads its own.
 Settings: TypeAlias = Mapping[str, Any]
+Gradients: TypeAlias = Mapping[int, Tensor | None]
 
 
 class Compressed(ABC):
@@ -57,10 +58,10 @@ class Compressed(ABC):
         """
 
 
-def copy_(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copies each of `values` to its target (modified in place)."""
+def copy_(values: Sequence[Tensor], targets: Sequence[Tensor], *, clip: Any = None) -> None:
+    """Copies each of `values`, multiplied by `clip`, to its target (both modified in place)."""
     for value, target in zip(values, targets, strict=True):
-        target.copy_(value)
+        target.copy_(value if clip is None else value.mul_(clip))
 
 
 def subtract_(values: Sequence[Tensor], minuends: Sequence[Tensor]) -> None:
@@ -76,8 +77,7 @@ class Placement:
     Attributes:
         dtype: of deltas and buffers: float32, or float64 for parameters of that precision.
         device: of deltas and buffers.
-        worker: this worker.
-        world_size: the number of workers.
+        worker, world_size: this worker, and the number of all.
     """
 
     dtype: torch.dtype
@@ -101,21 +101,19 @@ class Aggregator(ABC):
     Attributes:
         layout: which tensor lies where, and how far it is compressed.
         placement: dtype and device, worker and number of workers.
-        vectors: flat buffer [layout.vector_floats]. Holds this worker's values when `compress` is
-            called and their mean once `aggregate` has returned. The first collective's buffer
-            begins with them, this memory itself or a copy, and is answered before any other.
+        vectors: flat buffer [layout.vector_floats] of this worker's values when `compress` is
+            called, of their mean once `aggregate` has returned. The first collective's buffer
+            begins with it or a copy, and is answered before any other.
         phases: names the phases of a step; set by the bucket that the aggregator works for.
-        groups: by index each tensor's parameter group as it is now, for what changes from step to
-            step without another layout; set by who makes the bucket.
-        abstains: whether what it compresses now is zero, and replaced by zeros where it is sent:
-            this worker cannot take part. What users have written need not run then.
+        groups: by index each tensor's parameter group as it is now; set by who makes the bucket.
+        abstains: whether this worker cannot take part: it compresses zeros, and sends zeros.
         shows_nonfinite: whether its first buffer is not finite wherever a delta is not. Otherwise
-            deltas are looked through first, which costs a pass, and those that are not finite are
-            replaced by zeros; nothing of them is sent.
+            deltas are looked through first, in a pass, and zeros sent where they are not finite.
     """
 
     vectors: Tensor
     shows_nonfinite: bool = False
+    added_ahead: frozenset[int] = frozenset()  # by `add_ahead_`: their indices
 
     def __init__(self, layout: Layout, placement: Placement) -> None:
         self.layout, self.placement, self.phases = layout, placement, Phases()
@@ -137,6 +135,11 @@ class Aggregator(ABC):
         options: Mapping[str, Any],
     ) -> None:
         """Before a step: makes ready what `decompress_with_` will be asked for; changes nothing."""
+
+    def add_ahead_(
+        self, deltas: Blocks, errors: Blocks | None, gradients: Gradients, scale: float, step: int
+    ) -> None:
+        """Line 7 for tensors `added_ahead`, in one pass with what `compress` begins with."""
 
     @abstractmethod
     def compress(self, deltas: Blocks, step: int) -> Exchange[Compressed]:
@@ -163,10 +166,9 @@ class Aggregator(ABC):
         The answers may stand in for what was sent, if all are means: what they say is then read.
         Where a step has failed, buffers at the end are missing.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} does not say how its messages are read. Define "
-            f"read(self, said): see efsgd.algorithms.interfaces.Aggregator."
-        )
+        remedy = "Define read(self, said): see efsgd.algorithms.interfaces.Aggregator."
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} does not say how its messages are read. {remedy}")
 
 
 @dataclass(frozen=True)
@@ -269,10 +271,7 @@ class Compressor(ABC):
         """
 
     def batch_dims_of(self, settings: Settings) -> int:
-        """How many of a tensor's first dimensions count what is compressed one by one.
-
-        By its setting `batch_dims`; of compressors without one, none.
-        """
+        """How many dimensions, the first, count what is compressed one by one: `batch_dims`."""
         return int(settings["batch_dims"]) if hasattr(self, "batch_dims") else 0
 
     def entry(self, index: int, shape: Sequence[int], settings: Settings) -> Entry:
@@ -292,8 +291,10 @@ class Compressor(ABC):
 def fields_of(compressor: object) -> tuple[dataclasses.Field[Any], ...]:
     """The fields of a compressor, which must be a dataclass."""
     if not dataclasses.is_dataclass(compressor):
+        remedy = (
+            "Decorate it with @dataclasses.dataclass(frozen=True); its fields are the settings."
+        )
         raise TypeError(
-            f"Invalid compressor: {type(compressor).__name__} is no dataclass. Decorate it with "
-            f"@dataclasses.dataclass(frozen=True); its fields are the settings."
+            f"Invalid compressor: {type(compressor).__name__} is no dataclass. {remedy}"
         )
     return dataclasses.fields(compressor)

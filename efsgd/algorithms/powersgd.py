@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efsgd.algorithms.interfaces import Placement
+from efsgd.algorithms.interfaces import Gradients, Placement
 from efsgd.algorithms.low_rank.products import LowRank, LowRankAggregator, views
 from efsgd.algorithms.low_rank.reading import Factor, read_factors
 from efsgd.algorithms.reading import Reading, Transcript
@@ -60,23 +60,44 @@ class PowerIteration(LowRankAggregator):
         self._local_buffer = self._zeros(self._Q_shapes)
         self._queries_buffer = self._zeros(self._Q_shapes)
         self.queries = views(self._queries_buffer, self._Q_shapes)
+        self._is_ahead = False
+        if self.shows_nonfinite:
+            batches = [layout.batches[k] for k in self.passes.served]
+            self.added_ahead = frozenset(entry.index for b in batches for entry in b.entries)
+
+    def add_ahead_(
+        self, deltas: Blocks, errors: Blocks | None, gradients: Gradients, scale: float, step: int
+    ) -> None:
+        """Line 7 of Algorithm 2 in one pass with line 3, where that is native."""
+        self._is_ahead = False
+        if self.added_ahead:
+            queries = self._normalized_queries(step)
+            self.passes.lines_7_and_3(deltas, errors, gradients, scale, queries, self._P)
+            self._is_ahead = True
 
     def compress(self, deltas: Blocks, step: int = 0) -> Exchange[LowRank]:
         """Lines 3 to 6, and line 7 as far as sending: (P̂, Q_w), the mean Q in flight."""
         cells, matrices = self.cells, self.cells.M.of(deltas.flat)
+        is_ahead, self._is_ahead = self._is_ahead and not self.abstains, False
+        done = self.passes.served if is_ahead else frozenset[int]()
         with self.phases("Alg. 1, line 3: P = M Q"):
-            for M, Q, P in zip(matrices, self._normalized_queries(step), self._P, strict=True):
-                torch.bmm(M, Q.mT, out=P)  # Alg. 1, line 3
+            queries = self._normalized_queries(step) if len(done) < len(matrices) else []
+            for k, Q in enumerate(queries):
+                if k not in done:
+                    torch.bmm(matrices[k], Q.mT, out=self._P[k])  # Alg. 1, line 3
             cells.P.put_(self._P, self.P_flat)
         with self.phases("Alg. 1, line 4: all-reduce P"):
             yield AllReduceMean(self.P_buffer, "vectors and P (Alg. 1, line 4)")  # Alg. 1, line 4
         with self.phases("Alg. 1, line 5: orthogonalize P"):
             P_hats = cells.of_each_P(orthogonalize, self.P_flat)  # Alg. 1, line 5
         with self.phases("Alg. 1, line 6: Q = M^T P"):
-            for M, P_hat, Q in zip(matrices, P_hats, self._Q, strict=True):
-                torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
+            done = self.passes.line_6(deltas, P_hats, self.Q_buffer, self._local_buffer)
+            for k, (M, P_hat, Q) in enumerate(zip(matrices, P_hats, self._Q, strict=True)):
+                if k not in done:
+                    torch.bmm(P_hat.mT, M, out=Q)  # Alg. 1, line 6
             cells.Q.put_(self._Q, self.Q_buffer)
-            self._local_buffer.copy_(self.Q_buffer)
+            if len(done) < len(matrices):
+                self._local_buffer.copy_(self.Q_buffer)
         local_Q = cells.Q.of(self._local_buffer)
         if not self._Q:
             return self._low_rank_of_cells(P_hats, local_Q)

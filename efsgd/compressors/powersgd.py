@@ -34,7 +34,8 @@ class PowerSGD(Compressor):
         warm_start: whether power iteration starts from the last step's Q; else Q is drawn anew at
             each step.
         seed: of Q's first values, the same on every worker.
-        compile: whether torch.compile fuses products of ranks up to 8 into what is done with them.
+        compile: for ranks up to 8, whether passes over memory are native code on CPUs, and products
+            fused by torch.compile with what is done with them on accelerators.
         alternating: whether a step multiplies from one side only, by turns from the right and from
             the left: one all-reduce per step and half the bytes, and in each step an approximation
             from a subspace that is one step older. See `efsgd.algorithms.alternating`.
@@ -151,5 +152,11 @@ def start_of(settings: Settings) -> int:
 
 def options_of(settings: Settings, device: torch.device) -> dict[str, Any]:
     """What all aggregators of this family are given."""
-    fusion = shared_fusion() if settings["compile"] and has_compiler(device) else None
-    return {"seed": int(settings["seed"]), "warm_start": settings["warm_start"], "fusion": fusion}
+    is_native = settings["compile"] and device.type == "cpu"
+    fuses = settings["compile"] and not is_native and has_compiler(device)
+    return {
+        "seed": int(settings["seed"]),
+        "warm_start": settings["warm_start"],
+        "fusion": shared_fusion() if fuses else None,
+        "is_native": is_native,
+    }

@@ -1,13 +1,12 @@
 """Compressed gradients for any optimizer: the averaging part of error-feedback SGD by itself."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Never
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from efsgd.algorithms.interfaces import Compressor
+from efsgd.algorithms.interfaces import Compressor, copy_
 from efsgd.compressors import PowerSGD
 from efsgd.engine.parameters import list_parameters
 from efsgd.engine.update import Rule, Rules
@@ -21,7 +20,7 @@ def _rules_of(groups: Iterable[Mapping[str, Any]]) -> Rules:
     rules = {}
     for group in groups:
         options = {} if group["max_grad_norm"] is None else {"clip": 1.0}
-        rules[id(group)] = Rule(replace_, options, keeps_momentum=False, writes_gradients=True)
+        rules[id(group)] = Rule(copy_, options, keeps_momentum=False, writes_gradients=True)
     return rules
 
 
@@ -176,11 +175,3 @@ def _require_scaled(scaler: object, averager: object) -> None:
                 "already and would be divided by the scale again. Call average_(scaler) first."
             )
     known.add(id(averager))
-
-
-def replace_(
-    updates: Sequence[Tensor], gradients: Sequence[Tensor], *, clip: float | Tensor | None = None
-) -> None:
-    """Writes Δ', multiplied by `clip`, over each gradient (both modified in place)."""
-    for update, gradient in zip(updates, gradients, strict=True):
-        gradient.copy_(update if clip is None else update.mul_(clip))

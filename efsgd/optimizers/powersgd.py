@@ -56,10 +56,10 @@ class PowerSGDOptimizer(ErrorFeedbackSGD):
             first, so that one is compressed while another travels; each costs collectives of its
             own. None: all together, which is fastest unless sending takes as long as compressing.
         seed: of the first Q, the same on every worker. The global generator is not touched.
-        compile: whether torch.compile fuses products of ranks up to 8 into the passes that use
-            them, where that is faster. Results are the same to rounding. The same for all groups
-            and on all workers, and not changed by loading a checkpoint. The first step takes
-            longer; where there is no compiler, a warning says so and steps run as without.
+        compile: for ranks up to 8, whether passes over memory are native code on CPUs, and products
+            fused by torch.compile on accelerators. Results are the same to rounding. The same for
+            all groups and on all workers, and not changed by loading a checkpoint. The first step
+            takes longer; where there is no compiler, a warning says so and steps run as without.
         alternating: whether a step multiplies from one side only, by turns: one all-reduce per
             step in place of two, and half the bytes. See `efsgd.PowerSGD`.
         batch_dims: how many of a tensor's first dimensions count matrices. With 1, experts

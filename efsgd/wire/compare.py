@@ -239,7 +239,7 @@ def _first_difference(texts: Sequence[Sequence[str]]) -> str | None:
                 f"optimizer with the same parameters, in the same order, and the same settings, "
                 f"and change them in the same way."
             )
-            if any("compiled" in line for line in lines):
+            if any(word in line for word in (", native", ", compiled") for line in lines):
                 return f"{text} {_COMPILER}"
             is_setting = all("=" in line.partition(" in the group of ")[0] for line in lines)
             return text if is_setting else f"{text} {_ZERO}"

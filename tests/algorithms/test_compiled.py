@@ -1,4 +1,8 @@
-"""`compile=True` computes the same to rounding, compiles once, and does without a compiler."""
+"""Fusion by torch.compile: the same to rounding, compiled once, given up where it fails.
+
+That is what `compile=True` does on accelerators. Here it is done on the CPU, where torch.compile
+works just as well; what it does on CPUs otherwise has tests of its own, in `test_native.py`.
+"""
 
 import warnings
 from collections import Counter
@@ -13,6 +17,7 @@ from torch._dynamo.utils import counters
 
 from efsgd import CollectiveError, PowerSGDOptimizer, WorkerMismatchError
 from efsgd.algorithms.low_rank.fusion import Fusion, has_compiler, shared_fusion
+from efsgd.compressors import powersgd
 from efsgd.testing import step_together
 from tests.simulation import (
     bits,
@@ -49,6 +54,16 @@ def _compiler(request: pytest.FixtureRequest) -> Iterator[None]:
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fusion_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def options_of(settings: Any, device: torch.device) -> dict[str, Any]:
+        fuses = settings["compile"] and powersgd.has_compiler(device)
+        own = {name: settings[name] for name in ("seed", "warm_start")}
+        return {**own, "fusion": powersgd.shared_fusion() if fuses else None}
+
+    monkeypatch.setattr(powersgd, "options_of", options_of)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from efsgd.algorithms.low_rank.cells import FactorCells
 from efsgd.algorithms.low_rank.chunks import Chunks
 from efsgd.algorithms.low_rank.factors import initial_query
 from efsgd.algorithms.low_rank.fusion import Fusion
+from efsgd.algorithms.low_rank.native.passes import Passes
 from efsgd.algorithms.low_rank.packing import Cells, Packed
 from efsgd.layout import Batch, Blocks, Elementwise, Layout
 from efsgd.wire.collectives import InFlight
@@ -48,6 +49,7 @@ class LowRankAggregator(Aggregator):
         seed: with `warm_start=False`, the seed from which factors are drawn at every step.
         warm_start: whether a step starts from the factors of the step before it.
         fusion: multiplies products of small rank out where they are used; None: never.
+        is_native: whether there are native `passes`, for what they can do.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LowRankAggregator(Aggregator):
         seed: int = 0,
         warm_start: bool = True,
         fusion: Fusion | None = None,
+        is_native: bool = False,
     ) -> None:
         super().__init__(layout, placement)
         self.seed, self.warm_start, self._fusion = seed, warm_start, fusion
@@ -69,15 +72,17 @@ class LowRankAggregator(Aggregator):
         size = max(row, min(at_once, layout.matrix_floats))
         self._scratch = torch.empty(size, dtype=dtype, device=device)
         P, Q = (torch.empty(_floats(s), device="meta") for s in (self._P_shapes, self._Q_shapes))
+        self.passes = Passes.of(layout, self._scratch) if is_native else Passes(layout, {})
         # Where products are fused, matrices have kernels of their own.
-        packs = placement.saves_launches and fusion is None
+        packs = placement.saves_launches and fusion is None and not self.passes.are_native
         factors = self._P_views(P), P, views(Q, self._Q_shapes), Q
         self.cells = FactorCells(layout, *factors, device, packs_matrices=packs)
 
     @property
     def numerics(self) -> str:
-        """Either "compiled", where products may be fused, or "eager"."""
-        return "eager" if self._fusion is None else "compiled"
+        """Either "native", or "compiled", where products may be fused, or "eager"."""
+        is_eager = self._fusion is None
+        return "native" if self.passes.are_native else "eager" if is_eager else "compiled"
 
     def prepare(
         self,
@@ -129,7 +134,8 @@ class LowRankAggregator(Aggregator):
     ) -> LowRank:
         """Of the factors of each batch."""
         own = self.layout, self._scratch, self._fusion
-        return LowRank(*own, P, Q, in_flight, is_chunked=not self.placement.saves_launches)
+        is_chunked = not self.placement.saves_launches
+        return LowRank(*own, P, Q, in_flight, None, is_chunked, self.passes)
 
     def _low_rank_of_cells(
         self, P: Sequence[Tensor], Q: Sequence[Tensor], in_flight: InFlight | None = None
@@ -152,6 +158,7 @@ class LowRank(Compressed):
         in_flight: where a factor is one worker's own: its mean, on its way.
         cells: of the matrices; None: each batch is one.
         is_chunked: whether products are subtracted in chunks that stay in a cache: on CPUs.
+        passes: native ones, for what they can do; None: there are none.
     """
 
     layout: Layout
@@ -162,11 +169,15 @@ class LowRank(Compressed):
     in_flight: InFlight | None = None
     cells: Cells | None = None
     is_chunked: bool = True
+    passes: Passes | None = None
 
     def decompress_with_(
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
         """Hands P̂Q^T to `function`, a few rows or matrices at a time."""
+        if self.passes is not None and self.passes.are_native:
+            is_done = self.passes.lines_11_to_13(self.P_hat, self.Q, function, operands, options)
+            operands = tuple({i: x for i, x in o.items() if i not in is_done} for o in operands)
         chunks = Chunks(self.scratch, function, operands, options)
         for numbers, P_hat, Q, packed in self._factors():
             batches = [self.layout.batches[number] for number in numbers]
@@ -200,7 +211,10 @@ class LowRank(Compressed):
         fused.
         """
         fused: dict[int, Tensor] = {}
+        is_done = () if self.passes is None else self.passes.line_9(blocks, self.P_hat, self.Q)
         for numbers, P_hat, Q, packed in self._factors():
+            if numbers[0] in is_done:
+                continue
             if packed is not None:
                 packed.subtract_(torch.bmm(P_hat, Q), blocks.flat)
                 continue

@@ -1,0 +1,1 @@
+"""PowerSGD's passes over memory in C++, for CPUs; see `passes.cpp`."""
