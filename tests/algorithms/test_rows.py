@@ -1,7 +1,7 @@
 """Tensors of one shape are compressed together: as in a loop, to the bit, in few operations."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import pytest
@@ -44,9 +44,13 @@ SHAPES = [(), (5,), (24,), (4, 6), (4, 3, 2), (6, 4), (3, 5, 2)]
 MANY = [SHAPES[number % len(SHAPES)] for number in range(1000)]
 
 
+#: Of all tensors.
+Shapes: TypeAlias = Sequence[tuple[int, ...]]
+
+
 def exchanged(
     compressor: Any,
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Shapes,
     dtype: torch.dtype,
     world_size: int,
     seed: int,
