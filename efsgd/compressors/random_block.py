@@ -71,8 +71,9 @@ class RandomBlock(DrawnCompressor):
     def _block(self, shape: torch.Size, draws: Draws) -> tuple[slice, slice]:
         """Where the block lies: its part up to the end of the tensor, and the rest at the front."""
         numel = shape.numel()
-        drawn = draws.as_rows().shared_bits(1, torch.device("cpu"))
-        start = 0 if is_fake(drawn) else int(_starts(drawn, numel))
+        row, device = draws.as_rows(), torch.device("cpu")
+        drawn = row.shared_once(numel, lambda: _starts(row.shared_bits(1, device), numel))
+        start = 0 if is_fake(drawn) else int(drawn)
         end = start + self.count(shape)
         return slice(start, min(end, numel)), slice(0, max(end - numel, 0))
 

@@ -21,11 +21,13 @@ from efsgd import (
     UniformQuantized,
 )
 from efsgd.algorithms import operators
+from efsgd.algorithms.interfaces import Placement
 from efsgd.compressors import random_block, random_k, sign_norm, uniform_quantized
-from efsgd.testing.senders import exchange, senders
+from efsgd.layout import Blocks, Layout
+from efsgd.randomness import generator_of
 from efsgd.testing.strategies import seeds
-from efsgd.testing.trial import Trial
-from efsgd.wire.collectives import run
+from efsgd.wire.collectives import Exchange, run
+from efsgd.wire.lockstep import lockstep
 from efsgd.wire.transports import Alone
 from tests.strategies import examples
 
@@ -48,17 +50,39 @@ MANY = [SHAPES[number % len(SHAPES)] for number in range(1000)]
 Shapes: TypeAlias = Sequence[tuple[int, ...]]
 
 
+def aggregator_of(
+    compressor: Any, shapes: Shapes, dtype: torch.dtype, worker: int = 0, world_size: int = 1
+) -> Any:
+    settings = compressor.settings()
+    layout = Layout.plan(compressor.entry(i, shape, settings) for i, shape in enumerate(shapes))
+    placement = Placement(dtype, torch.device("cpu"), worker, world_size)
+    return compressor.aggregator(layout, settings, placement)
+
+
+def deltas_for(aggregator: Any, *seed: int) -> Blocks:
+    placement = aggregator.placement
+    deltas = Blocks(aggregator.layout, placement.dtype, placement.device, aggregator.vectors)
+    deltas.flat.normal_(generator=generator_of(*seed, placement.worker))
+    deltas.flat[::7] = 0.0
+    return deltas
+
+
+def exchanging(aggregator: Any, deltas: Blocks, step: int) -> Exchange[list[Tensor]]:
+    """What is left of what was compressed, and the mean: as bytes."""
+    local = yield from aggregator.compress(deltas, step)
+    local.subtract_from_(deltas)
+    mean = yield from aggregator.aggregate(local)
+    return [each.view(torch.uint8) for each in (deltas.flat, mean.blocks.flat)]
+
+
 def exchanged(
-    compressor: Any,
-    shapes: Shapes,
-    dtype: torch.dtype,
-    world_size: int,
-    seed: int,
+    compressor: Any, shapes: Shapes, dtype: torch.dtype, world_size: int, seed: int
 ) -> list[list[Tensor]]:
-    """What each worker sends and receives, as bytes."""
-    workers = senders(Trial(compressor, shapes=shapes, seed=seed), world_size, dtype)
-    found = exchange(workers, step=seed % 7)
-    return [[each.view(torch.uint8) for each in (one.sent, one.received)] for one in found]
+    """The same, of each worker."""
+    workers = [
+        aggregator_of(compressor, shapes, dtype, worker, world_size) for worker in range(world_size)
+    ]
+    return lockstep([exchanging(own, deltas_for(own, seed), seed % 7) for own in workers]).results
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
@@ -94,11 +118,11 @@ def test_together_is_one_by_one_to_the_bit(
 
 
 def test_what_does_not_fit_the_cache_is_compressed_in_parts() -> None:
-    trial = Trial(TopK(density=0.1), shapes=[(4, 6)] * 7 + [(5,), (3, 8), (4, 6)])
+    shapes = [(4, 6)] * 7 + [(5,), (3, 8), (4, 6)]
     with mock.patch.object(operators, "ELEMENTS_AT_ONCE", 3 * 24):
-        [sender] = senders(trial, 1)
+        aggregator = aggregator_of(TopK(density=0.1), shapes, torch.float32)
     # One shape after the other, as they lie in memory; odd sizes last.
-    found = [(unit.shape, unit.rows) for unit in sender.aggregator._units]  # type: ignore[attr-defined]
+    found = [(unit.shape, unit.rows) for unit in aggregator._units]
     assert found == [((4, 6), 3), ((4, 6), 3), ((4, 6), 2), ((3, 8), 1), ((5,), 1)]
 
 
@@ -114,13 +138,13 @@ class Counting(TorchDispatchMode):
 
 def operations(compressor: Any, count: int) -> int:
     """How many it takes one worker to compress so many tensors, and to decompress what arrives."""
-    [sender] = senders(Trial(compressor, shapes=[(16, 16)] * count), 1, torch.float32)
-    deltas = sender.fill([torch.ones(16, 16)] * count)
+    aggregator = aggregator_of(compressor, [(16, 16)] * count, torch.float32)
+    deltas = deltas_for(aggregator, 1)
     with Counting() as counting:
-        local = run(sender.aggregator.compress(deltas, 1), Alone())
+        local = run(aggregator.compress(deltas, 1), Alone())
         if not isinstance(compressor, LQSGD):  # that is PowerSGD's
             local.subtract_from_(deltas)
-        run(sender.aggregator.aggregate(local), Alone())
+        run(aggregator.aggregate(local), Alone())
     return counting.count
 
 
@@ -136,6 +160,6 @@ class Transposed(TopK):
 
 
 def test_rows_that_were_not_announced_are_refused() -> None:
-    [sender] = senders(Trial(Transposed(density=0.1), shapes=[(4, 6)] * 3), 1)
+    aggregator = aggregator_of(Transposed(density=0.1), [(4, 6)] * 3, torch.float32)
     with pytest.raises(ValueError, match=r"Transposed.compress_rows.* \[2, 3\] .* \[3, 2\]"):
-        run(sender.aggregator.compress(sender.fill([torch.ones(4, 6)] * 3), 1), Alone())
+        run(aggregator.compress(deltas_for(aggregator, 1), 1), Alone())
