@@ -121,9 +121,9 @@ def test_what_does_not_fit_the_cache_is_compressed_in_parts() -> None:
     shapes = [(4, 6)] * 7 + [(5,), (3, 8), (4, 6)]
     with mock.patch.object(operators, "ELEMENTS_AT_ONCE", 3 * 24):
         aggregator = aggregator_of(TopK(density=0.1), shapes, torch.float32)
-    # One shape after the other, as they lie in memory; odd sizes last.
+    # One shape after the other, as they lie in memory.
     found = [(unit.shape, unit.rows) for unit in aggregator._units]
-    assert found == [((4, 6), 3), ((4, 6), 3), ((4, 6), 2), ((3, 8), 1), ((5,), 1)]
+    assert found == [((4, 6), 3), ((4, 6), 3), ((4, 6), 2), ((5,), 1), ((3, 8), 1)]
 
 
 class Counting(TorchDispatchMode):
@@ -150,8 +150,9 @@ def operations(compressor: Any, count: int) -> int:
 
 @pytest.mark.parametrize("compressor", [*COMPRESSORS, LQSGD(rank=2)], ids=repr)
 def test_a_thousand_tensors_take_as_many_operations_as_ten(compressor: Any) -> None:
-    # Most for rounding at random, whose bits are some thirty operations.
-    assert operations(compressor, 10) == operations(compressor, 1000) <= 160
+    operations(compressor, 2)  # tables are made once in a process
+    # Most for rounding at random, whose bits are some forty operations, views included.
+    assert operations(compressor, 10) == operations(compressor, 1000) <= 180
 
 
 class Transposed(TopK):
