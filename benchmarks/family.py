@@ -1,4 +1,4 @@
-"""What each compressor costs a worker, in passes over the gradient; and top-k beside torch.topk.
+"""What each compressor costs a worker, in passes and of SGD's time; top-k beside torch.topk.
 
     python -m benchmarks.family --workload resnet18
 
@@ -52,6 +52,12 @@ CANDIDATES: dict[str, Any] = {
     "Signum": None,
 }
 WARM_UP = 2
+#: Workloads: those of all benchmarks, and one of small tensors, where operations are what counts.
+SMALL = "small"
+
+
+def _shapes(workload: str) -> list[tuple[int, ...]]:
+    return [(16, 16)] * 1000 if workload == SMALL else shapes_of(workload)
 
 
 def _optimizer(compressor: Any, gradients: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -68,7 +74,7 @@ def _optimizer(compressor: Any, gradients: Sequence[Tensor]) -> torch.optim.Opti
 
 
 def _runners(workload: str, candidates: Mapping[str, Any]) -> dict[str, Runner]:
-    gradients = made_gradients(shapes_of(workload))
+    gradients = made_gradients(_shapes(workload))
     source = torch.cat([gradient.flatten() for gradient in gradients])
     target = torch.empty_like(source)
     runners = {COPY: Runner(lambda: target.copy_(source))}
@@ -78,7 +84,7 @@ def _runners(workload: str, candidates: Mapping[str, Any]) -> dict[str, Runner]:
 
 
 def _top_k_runners(workload: str, density: float) -> dict[str, Runner]:
-    values = torch.cat([gradient.flatten() for gradient in made_gradients(shapes_of(workload))])
+    values = torch.cat([gradient.flatten() for gradient in made_gradients(_shapes(workload))])
     top_k = TopK(density=density, scope="model")
     draws = Draws(0, 0, 0, 0)
     count = max(1, int(density * len(values)))
@@ -95,16 +101,17 @@ def report(workload: str, samples: Mapping[str, Sequence[float]]) -> None:
         workload: what was stepped.
         samples: seconds by name.
     """
-    floats = sum(map(math.prod, shapes_of(workload)))
+    floats = sum(map(math.prod, _shapes(workload)))
     copies = samples[COPY]
     rows = []
     for name, seconds in samples.items():
         if name in (TORCH_TOP_K, OUR_TOP_K):
             continue
         passes = Quartiles.of(ratios(seconds, [copy / 2 for copy in copies]))
-        rows.append([name, in_milliseconds(Quartiles.of(seconds)), in_times(passes)])
+        of_sgd = in_times(Quartiles.of(ratios(seconds, samples[SGD])))
+        rows.append([name, in_milliseconds(Quartiles.of(seconds)), in_times(passes), of_sgd])
     title = f"{workload}, {floats:,} parameters: a step of one worker; median (quartiles)"
-    show(title, ["", "ms", "passes"], rows)
+    show(title, ["", "ms", "passes", "of SGD's time"], rows)
     ours, theirs = samples[OUR_TOP_K], samples[TORCH_TOP_K]
     rows = [
         [TORCH_TOP_K, in_milliseconds(Quartiles.of(theirs)), ""],
@@ -122,7 +129,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.family", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--workload", choices=WORKLOADS, default="resnet18")
+    parser.add_argument("--workload", choices=[*WORKLOADS, SMALL], default="resnet18")
     parser.add_argument("--rounds", type=int, default=11, help="measured steps of each candidate")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the samples there")
     arguments = parser.parse_args(command_line)

@@ -20,7 +20,7 @@ from efsgd.algorithms.interfaces import Aggregator, Compressed, Placement
 from efsgd.algorithms.operators import Payload, Unit, units
 from efsgd.algorithms.reading import Reading, Transcript, joined
 from efsgd.layout import Blocks, Elementwise, Layout, Matrix
-from efsgd.randomness import Draws
+from efsgd.randomness import RowDraws
 from efsgd.wire.collectives import AllGather, AllReduceMean, Exchange, Start
 from efsgd.wire.control_words import all_finite
 from efsgd.wire.payload import Format
@@ -64,9 +64,7 @@ class Tensorwise(Aggregator):
             return Sent(self, [], step, drawn)
         with self.phases("Alg. 2, line 8: compress"):
             payloads = [
-                unit.operator.compress(
-                    unit.of(deltas.flat), self._draws(unit, step, drawn, self.placement.worker)
-                )
+                unit.compress(deltas.flat, self._draws(unit, step, drawn, self.placement.worker))
                 for unit in self._units
             ]
             self._format.pack_(payloads, self._bytes)
@@ -137,8 +135,8 @@ class Tensorwise(Aggregator):
         step: int,
         drawn: dict[Hashable, Any] | None,
         worker: int | None = None,
-    ) -> Draws:
-        return Draws(unit.operator.seed_of_draws, unit.number, step, worker, drawn)
+    ) -> RowDraws:
+        return RowDraws(unit.operator.seed_of_draws, unit.numbers, step, worker, drawn)
 
 
 @dataclass(frozen=True)
@@ -181,21 +179,13 @@ class Dense(Compressed):
         self, function: Elementwise, *operands: Mapping[int, Tensor], **options: Any
     ) -> None:
         """Hands over all at once."""
-        if wanted := self._matrices(operands[0]):
-            values = [own.view(matrix.shape) for matrix, own in wanted]
-            others = ([matrix.of(each[matrix.owner]) for matrix, _ in wanted] for each in operands)
-            function(values, *others, **options)
+        if wanted := [index for index in self.blocks.views if index in operands[0]]:
+            others = ([each[index] for index in wanted] for each in operands)
+            function([self.blocks.views[index] for index in wanted], *others, **options)
 
     def squared_norms(self, wanted: Container[int]) -> list[Tensor]:
         return [
             torch.linalg.vector_norm(own, dtype=torch.float64).square()
-            for _, own in self._matrices(wanted)
-        ]
-
-    def _matrices(self, wanted: Container[int]) -> list[tuple[Matrix, Tensor]]:
-        """Those of the parameters with these indices, [n, m] each."""
-        return [
-            (matrix, own)
             for batch, matrices in zip(self.blocks.layout.batches, self.blocks.batches, strict=True)
             for matrix, own in zip(batch.matrices, matrices.unbind(), strict=True)
             if matrix.owner in wanted

@@ -13,7 +13,7 @@ from efsgd.algorithms.operators import Payload
 from efsgd.checks import require_integer, require_number
 from efsgd.compressors.tensor_compressor import TensorCompressor
 from efsgd.layout import matrix_shape
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.payload import Field
 
 
@@ -38,7 +38,8 @@ def floats_of_rank(shape: Sequence[int], rank: int) -> int:
 class BudgetCompressor(TensorCompressor):
     """What compressors have in common that send some elements of a tensor as they are.
 
-    Subclasses write `compress` and `add_decompressed_`. They are given either the share of the
+    Subclasses write `compress` and `add_decompressed_`, and for rows `compress_rows` and
+    `add_decompressed_rows_`. They are given either the share of the
     elements that is sent, or the rank of a PowerSGD that sends as many floats.
     """
 
@@ -75,6 +76,11 @@ class BudgetCompressor(TensorCompressor):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         out = payload[0].new_zeros(shape)
         self.add_decompressed_(out, payload, draws, 1.0)
+        return out
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
+        out = payload[0].new_zeros(len(payload[0]), *shape)
+        self.add_decompressed_rows_(out, payload, draws, 1.0)
         return out
 
     def sent_share(self, shape: Sequence[int]) -> float:

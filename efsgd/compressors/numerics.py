@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# 1 MiB in float32: it stays in the cache from one operation to the next.
-ELEMENTS_AT_ONCE = 2**18
+from efsgd.algorithms.operators import ELEMENTS_AT_ONCE
+
+# Up to so many elements tensors are compressed together where longer ones are better off alone.
+SMALL = 2**14
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -23,3 +25,9 @@ def power_of_two(low: Tensor, high: Tensor) -> Tensor:
     """
     largest = torch.maximum(-low, high)
     return torch.where(largest > 0, largest / (2 * torch.frexp(largest).mantissa), 1.0)
+
+
+def uniform(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """From random bits, int64, as many numbers of float32 or float64 that are uniform in [0, 1)."""
+    digits = 53 if dtype == torch.float64 else 24
+    return (bits >> (64 - digits)).bitwise_and_((1 << digits) - 1).to(dtype).mul_(2.0**-digits)

@@ -10,10 +10,12 @@ from efsgd.algorithms.operators import Payload
 from efsgd.algorithms.reading import Reading, entries
 from efsgd.compressors.budget import DrawnCompressor
 from efsgd.layout import is_fake
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 
 # Above this share of the elements, marking all that are drawn is faster than sorting them.
 SMALL_SHARE = 1 / 32
+# Up to so many elements a number is drawn for each, which takes no longer.
+FEW = 2**12
 
 
 def draw_subset(numel: int, k: int, generator: torch.Generator) -> Tensor:
@@ -48,6 +50,15 @@ def _many(numel: int, k: int, generator: torch.Generator) -> Tensor:
     while (missing := enough - int(is_marked.count_nonzero())) > 0:
         is_marked[_with_replacement(numel, missing, generator)] = True
     return (is_marked if enough == k else ~is_marked).nonzero().view(-1)
+
+
+def draw_subsets(k: int, bits: Tensor) -> Tensor:
+    """For each row of random bits, [rows, numel] int64, the k positions where they are lowest.
+
+    All subsets are equally likely, to within 1e-12 up to `FEW` elements: so seldom are two of the
+    numbers equal. Positions are [rows, k] int64 in ascending order.
+    """
+    return bits.topk(k, largest=False, sorted=False).indices.sort().values
 
 
 def _with_replacement(numel: int, count: int, generator: torch.Generator) -> Tensor:
@@ -87,13 +98,37 @@ class RandomK(DrawnCompressor):
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         out.view(-1).index_add_(0, self._positions(out, draws), payload[0], alpha=alpha)
 
+    def takes_rows(self, shape: torch.Size) -> bool:
+        return shape.numel() <= FEW
+
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        return (deltas.view(-1)[self._positions_of_rows(deltas, draws)],)
+
+    def add_decompressed_rows_(
+        self, out: Tensor, payload: Payload, draws: RowDraws, alpha: float
+    ) -> None:
+        where = self._positions_of_rows(out, draws).view(-1)
+        out.view(-1).index_add_(0, where, payload[0].reshape(-1), alpha=alpha)
+
     def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
         return entries(decompressed, self._positions(decompressed, draws))
 
     def _positions(self, tensor: Tensor, draws: Draws) -> Tensor:
         numel, k, device = tensor.numel(), self.count(tensor.shape), tensor.device
+        if self.takes_rows(tensor.shape):
+            return self._positions_of_rows(tensor.unsqueeze(0), draws.as_rows())[0]
         if is_fake(tensor):  # which are sent makes no difference
             return torch.arange(k, device=device)
         return draws.shared_once(
             (numel, k, device), lambda generator: draw_subset(numel, k, generator).to(device)
         )
+
+    def _positions_of_rows(self, rows: Tensor, draws: RowDraws) -> Tensor:
+        """In the flattened tensor of all rows, [rows, k] int64."""
+        numel, k, device = rows[0].numel(), self.count(rows.shape[1:]), rows.device
+
+        def make() -> Tensor:
+            first = torch.arange(0, rows.numel(), numel, device=device).unsqueeze(1)
+            return draw_subsets(k, draws.shared_bits(numel, device)).add_(first)
+
+        return draws.shared_once((numel, k, device), make)

@@ -11,8 +11,11 @@ from efsgd.algorithms.operators import Payload
 from efsgd.algorithms.reading import Reading, signs
 from efsgd.compressors.numerics import chunks
 from efsgd.compressors.tensor_compressor import TensorCompressor
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.payload import Field
+
+# From so many elements several threads share the sum of a tensor, and round otherwise.
+SUMMED_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,29 @@ class SignNorm(TensorCompressor):
         return (delta >= 0).view(-1), scale.to(delta.dtype).view(1)
 
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
-        is_positive, scale = payload
-        signs = is_positive.to(torch.int8).mul_(2).sub_(1)
-        return (signs * scale).view(shape)
+        return self._values(*payload).view(shape)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         scale = alpha * payload[1]
         for part, is_positive in chunks(out, payload[0]):
             part.add_(self.decompress((is_positive, scale), part.shape, draws))
+
+    def takes_rows(self, shape: torch.Size) -> bool:
+        return shape.numel() < SUMMED_AT_ONCE
+
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        rows = deltas.view(len(deltas), -1)
+        totals = rows.abs().sum(dim=1, keepdim=True, dtype=torch.float64)
+        return rows >= 0, (totals / rows.shape[1]).to(deltas.dtype)
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
+        return self._values(*payload).view(-1, *shape)
+
+    def add_decompressed_rows_(
+        self, out: Tensor, payload: Payload, draws: RowDraws, alpha: float
+    ) -> None:
+        is_positive, scale = payload
+        out.add_(self._values(is_positive, alpha * scale).view(out.shape))
 
     def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
         return signs(payload[0], decompressed, payload[1])
@@ -63,3 +81,7 @@ class SignNorm(TensorCompressor):
     def claims(self) -> Claims:
         """‖Δ‖₁ is at least ‖Δ‖, so that at least a d-th of the squared norm is sent."""
         return Claims(self.averages, contraction=lambda shape: 1 / torch.Size(shape).numel())
+
+    def _values(self, is_positive: Tensor, scale: Tensor) -> Tensor:
+        """The scale, with these signs."""
+        return is_positive.to(torch.int8).mul_(2).sub_(1) * scale

@@ -11,7 +11,7 @@ from efsgd.algorithms.operators import Payload
 from efsgd.checks import require_integer
 from efsgd.compressors.numerics import chunks
 from efsgd.compressors.tensor_compressor import TensorCompressor
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.payload import Field
 
 
@@ -77,12 +77,12 @@ class SymmetricQuantized(TensorCompressor):
     def takes_rows(self, shape: torch.Size) -> bool:
         return True
 
-    def compress_rows(self, deltas: Tensor) -> Payload:
-        rows = deltas.flatten(1)
-        largest = _largest(*torch.aminmax(rows, dim=1, keepdim=True))
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        rows = deltas.view(len(deltas), -1)
+        largest = _largest(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
         return self._codes(rows, largest).to(self._dtype), largest
 
-    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
         return self._values(*payload).view(-1, *shape)
 
     def claims(self) -> Claims:

@@ -21,7 +21,7 @@ from efsgd.algorithms.reading import Reading, in_clear
 from efsgd.algorithms.tensorwise import Tensorwise
 from efsgd.checks import plain
 from efsgd.layout import Layout
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.payload import Field, Format
 
 
@@ -104,38 +104,53 @@ class TensorCompressor(Compressor):
         By way of `decompress`; for those that can do it faster.
         """
         found = self.decompress(payload, out.shape, draws)
-        if found.shape != out.shape:
-            raise ValueError(
-                f"Invalid result of {type(self).__name__}.decompress: its shape is "
-                f"{list(found.shape)} and must be {list(out.shape)}, the `shape` it was given."
-            )
+        self._require_shape(found, out.shape, "decompress")
         out.add_(found, alpha=alpha)
 
     def takes_rows(self, shape: torch.Size) -> bool:
-        """Whether `compress_rows` and `decompress_rows` work on tensors of this shape."""
+        """Whether several tensors of this shape are compressed together, in few operations.
+
+        It then has `compress_rows` and `decompress_rows`. What they do to a row must be, to the
+        bit, what `compress` and `decompress` do to a tensor.
+        """
         return False
 
-    def compress_rows(self, deltas: Tensor) -> Payload:
-        """The payloads of several tensors, for those that can make them faster together.
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        """The payloads of several tensors.
 
         Args:
             deltas: [rows, ...], else as for `compress`.
+            draws: random numbers: those of one tensor are `draws[row]`.
 
         Returns:
-            Each field [rows, count], to the bit what `compress` would return for each row.
+            Each field [rows, count].
         """
         name = type(self).__name__
-        raise NotImplementedError(f"{name} must define compress_rows(self, deltas).")
+        raise NotImplementedError(f"{name} must define compress_rows(self, deltas, draws).")
 
-    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
-        """What payloads decode to, `[rows, *shape]`, to the bit what `decompress` returns for each.
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
+        """What payloads decode to, `[rows, *shape]`.
 
         Args:
-            payload: each field [rows, count]. Not to be modified.
+            payload: each field [rows, count], else as for `decompress`.
             shape: of a row.
+            draws: shared random numbers: those of one tensor are `draws[row]`.
         """
         name = type(self).__name__
-        raise NotImplementedError(f"{name} must define decompress_rows(self, payload, shape).")
+        raise NotImplementedError(
+            f"{name} must define decompress_rows(self, payload, shape, draws)."
+        )
+
+    def add_decompressed_rows_(
+        self, out: Tensor, payload: Payload, draws: RowDraws, alpha: float
+    ) -> None:
+        """Adds alpha times the decompressed payloads to `out`, [rows, ...] (modified in place).
+
+        To the bit what `add_decompressed_` does for each; by way of `decompress_rows`.
+        """
+        found = self.decompress_rows(payload, out.shape[1:], draws)
+        self._require_shape(found, out.shape, "decompress_rows")
+        out.add_(found, alpha=alpha)
 
     def read(self, payload: Payload, decompressed: Tensor, draws: Draws) -> Reading:
         """What somebody who sees a payload reads from it; for `efsgd.audit` alone.
@@ -178,6 +193,13 @@ class TensorCompressor(Compressor):
 
     def aggregator(self, layout: Layout, settings: Settings, placement: Placement) -> Aggregator:
         return Tensorwise(layout, placement, averages=self.averages)
+
+    def _require_shape(self, found: Tensor, shape: torch.Size, method: str) -> None:
+        if found.shape != shape:
+            raise ValueError(
+                f"Invalid result of {type(self).__name__}.{method}: its shape is "
+                f"{list(found.shape)} and must be {list(shape)}, the `shape` it was given."
+            )
 
     def _with(self, settings: Settings) -> Self:
         chosen = {each.name: plain(settings[each.name]) for each in fields_of(self)}

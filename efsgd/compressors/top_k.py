@@ -14,7 +14,7 @@ from efsgd.algorithms.reading import Reading, entries
 from efsgd.checks import require_choice, require_number
 from efsgd.compressors.budget import BudgetCompressor, floats_of_rank
 from efsgd.layout import is_fake
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.payload import Field, position_dtype
 
 # Up to so many elements torch.topk is as fast.
@@ -185,18 +185,18 @@ class TopK(BudgetCompressor):
     def takes_rows(self, shape: torch.Size) -> bool:
         return self.scope == "tensor" and shape.numel() <= FEW  # `largest` takes longer ones
 
-    def compress_rows(self, deltas: Tensor) -> Payload:
-        rows = deltas.flatten(1)
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        rows = deltas.view(len(deltas), -1)
         positions = _top(rows, self.count(deltas.shape[1:]))
         return rows.gather(1, positions), positions.to(position_dtype(rows.shape[1]))
 
-    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+    def add_decompressed_rows_(
+        self, out: Tensor, payload: Payload, draws: RowDraws, alpha: float
+    ) -> None:
         values, positions = payload
-        count, numel = len(values), shape.numel()
-        first = torch.arange(0, count * numel, numel, device=values.device).unsqueeze(1)
-        out = values.new_zeros(count * numel)
-        out.index_add_(0, (first + positions).view(-1), values.reshape(-1))
-        return out.view(count, *shape)
+        first = torch.arange(0, out.numel(), out[0].numel(), device=out.device).unsqueeze(1)
+        where = (first + positions).view(-1)
+        out.view(-1).index_add_(0, where, values.reshape(-1), alpha=alpha)
 
     def add_decompressed_(self, out: Tensor, payload: Payload, draws: Draws, alpha: float) -> None:
         values, positions = payload

@@ -9,9 +9,9 @@ from torch import Tensor
 from efsgd.algorithms.interfaces import Claims
 from efsgd.algorithms.operators import Payload
 from efsgd.checks import require_bool, require_integer
-from efsgd.compressors.numerics import chunks, power_of_two
+from efsgd.compressors.numerics import SMALL, chunks, power_of_two, uniform
 from efsgd.compressors.tensor_compressor import TensorCompressor
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.payload import Field
 
 _MAX_BITS = 16
@@ -70,6 +70,9 @@ class UniformQuantized(TensorCompressor):
 
     def compress(self, delta: Tensor, draws: Draws) -> Payload:
         """The codes, [numel] uint8 or int32, and [min, max]."""
+        if self.stochastic and self.takes_rows(delta.shape):
+            codes, bounds = self.compress_rows(delta.unsqueeze(0), draws.as_rows())
+            return codes[0], bounds[0]
         low, high = _bounds(*torch.aminmax(delta))
         codes = torch.empty(delta.numel(), dtype=self._dtype, device=delta.device)
         generator = draws.private() if self.stochastic else None
@@ -78,11 +81,10 @@ class UniformQuantized(TensorCompressor):
             if generator is None:
                 levels.round_()
             else:
-                lower = levels.floor()
                 chances = torch.rand(
                     levels.shape, dtype=levels.dtype, generator=generator, device="cpu"
                 )
-                levels = lower.add_(chances.to(levels.device) < levels.sub_(lower))
+                levels = _rounded(levels, chances.to(levels.device))
             place.copy_(levels)
         return codes, torch.stack([low, high])
 
@@ -95,15 +97,20 @@ class UniformQuantized(TensorCompressor):
             part.add_(self.decompress((codes, payload[1]), part.shape, draws), alpha=alpha)
 
     def takes_rows(self, shape: torch.Size) -> bool:
-        return not self.stochastic
+        return not self.stochastic or shape.numel() <= SMALL
 
-    def compress_rows(self, deltas: Tensor) -> Payload:
-        rows = deltas.flatten(1)
-        low, high = _bounds(*torch.aminmax(rows, dim=1, keepdim=True))
-        codes = self._levels(rows, low, high).round_().to(self._dtype)
-        return codes, torch.cat([low, high], dim=1)
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        rows = deltas.view(len(deltas), -1)
+        low, high = _bounds(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
+        levels = self._levels(rows, low, high)
+        if self.stochastic:
+            bits = draws.private_bits(rows.shape[1], rows.device)
+            levels = _rounded(levels, uniform(bits, rows.dtype))
+        else:
+            levels.round_()
+        return levels.to(self._dtype), torch.cat([low, high], dim=1)
 
-    def decompress_rows(self, payload: Payload, shape: torch.Size) -> Tensor:
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
         return self._values(payload[0], *payload[1].split(1, dim=1)).view(-1, *shape)
 
     def claims(self) -> Claims:
@@ -136,3 +143,9 @@ class UniformQuantized(TensorCompressor):
 def _bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """The same bounds, with no sign at zero, so that equal ones have equal bytes."""
     return low + 0.0, high + 0.0
+
+
+def _rounded(levels: Tensor, chances: Tensor) -> Tensor:
+    """Levels (modified in place) up or down, by numbers that are uniform in [0, 1)."""
+    lower = levels.floor()
+    return lower.add_(chances < levels.sub_(lower))

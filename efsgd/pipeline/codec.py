@@ -1,6 +1,6 @@
 """Tensors as payloads: what a link hands to the wire, in one buffer of bytes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -8,14 +8,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from efsgd.algorithms.operators import ELEMENTS_AT_ONCE
 from efsgd.algorithms.reading import Reading, entries, in_clear, joined
 from efsgd.compressors import TensorCompressor
-from efsgd.compressors.numerics import ELEMENTS_AT_ONCE
-from efsgd.randomness import Draws
+from efsgd.randomness import RowDraws
 from efsgd.wire.payload import Format
 
-#: Random numbers for a row, on one worker or (False) on both.
-DrawsOf: TypeAlias = Callable[[int, bool], Draws]
+#: Random numbers for some rows, on one worker or (False) on both.
+DrawsOf: TypeAlias = Callable[[Sequence[int], bool], RowDraws]
 
 #: What the buffer of a message says.
 Reader: TypeAlias = Callable[[Tensor], Reading]
@@ -76,11 +76,15 @@ class Codec:
         rows = x.view(count, *own)
         payload = buffer[: form.nbytes]
         if self._together(x.shape):
-            parts = map(self._compressor.compress_rows, rows.split(_at_once(own)))
+            parts = [
+                self._compressor.compress_rows(rows[some.start : some.stop], draws(some, True))
+                for some in _runs(count, own)
+            ]
             form.pack_([[torch.cat(field).view(-1) for field in zip(*parts, strict=True)]], payload)
         else:
+            every = draws(range(count), True)
             form.pack_(
-                [self._compressor.compress(rows[n], draws(n, True)) for n in range(count)], payload
+                [self._compressor.compress(rows[n], every[n]) for n in range(count)], payload
             )
         return buffer
 
@@ -95,13 +99,15 @@ class Codec:
         form = self._formats(shape, out.dtype)
         payloads = form.unpack(buffer[: form.nbytes])
         if self._together(shape):
-            size = _at_once(own)
-            fields = [field.view(count, -1).split(size) for field in payloads[0]]
-            for part, *some in zip(out.split(size), *fields, strict=True):
-                part.add_(self._compressor.decompress_rows(some, own))
+            fields = [field.view(count, -1) for field in payloads[0]]
+            for some in _runs(count, own):
+                part = slice(some.start, some.stop)
+                sent = [field[part] for field in fields]
+                self._compressor.add_decompressed_rows_(out[part], sent, draws(some, False), 1.0)
         else:
+            every = draws(range(count), False)
             for n, payload in enumerate(payloads):
-                self._compressor.add_decompressed_(out[n], payload, draws(n, False), 1.0)
+                self._compressor.add_decompressed_(out[n], payload, every[n], 1.0)
         return out.view(shape)
 
     def reader(self, shape: torch.Size, dtype: torch.dtype, draws: DrawsOf) -> Reader:
@@ -111,12 +117,13 @@ class Codec:
 
         def read(buffer: Tensor) -> Reading:
             whole, rows = self.decode(buffer, shape, dtype, draws), []
+            every = draws(range(count), False)
             payloads = form.unpack(buffer[: form.nbytes])
             if self._together(shape):
                 fields = [field.view(count, -1) for field in payloads[0]]
                 payloads = [tuple(field[n] for field in fields) for n in range(count)]
             for n, payload in enumerate(payloads):
-                rows.append(self._compressor.read(payload, whole[places[n]], draws(n, False)))
+                rows.append(self._compressor.read(payload, whole[places[n]], every[n]))
             return joined(rows, places, whole)
 
         return read
@@ -200,9 +207,10 @@ class MaskedCodec(Codec):
         return read
 
 
-def _at_once(own: torch.Size) -> int:
-    """So many rows of a shape stay in the cache from one operation to the next."""
-    return max(1, ELEMENTS_AT_ONCE // own.numel())
+def _runs(count: int, own: torch.Size) -> list[range]:
+    """Rows of a shape, so many at once that they stay in the cache between operations."""
+    size = max(1, ELEMENTS_AT_ONCE // own.numel())
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

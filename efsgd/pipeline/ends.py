@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efsgd.pipeline.codec import (
     Codec,
+    DrawsOf,
     MaskedCodec,
     Reader,
     compute_dtype,
@@ -21,7 +22,7 @@ from efsgd.pipeline.codec import (
 from efsgd.pipeline.link import Link
 from efsgd.pipeline.memory import DifferenceMemory, ErrorMemory, Memory, SampleMemory
 from efsgd.pipeline.samples import SampleStore
-from efsgd.randomness import Draws
+from efsgd.randomness import RowDraws
 from efsgd.wire.collectives import leave_modes
 
 # Numbers of random streams: rows of a message, messages of a step.
@@ -229,12 +230,14 @@ class End:
         assert self.memory is not None  # there is a codec
         return self.memory if trains else self._plain_memory
 
-    def _draws(self, chunk: int, output: int) -> Any:
+    def _draws(self, chunk: int, output: int) -> DrawsOf:
         seed, step = getattr(self.link.compressor, "seed", 0), self._step * _CHUNKS + chunk
 
-        def draws(row: int, is_private: bool) -> Draws:
-            index = (self._number * 64 + output) * _ROWS + row
-            return Draws(seed, index, step, 0 if is_private else None)
+        first = (self._number * 64 + output) * _ROWS
+
+        def draws(rows: Sequence[int], is_private: bool) -> RowDraws:
+            indices = tuple([first + row for row in rows])
+            return RowDraws(seed, indices, step, 0 if is_private else None)
 
         return draws
 

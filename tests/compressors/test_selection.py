@@ -14,9 +14,9 @@ from torch import Tensor
 from efsgd.compressors import random_k
 from efsgd.compressors import top_k as selection
 from efsgd.compressors.random_block import RandomBlock
-from efsgd.compressors.random_k import draw_subset
+from efsgd.compressors.random_k import draw_subset, draw_subsets
 from efsgd.compressors.top_k import largest
-from efsgd.randomness import Draws, generator_of
+from efsgd.randomness import Draws, generator_of, random_bits
 from efsgd.testing.strategies import seeds
 
 # With these settings sampling, its fall-backs and work chunk by chunk happen in small tensors.
@@ -107,7 +107,15 @@ def test_where_fewer_than_k_differ_from_zero_all_of_them_are_found() -> None:
 # ---- subsets at random --------------------------------------------------------------------------
 
 Draw = Callable[[int, int, torch.Generator], Tensor]
-DRAWS = [draw_subset, random_k._few, random_k._many]
+
+
+def from_bits(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """What is drawn for several tensors together, of one of them."""
+    path = (int(torch.randint(2**62, (), generator=generator)),)
+    return draw_subsets(k, random_bits(path, torch.tensor([3, 4]), numel))[1]
+
+
+DRAWS = [draw_subset, random_k._few, random_k._many, from_bits]
 # All tests of chance below reject what is right once in a million times, for a seed: seeds are
 # fixed, and whoever changes them need not expect a failure.
 REJECTED = 1e-6

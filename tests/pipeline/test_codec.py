@@ -1,5 +1,6 @@
 """Tensors as messages: what arrives is what compressing each row by itself gives."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -22,15 +23,15 @@ from efsgd import (
 )
 from efsgd.pipeline import Link
 from efsgd.pipeline.codec import Codec, compute_dtype
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.testing.strategies import seeds
 from efsgd.wire.payload import Format
 from tests.pipeline.pair import COMPRESSORS, DTYPES, Operation, Pair, activation_shapes, made
 from tests.strategies import examples
 
 
-def draws_of(row: int, is_private: bool) -> Draws:
-    return Draws(7, row, 2, 0 if is_private else None)
+def draws_of(rows: Sequence[int], is_private: bool) -> RowDraws:
+    return RowDraws(7, tuple(rows), 2, 0 if is_private else None)
 
 
 def naive(compressor: TensorCompressor, x: Tensor, by_rows: bool) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,8 @@ def naive(compressor: TensorCompressor, x: Tensor, by_rows: bool) -> tuple[Tenso
     rows = list(x) if by_rows and x.ndim > 1 else [x]
     found, payloads = [], []
     for number, row in enumerate(rows):
-        payload = compressor.compress(row.contiguous(), draws_of(number, True))
-        found.append(compressor.decompress(payload, row.shape, draws_of(number, False)))
+        payload = compressor.compress(row.contiguous(), draws_of([number], True)[0])
+        found.append(compressor.decompress(payload, row.shape, draws_of([number], False)[0]))
         payloads.append(payload)
     form = Format([compressor.fields(rows[0].shape)] * len(rows), x.dtype)
     buffer = torch.empty(form.nbytes, dtype=torch.uint8)

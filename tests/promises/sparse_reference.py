@@ -8,10 +8,10 @@ from torch import Tensor
 from efsgd import TensorCompressor
 from efsgd.compressors.identity import Identity
 from efsgd.compressors.random_block import RandomBlock
-from efsgd.compressors.random_k import RandomK, draw_subset
+from efsgd.compressors.random_k import FEW, RandomK, draw_subset
 from efsgd.compressors.top_k import TopK
 from efsgd.layout import matrix_shape
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, random_bits
 from tests.strategies import Scenario
 
 SPARSE: list[TensorCompressor] = [
@@ -39,10 +39,15 @@ def naive_positions(compressor: Any, delta: Tensor, draws: Draws) -> list[int]:
         k = max(1, int(compressor.density * numel))
     else:
         k = naive_floats(tuple(delta.shape), compressor.rank)
+    # Random bits, and subsets of long tensors, have tests of their own.
+    path, number = (draws.seed, draws.step), torch.tensor([draws.index])
     if isinstance(compressor, RandomK):
-        return draw_subset(numel, k, draws.shared()).tolist()  # which has tests of its own
+        if numel > FEW:
+            return draw_subset(numel, k, draws.shared()).tolist()
+        bits = random_bits(path, number, numel)[0].tolist()
+        return sorted(sorted(range(numel), key=lambda position: bits[position])[:k])
     if isinstance(compressor, RandomBlock):
-        start = int(torch.randint(2**62, (), generator=draws.shared())) % numel
+        start = int(random_bits(path, number, 1)) % 2**62 % numel
         return [(start + offset) % numel for offset in range(k)]
     k = max(1, k // 2) if compressor.rank is not None else k
     return sorted(range(numel), key=lambda position: -abs(values[position]))[:k]

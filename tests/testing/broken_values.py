@@ -13,7 +13,7 @@ from efsgd.algorithms.operators import Payload
 from efsgd.algorithms.powersgd import PowerIteration
 from efsgd.algorithms.tensorwise import Dense, Sent, Tensorwise
 from efsgd.layout import Blocks, Elementwise
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.wire.collectives import AllGather, Exchange
 from tests.testing.broken_compressors import breaks
 from tests.testing.good_compressors import Half, Largest, LowRankOf, Rounded
@@ -106,6 +106,47 @@ class ZeroIsSomething(Rounded):
     def decompress(self, payload: Payload, shape: torch.Size, draws: Draws) -> Tensor:
         codes, scale = payload
         return ((codes.to(scale.dtype) - 7) * (scale / 7)).view(shape) + 1e-30
+
+
+class HalfOfRows(Half):
+    def takes_rows(self, shape: torch.Size) -> bool:
+        return True
+
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        fields = [self.compress(delta, draws[row])[0] for row, delta in enumerate(deltas)]
+        return (torch.stack(fields),)
+
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
+        rows = enumerate(payload[0])
+        return torch.stack([self.decompress((own,), shape, draws[row]) for row, own in rows])
+
+
+@breaks("compresses_rows_alike")
+class RoundsRowsOtherwise(HalfOfRows):
+    def compress_rows(self, deltas: Tensor, draws: RowDraws) -> Payload:
+        return super().compress_rows(deltas * (1 + 1e-15), draws)
+
+
+@breaks("compresses_rows_alike")
+class DrawsForTheFirstRow(HalfOfRows):
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
+        return (payload[0].view(-1, *shape) * self.mask(shape, draws[0])).clone()
+
+
+@breaks("compresses_rows_alike")
+class AddsRowsOtherwise(HalfOfRows):
+    def add_decompressed_rows_(
+        self, out: Tensor, payload: Payload, draws: RowDraws, alpha: float
+    ) -> None:
+        out.sub_(self.decompress_rows(payload, out.shape[1:], draws))
+
+
+@breaks("compresses_rows_alike")
+class WritesToRows(HalfOfRows):
+    def decompress_rows(self, payload: Payload, shape: torch.Size, draws: RowDraws) -> Tensor:
+        found = super().decompress_rows(payload, shape, draws)
+        payload[0].zero_()
+        return found
 
 
 @breaks("leaves_deltas_alone")

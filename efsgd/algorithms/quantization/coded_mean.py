@@ -11,7 +11,6 @@ with bitwise the same result:
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +50,8 @@ class GatheredMean:
         # [numbers]: to which matrix each element belongs.
         numbers, total = torch.arange(len(counts), device=counts.device), sum(self._sizes)
         self._matrix_of = numbers.repeat_interleave(counts, output_size=total)
+        # Runs of matrices of one size: (how many, size).
+        self._runs = [(len(list(run)), size) for size, run in itertools.groupby(self._sizes)]
 
     @classmethod
     def nbytes(cls, sizes: Sequence[int], bits: int, itemsize: int, world_size: int) -> int:
@@ -59,7 +60,12 @@ class GatheredMean:
 
     def encode(self, flat: Tensor) -> Coded:
         """The codes of finite numbers, with one scale for each matrix."""
-        scales = torch.stack(torch._foreach_norm(list(flat.split(self._sizes)), math.inf))
+        runs = flat.abs().split([count * size for count, size in self._runs])
+        largest = [
+            part.view(count, size).amax(1)
+            for part, (count, size) in zip(runs, self._runs, strict=True)
+        ]
+        scales = torch.cat(largest)
         return Coded(self._quantizer.encode(flat, scales[self._matrix_of]), scales)
 
     def decode(self, coded: Coded) -> Tensor:

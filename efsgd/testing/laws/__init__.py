@@ -2,6 +2,7 @@
 
 from efsgd.testing.laws.aggregators import (
     averages_what_is_sent,
+    compresses_rows_alike,
     decompresses_alike,
     draws_as_claimed,
     leaves_deltas_alone,
@@ -30,6 +31,7 @@ IN_THIS_THREAD = (
     sends_what_it_announces,
     has_one_schedule,
     decompresses_alike,
+    compresses_rows_alike,
     leaves_deltas_alone,
     keeps_shapes_and_dtypes,
     survives_zeros,

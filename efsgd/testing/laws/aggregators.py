@@ -7,7 +7,7 @@ from torch import Tensor
 
 from efsgd.algorithms.operators import Payload
 from efsgd.compressors import TensorCompressor
-from efsgd.randomness import Draws
+from efsgd.randomness import Draws, RowDraws
 from efsgd.testing.gradients import gaussian
 from efsgd.testing.senders import exchange, senders
 from efsgd.testing.simulation import largest
@@ -58,6 +58,45 @@ def decompresses_alike(trial: Trial) -> None:
         zeros = [torch.zeros_like(field) for field in payload]
         if compressor.decompress(zeros, delta.shape, draws).any():
             raise Violation(f"{what} a payload of zeros does not decompress to zeros")
+
+
+@law(
+    "Compute each row by the operations of `compress` and `decompress`, in the same order, with "
+    "the random numbers of `draws[row]`; or let `takes_rows` return False."
+)
+def compresses_rows_alike(trial: Trial) -> None:
+    """Tensors that are compressed together become, to the bit, what each becomes by itself.
+
+    For compressors whose `takes_rows` says so: payloads, what they decompress to, and what
+    `add_decompressed_rows_` adds. Payloads are not changed.
+    """
+    compressor = trial.compressor
+    if not isinstance(compressor, TensorCompressor) or compressor.takes_all_at_once:
+        return
+    for shape in filter(compressor.takes_rows, trial.compressed_shapes()):
+        what, numbers = f"for shape {list(shape)}", (2, 0, 7)
+        deltas = torch.stack([gaussian(shape, trial.seed, number) for number in numbers])
+        own, all_ = (
+            RowDraws(compressor.seed_of_draws, numbers, trial.seed, worker) for worker in (0, None)
+        )
+        payload = compressor.compress_rows(deltas, own)
+        sent = [field.clone() for field in payload]
+        for alpha in (-1.0, 0.3):
+            out = deltas.clone()
+            compressor.add_decompressed_rows_(out, payload, all_, alpha)
+            decoded = compressor.decompress_rows(payload, shape, all_)
+            if not all(map(torch.equal, sent, payload)):
+                raise Violation(f"{what} decompressing rows modifies the payload")
+            for row, delta in enumerate(deltas):
+                fields = compressor.compress(delta.clone(), own[row])
+                if not all(torch.equal(a, b[row]) for a, b in zip(fields, payload, strict=True)):
+                    raise Violation(f"{what} compress_rows differs from compress")
+                if not torch.equal(decoded[row], compressor.decompress(fields, shape, all_[row])):
+                    raise Violation(f"{what} decompress_rows differs from decompress")
+                one = delta.clone()
+                compressor.add_decompressed_(one, fields, all_[row], alpha)
+                if not torch.equal(one, out[row]):
+                    raise Violation(f"{what} add_decompressed_rows_ differs from that of a tensor")
 
 
 @law("Copy what is to be changed or sent, for example by delta.clone().")
