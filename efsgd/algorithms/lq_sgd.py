@@ -105,8 +105,7 @@ class QuantizedPowerIteration(PowerIteration):
         if len(said.sent) < 2:
             return {}
         after = 1 + self._P_mean.collectives
-        mean = self._P_mean.read_mean(said.answers[1:after])
-        P_mean = None if mean is None else self._P_views(mean)
+        P_mean = self._P_mean.read_mean(said.answers[1:after])
         Q_flat = self._Q_mean.read(said.sent[after]) if len(said.sent) > after else None
         Q = None if Q_flat is None else views(Q_flat, self._Q_shapes)
         return self._read_factors(said, self._P_views(self._P_mean.read(said.sent[1])), P_mean, Q)

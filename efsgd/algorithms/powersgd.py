@@ -156,7 +156,7 @@ class PowerIteration(LowRankAggregator):
         """P_w = M Q and Q_w = M^T P̂, where P̂ is of the mean of all P."""
         head = self.layout.vector_floats
         P = self._P_views(said.sent[0][head:])
-        P_mean = self._P_views(said.answers[0][head:]) if said.answers else None
+        P_mean = said.answers[0][head:] if said.answers else None
         Q = views(said.sent[1], self._Q_shapes) if len(said.sent) > 1 else None
         return self._read_factors(said, P, P_mean, Q)
 
@@ -164,15 +164,17 @@ class PowerIteration(LowRankAggregator):
         self,
         said: Transcript,
         P: Sequence[Tensor],
-        P_mean: Sequence[Tensor] | None,
+        P_mean: Tensor | None,
         Q: Sequence[Tensor] | None,
     ) -> dict[int, Reading]:
-        """What a worker's P and Q say; of a step that has failed, P alone."""
+        """What a worker's P and Q say, and the mean P, flat; of a step that has failed, P alone."""
         queries = said.public or views(self._draw_queries(self.seed, said.step), self._Q_shapes)
         factors = [Factor(P, [normalize_columns(query.mT) for query in queries])]
         product = None
         if P_mean is not None and Q is not None:
-            P_hats = [orthogonalize(mean) for mean in P_mean]
+            own = self._zeros(self._P_shapes).copy_(P_mean)
+            # As in the step: in other company the last bits of a decomposition may be others.
+            P_hats = self.cells.P.of_batches(self.cells.of_each_P(orthogonalize, own))
             factors.append(Factor([own.mT for own in Q], P_hats, is_of_transposed=True))
             product = self._low_rank(P_hats, Q)
         return read_factors(self.layout, self.placement, factors, product)

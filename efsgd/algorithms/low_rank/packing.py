@@ -77,7 +77,7 @@ class Cells:
         fill: int,
         device: torch.device,
     ) -> None:
-        self.members = cells
+        self.members, self._sizes = cells, [_shape(batch) for batch in batches]
         self.shapes = [around([_shape(batches[i]) for i in cell]) for cell in cells]
         self._parts: list[_View | Packed] = []
         for cell, shape in zip(cells, self.shapes, strict=True):
@@ -104,6 +104,17 @@ class Cells:
         for part, cell in zip(self._parts, cells, strict=True):
             if isinstance(part, Packed):
                 part.put_(cell, flat)
+
+    def of_batches(self, cells: Sequence[Tensor]) -> list[Tensor]:
+        """What lies in cells for each batch, views."""
+        found = [torch.empty(0)] * len(self._sizes)
+        for members, cell in zip(self.members, cells, strict=True):
+            first = 0
+            for i in members:
+                b, x, y = self._sizes[i]
+                found[i] = cell[first : first + b, :x, :y]
+                first += b
+        return found
 
     def packed(self, number: int) -> Packed | None:
         """How the batches of a cell are packed; None where it is a view of one."""
