@@ -223,6 +223,13 @@ bench-planning: $(VENV)/.with-examples ## hold the planner's predictions against
 planning-tables: $(VENV)/.with-examples ## compute the planner's tables of the documentation
 	$(BENCH).planning tables --output docs/planning-tables.md
 
+.PHONY: bench-training
+bench-training: $(VENV)/.with-examples ## train whole models on slow networks, to a quality that all reach (Linux, root; hours, goes on where it was stopped)
+	@set -ex; for task in digits lstm gpt; do for rate in 100mbit 1gbit; do \
+		$(BENCH).training --task $$task --rate $$rate --resume $(BENCH_OPTIONS) \
+			--output $(RESULTS)/training-$$task-$$rate.json; \
+	done; done
+
 .PHONY: bench-pipeline
 bench-pipeline: $(VENV)/.with-examples ## measure a step of a pipeline on slow networks (Linux, root)
 	@set -ex; for rate in 100mbit 1gbit; do $(BENCH).pipeline --rate $$rate $(BENCH_FLAGS); done
