@@ -195,7 +195,3 @@ def json_of(path: str, argument: str, wanted: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"argument {argument}: {path!r} must be {wanted}: {error}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())
