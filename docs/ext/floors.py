@@ -109,8 +109,8 @@ def arrows(folders: Mapping[str, Folder]) -> Iterable[tuple[str, str]]:
 
 def draw(folders: Mapping[str, Folder], title: str) -> str:
     """The picture as SVG, in the colours of the page around it."""
+    rows = floors(folders)  # raises where there is a circle, in which arrows would not end
     pairs = list(arrows(folders))
-    rows = floors(folders)
     floor_of = {folder.name: floor for floor, row in enumerate(rows) for folder in row}
     long = [(source, to) for source, to in pairs if floor_of[to] - floor_of[source] > 1]
     boxes = {}

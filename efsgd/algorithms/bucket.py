@@ -29,8 +29,8 @@ class Bucket:
             takes along.
         indices: of all tensors.
         compressed: of those that are compressed.
-        late_error: what this worker has met in this step after it had sent something.
         runs: those again, as they lie in memory, in parts that are worked on together.
+        late_error: what this worker has met in this step after it had sent something.
 
     Args:
         dtype: of errors, deltas and updates.

@@ -42,4 +42,9 @@ def test_arrows_point_down_and_what_follows_from_others_is_left_out(tmp_path: Pa
 def test_a_circle_is_an_error(tmp_path: Path) -> None:
     root = package(tmp_path, attic="import house.hall", hall="import house.attic")
     with pytest.raises(ValueError, match="in a circle: attic, hall"):
-        EXTENSION["floors"](EXTENSION["read"](root))
+        EXTENSION["draw"](EXTENSION["read"](root), "a house")
+
+
+def test_the_package_has_no_circle() -> None:
+    folders = EXTENSION["read"](Path(__file__).parents[2] / "efsgd")
+    assert "plan" in folders and EXTENSION["floors"](folders)[-1][0].name == EXTENSION["GROUND"]
